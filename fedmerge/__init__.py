@@ -1,0 +1,1 @@
+"""fedmerge: model merging as the communication step between organisations."""

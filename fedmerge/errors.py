@@ -1,0 +1,184 @@
+"""Every error a user can meet, as one tree.
+
+    FedmergeError                     exit 1   something fedmerge did not expect
+    +-- ConfigError                        2   fedmerge.toml or a command line is wrong
+    +-- InputError                         2   a model, dataset or key file is not what it should be
+    |   +-- ModelMismatch                  2   two checkpoints do not have the same tensors
+    +-- VerificationError                  3   a signature, digest or replay does not hold
+    |   +-- BadSignature                   3
+    |   +-- UntrustedKey                   3
+    |   +-- DigestMismatch                 3
+    +-- Unreachable                        4   no coordinator answers
+    +-- RoundFailed                        5   a round ended without a model
+    +-- MissingExtra                       6   an optional dependency is not installed
+    +-- Refused                            7   the coordinator will not take this submission
+    |   +-- UnknownRound, UnknownUpload, UnknownVersion, RoundClosed, StaleBase,
+    |       ConflictingSubmission, BadOffset, QuotaExceeded, InvalidDelta
+    +-- ResourceError                      8   disk full, port in use, file not writable
+
+Each class has a `reason` (UPPER_SNAKE; it travels in google.rpc.ErrorInfo, so that the same class comes
+out at the other end of a call), a `hint` (what to do about it) and an `exit_code` for the command line.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FedmergeError(Exception):
+    """Base of all errors that are reported to a person as one line, never as a traceback.
+
+    `message` says what is wrong and where; `hint` says what to do.
+    """
+
+    reason: ClassVar[str] = "INTERNAL"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(FedmergeError):
+    """A configuration file or command line that can't be acted on."""
+
+    reason = "CONFIG_INVALID"
+    exit_code = 2
+
+
+class InputError(FedmergeError):
+    """A model, dataset or key file that is not what it should be."""
+
+    reason = "INPUT_INVALID"
+    exit_code = 2
+
+
+class ModelMismatch(InputError):
+    """Two sets of tensors that should have the same names, shapes and dtypes do not."""
+
+    reason = "MODEL_MISMATCH"
+
+
+class VerificationError(FedmergeError):
+    """Something signed, hashed or replayed does not hold."""
+
+    reason = "VERIFICATION_FAILED"
+    exit_code = 3
+
+
+class BadSignature(VerificationError):
+    """A signature is missing, malformed or does not verify."""
+
+    reason = "BAD_SIGNATURE"
+
+
+class UntrustedKey(VerificationError):
+    """The key is well formed, but nobody here trusts it."""
+
+    reason = "UNTRUSTED_KEY"
+
+
+class DigestMismatch(VerificationError):
+    """Bytes do not have the digest that was promised for them."""
+
+    reason = "DIGEST_MISMATCH"
+
+
+class Unreachable(FedmergeError):
+    """No coordinator answers at the address, or it stopped answering."""
+
+    reason = "UNREACHABLE"
+    exit_code = 4
+
+
+class RoundFailed(FedmergeError):
+    """A round ended without a published model."""
+
+    reason = "ROUND_FAILED"
+    exit_code = 5
+
+
+class MissingExtra(FedmergeError):
+    """An optional dependency is needed and not installed."""
+
+    reason = "MISSING_EXTRA"
+    exit_code = 6
+
+
+class Refused(FedmergeError):
+    """The coordinator will not take what was sent."""
+
+    reason = "REFUSED"
+    exit_code = 7
+
+
+class UnknownRound(Refused):
+    """There is no such round."""
+
+    reason = "UNKNOWN_ROUND"
+
+
+class UnknownUpload(Refused):
+    """There is no such upload, or it belongs to another node."""
+
+    reason = "UNKNOWN_UPLOAD"
+
+
+class UnknownVersion(Refused):
+    """There is no such model version or artefact."""
+
+    reason = "UNKNOWN_VERSION"
+
+
+class RoundClosed(Refused):
+    """The round no longer takes deltas."""
+
+    reason = "ROUND_CLOSED"
+
+
+class StaleBase(Refused):
+    """The delta was made against another base model or round spec than this round's."""
+
+    reason = "STALE_BASE"
+
+
+class ConflictingSubmission(Refused):
+    """The node already submitted a different delta for this round."""
+
+    reason = "CONFLICTING_SUBMISSION"
+
+
+class BadOffset(Refused):
+    """A chunk does not continue where the upload stands."""
+
+    reason = "BAD_OFFSET"
+
+
+class QuotaExceeded(Refused):
+    """The payload, or the number of open uploads, is over its limit."""
+
+    reason = "QUOTA_EXCEEDED"
+
+
+class InvalidDelta(Refused):
+    """The delta can't be decoded against the plan: names, shapes, sizes, codes or values are wrong."""
+
+    reason = "INVALID_DELTA"
+
+
+class ResourceError(FedmergeError):
+    """The machine can't do what was asked: disk full, port in use, file not writable."""
+
+    reason = "RESOURCE"
+    exit_code = 8
+
+
+def _tree(cls: type[FedmergeError]) -> dict[str, type[FedmergeError]]:
+    found = {cls.reason: cls}
+    for child in cls.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+BY_REASON: dict[str, type[FedmergeError]] = _tree(FedmergeError)

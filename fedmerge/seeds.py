@@ -1,0 +1,40 @@
+"""Randomness that replays: every seed is derived from names, every mask from a counter-based generator.
+
+A seed is a 64-bit integer derived by SHA-256 from what it is for, so that two parties who know the names
+know the seed. Masks come from the raw output of Philox-4x64 (Salmon et al., "Parallel random numbers: as
+easy as 1, 2, 3", SC 2011), whose stream numpy keeps stable across releases, unlike its distributions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: str | int) -> int:
+    """Return the 64-bit seed for the given `parts`, for example `derive_seed(nonce, node_id, "encoder.weight")`.
+
+    Parts are length-prefixed before hashing, so ("ab", "c") and ("a", "bc") differ.
+    """
+    digest = hashlib.sha256(b"fedmerge.seed.v1")
+    for part in parts:
+        data = str(part).encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(digest.digest()[:8], "little")
+
+
+def bernoulli_mask(seed: int, num_elements: int, density: float) -> Tensor:
+    """Return a bool tensor of `num_elements`, each True with probability `density`, determined by `seed`.
+
+    Element i depends only on `seed` and i. Probabilities are exact to 2^-32. `density >= 1` keeps everything,
+    `density <= 0` nothing.
+    """
+    if density >= 1.0:
+        return torch.ones(num_elements, dtype=torch.bool)
+    threshold = np.uint32(max(0, round(density * 2**32)) & 0xFFFFFFFF)
+    raw = np.random.Philox(key=seed & (2**64 - 1)).random_raw((num_elements + 1) // 2)
+    draws = raw.astype("<u8", copy=False).view("<u4")[:num_elements]
+    return torch.from_numpy(draws < threshold)
