@@ -167,7 +167,7 @@ def require_same_schema(expected: Schema, found: Schema, *, where: str) -> None:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the little-endian row-major bytes of `tensor`, without a copy where it is contiguous already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
 
 
 def schema_digest(schema: Schema) -> str:

@@ -1,0 +1,246 @@
+"""Step 5, sign, and its inverse, verify: DSSE envelopes, keys and the trust store.
+
+An envelope (https://github.com/secure-systems-lab/dsse, v1.0) carries the exact bytes that were signed, so nothing is
+ever re-serialised to verify; the payload type is signed too, so that one kind of statement can't pass for another.
+The algorithm belongs to the key record, never to the message.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from securesystemslib.dsse import Envelope
+from securesystemslib.exceptions import VerificationError as DsseError
+from securesystemslib.signer import CryptoSigner, SSlibKey
+
+from fedmerge.errors import BadSignature, InputError, ResourceError, UntrustedKey
+
+MAX_ENVELOPE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """A public key, Ed25519 or P-256; `key_id` is the SHA-256 (hex) of its SubjectPublicKeyInfo."""
+
+    spki: bytes
+
+    @property
+    def key_id(self) -> str:
+        """The name of the key everywhere: in trust stores, statements and the ledger."""
+        return hashlib.sha256(self.spki).hexdigest()
+
+    @property
+    def short(self) -> str:
+        """First 12 hex digits of the key id, for people."""
+        return self.key_id[:12]
+
+    def pem(self) -> str:
+        """Return the key as PEM text."""
+        text = base64.encodebytes(self.spki).decode().replace("\n", "")
+        lines = [text[i : i + 64] for i in range(0, len(text), 64)]
+        return "\n".join(["-----BEGIN PUBLIC KEY-----", *lines, "-----END PUBLIC KEY-----", ""])
+
+    @classmethod
+    def from_spki(cls, spki: bytes, *, where: str) -> PublicKey:
+        """Parse SubjectPublicKeyInfo bytes; raise `InputError` unless they are an Ed25519 or P-256 key."""
+        try:
+            key = serialization.load_der_public_key(spki)
+        except (ValueError, UnsupportedAlgorithm) as err:
+            raise InputError(f"{where}: not a public key ({err})") from err
+        on_p256 = isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP256R1)
+        if not (on_p256 or isinstance(key, Ed25519PublicKey)):
+            raise InputError(
+                f"{where}: only Ed25519 and P-256 keys are accepted", hint="make one with: fedmerge keys new"
+            )
+        canonical = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        return cls(canonical)
+
+    @classmethod
+    def from_pem(cls, text: str, *, where: str) -> PublicKey:
+        """Parse the first PUBLIC KEY block of a PEM text; raise `InputError` when there is none."""
+        begin, end = "-----BEGIN PUBLIC KEY-----", "-----END PUBLIC KEY-----"
+        if begin not in text or end not in text.split(begin, 1)[1]:
+            raise InputError(f"{where}: holds no PUBLIC KEY block", hint="expected a PEM file from: fedmerge keys show")
+        body = text.split(begin, 1)[1].split(end, 1)[0]
+        try:
+            spki = base64.b64decode("".join(body.split()), validate=True)
+        except binascii.Error as err:
+            raise InputError(f"{where}: the PUBLIC KEY block is damaged ({err})") from err
+        return cls.from_spki(spki, where=where)
+
+    @classmethod
+    def load(cls, path: Path) -> PublicKey:
+        """Read a PEM file; raise `InputError` when it is missing or holds no usable key."""
+        return cls.from_pem(read_text(path), where=str(path))
+
+    def _verifier(self) -> SSlibKey:
+        return SSlibKey.from_crypto(serialization.load_der_public_key(self.spki), keyid=self.key_id)
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """An Ed25519 private key, kept in a PKCS#8 PEM file of mode 0600."""
+
+    private: Ed25519PrivateKey
+
+    @classmethod
+    def generate(cls) -> SigningKey:
+        """Make a new key from the operating system's randomness."""
+        return cls(Ed25519PrivateKey.generate())
+
+    @classmethod
+    def load(cls, path: Path) -> SigningKey:
+        """Read a key file; raise `InputError` when it is missing, damaged or readable by other users."""
+        text = read_text(path)
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            raise InputError(f"{path}: other users can read this private key", hint=f"run: chmod 600 {path}")
+        try:
+            private = serialization.load_pem_private_key(text.encode(), password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as err:
+            raise InputError(f"{path}: not an unencrypted PKCS#8 private key ({err})") from err
+        if not isinstance(private, Ed25519PrivateKey):
+            raise InputError(f"{path}: not an Ed25519 key", hint="make one with: fedmerge keys new")
+        return cls(private)
+
+    def save(self, path: Path) -> None:
+        """Write the key file, 0600 from its first byte; raise `ResourceError` rather than overwrite an existing one."""
+        pem = self.private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(pem)
+        except FileExistsError as err:
+            raise ResourceError(
+                f"{path}: already exists", hint="choose another name; keys are never overwritten"
+            ) from err
+        except OSError as err:
+            raise ResourceError(f"{path}: could not write the key ({err.strerror})") from err
+
+    @classmethod
+    def load_or_create(cls, path: Path) -> SigningKey:
+        """Read the key file, or make it when there is none."""
+        if not path.exists():
+            cls.generate().save(path)
+        return cls.load(path)
+
+    @property
+    def public(self) -> PublicKey:
+        """The public half."""
+        spki = self.private.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        return PublicKey(spki)
+
+    def sign(self, payload_type: str, payload: bytes) -> bytes:
+        """Return the DSSE envelope (JSON bytes) of `payload`, signed under `payload_type`."""
+        envelope = Envelope(payload, payload_type, {})
+        envelope.sign(CryptoSigner(self.private, self.public._verifier()))
+        return json.dumps(envelope.to_dict(), separators=(",", ":")).encode()
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A verified envelope: the payload bytes, who signed them, and the envelope as it travelled."""
+
+    payload: bytes
+    signer: PublicKey
+    envelope: bytes
+
+
+def open_envelope(envelope: bytes, payload_type: str, trusted: Mapping[str, PublicKey], *, where: str) -> Signed:
+    """Verify a DSSE envelope and return its payload.
+
+    `trusted` maps key ids to keys. The key id in the envelope is only a hint: a key is looked up by it in `trusted`,
+    and the signature must verify under that key. Raises `UntrustedKey` when the named key is not trusted, and
+    `BadSignature` when the envelope is malformed, of another type, not signed exactly once, or does not verify.
+    """
+    if len(envelope) > MAX_ENVELOPE_BYTES:
+        raise BadSignature(f"{where}: envelope of {len(envelope)} bytes is over the limit of {MAX_ENVELOPE_BYTES}")
+    try:
+        parsed = Envelope.from_dict(json.loads(envelope))
+        key_ids = list(parsed.signatures)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise BadSignature(f"{where}: not a DSSE envelope ({type(err).__name__})") from err
+    if parsed.payload_type != payload_type:
+        raise BadSignature(f"{where}: signed as {parsed.payload_type!r}, expected {payload_type!r}")
+    if len(key_ids) != 1:
+        raise BadSignature(f"{where}: has {len(key_ids)} signatures, expected one")
+    signer = trusted.get(key_ids[0])
+    if signer is None:
+        raise UntrustedKey(
+            f"{where}: signed by key {key_ids[0][:12]}, which is not trusted here",
+            hint="compare the key id with its owner over another channel, then: fedmerge keys trust FILE",
+        )
+    try:
+        parsed.verify([signer._verifier()], threshold=1)
+    except (DsseError, ValueError) as err:
+        raise BadSignature(f"{where}: the signature of key {signer.short} does not verify") from err
+    return Signed(parsed.payload, signer, envelope)
+
+
+class TrustStore:
+    """A folder of PEM public keys, one file `NAME.pem` for each party that is trusted."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def names(self) -> dict[str, str]:
+        """Return the party's name by key id."""
+        return {PublicKey.load(path).key_id: path.stem for path in self._files()}
+
+    def keys(self) -> dict[str, PublicKey]:
+        """Return the trusted keys by key id; raise `InputError` when a file in the folder is not a public key."""
+        loaded = [PublicKey.load(path) for path in self._files()]
+        return {key.key_id: key for key in loaded}
+
+    def add(self, key: PublicKey, name: str) -> Path:
+        """Trust `key` under `name`; raise `InputError` when the name is unusable or stands for another key."""
+        if not name or not all(char.isalnum() or char in "-_." for char in name) or name.startswith("."):
+            raise InputError(f"{name!r} is not a usable name", hint="use letters, digits, '-', '_' and '.'")
+        path = self.directory / f"{name}.pem"
+        if path.exists() and PublicKey.load(path) != key:
+            raise InputError(f"{path}: {name} is already known with another key", hint="remove the old file first")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(key.pem())
+        except OSError as err:
+            raise ResourceError(f"{path}: could not write the key ({err.strerror})") from err
+        return path
+
+    def _files(self) -> list[Path]:
+        return sorted(self.directory.glob("*.pem")) if self.directory.is_dir() else []
+
+
+def read_text(path: Path) -> str:
+    """Read a small text file; raise `InputError` when it is missing, too large or not text."""
+    try:
+        if path.stat().st_size > MAX_ENVELOPE_BYTES:
+            raise InputError(f"{path}: too large to be a key")
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as err:
+        raise InputError(f"{path}: can't be read ({getattr(err, 'strerror', None) or 'not text'})") from err
+
+
+def parse_json_object(payload: bytes, *, where: str) -> dict[str, Any]:
+    """Parse verified bytes as a JSON object; raise `BadSignature` when they are anything else."""
+    try:
+        value = json.loads(payload)
+    except (ValueError, RecursionError) as err:
+        raise BadSignature(f"{where}: the signed payload is not JSON") from err
+    if not isinstance(value, dict):
+        raise BadSignature(f"{where}: the signed payload is not a JSON object")
+    return value
