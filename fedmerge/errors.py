@@ -22,6 +22,9 @@ out at the other end of a call), a `hint` (what to do about it) and an `exit_cod
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -182,3 +185,14 @@ def _tree(cls: type[FedmergeError]) -> dict[str, type[FedmergeError]]:
 
 
 BY_REASON: dict[str, type[FedmergeError]] = _tree(FedmergeError)
+
+
+@contextmanager
+def reporting_os_errors(where: object) -> Iterator[None]:
+    """Turn an `OSError` in the block into a `ResourceError` that names `where`."""
+    try:
+        yield
+    except OSError as err:
+        full = err.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space and run it again; nothing was half-written" if full else None
+        raise ResourceError(f"{where}: {err.strerror or err}", hint=hint) from err

@@ -1,0 +1,137 @@
+"""The closed set of facts. The ledger is a list of these; everything else about a federation is derived from it.
+
+Events are committed before their effects are visible. Each is a frozen, strictly validated record, stored as JSON;
+envelopes are kept as the text that travelled, so that an auditor verifies what was signed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class FederationCreated(_Event):
+    """The ledger begins: one base model, one coordinator key, one run id that no other ledger has."""
+
+    kind: Literal["federation_created"] = "federation_created"
+    federation: str
+    run: str
+    base_digest: Digest
+    schema_digest: Digest
+    coordinator_key: str
+
+
+class RoundOpened(_Event):
+    """A signed round spec is out and deltas are taken."""
+
+    kind: Literal["round_opened"] = "round_opened"
+    round: int
+    spec_digest: Digest
+    spec_envelope: str
+
+
+class DeltaAccepted(_Event):
+    """A node's delta is stored durably and will be part of the round."""
+
+    kind: Literal["delta_accepted"] = "delta_accepted"
+    round: int
+    node_id: Digest
+    statement_digest: Digest
+    payload_root: Digest
+    payload_bytes: int
+    num_examples: int
+    statement_envelope: str
+
+
+class DeltaRejected(_Event):
+    """A delta was uploaded whole and refused when it was decoded."""
+
+    kind: Literal["delta_rejected"] = "delta_rejected"
+    round: int
+    node_id: Digest
+    statement_digest: Digest
+    reason: str
+    detail: str
+
+
+class RoundSealed(_Event):
+    """The set of deltas is frozen: node ids, sorted, so that a merge can't depend on who arrived first."""
+
+    kind: Literal["round_sealed"] = "round_sealed"
+    round: int
+    node_ids: list[Digest]
+
+
+class MergeStarted(_Event):
+    """Screening and merging began. A coordinator that finds this as the last event merges again, to the same bytes."""
+
+    kind: Literal["merge_started"] = "merge_started"
+    round: int
+
+
+class MergeFinished(_Event):
+    """The round's update is stored, and the merge record that says how it came about is signed."""
+
+    kind: Literal["merge_finished"] = "merge_finished"
+    round: int
+    version: Digest
+    update_root: Digest
+    record_envelope: str
+
+
+class RoundPublished(_Event):
+    """The model directory is complete and in place."""
+
+    kind: Literal["round_published"] = "round_published"
+    round: int
+    version: Digest
+
+
+class RoundFailed(_Event):
+    """The round ended without a model."""
+
+    kind: Literal["round_failed"] = "round_failed"
+    round: int
+    reason: str
+
+
+class MetricsReported(_Event):
+    """A node's signed evaluation of a model on its own data."""
+
+    kind: Literal["metrics_reported"] = "metrics_reported"
+    round: int
+    node_id: Digest
+    envelope: str
+
+
+Event: TypeAlias = (
+    FederationCreated
+    | RoundOpened
+    | DeltaAccepted
+    | DeltaRejected
+    | RoundSealed
+    | MergeStarted
+    | MergeFinished
+    | RoundPublished
+    | RoundFailed
+    | MetricsReported
+)
+
+_adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+
+
+def to_json(event: Event) -> bytes:
+    """Return the event as the JSON that the ledger stores and chains."""
+    return event.model_dump_json().encode()
+
+
+def from_json(body: bytes) -> Event:
+    """Parse a stored event; raise `pydantic.ValidationError` when it is not one."""
+    return _adapter.validate_json(body)

@@ -1,0 +1,288 @@
+"""What gets signed: one in-toto statement type for each thing that organisations must be able to hold each other to.
+
+Every statement has the in-toto v1 shape (https://in-toto.io/Statement/v1: subject digests, predicate type, predicate)
+and travels in a DSSE envelope under a payload type of its own. Parsing happens after verification, on the
+verified bytes, and is strict: unknown keys, missing keys and wrong types are errors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedmerge.errors import BadSignature
+from fedmerge.events import Digest
+from fedmerge.sign import PublicKey, Signed, SigningKey, open_envelope, parse_json_object
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_ROOT = "https://fedmerge.dev"
+FORMAT_VERSION = 1
+
+# Names in subjects for digests that are not plain SHA-256 of a file: `tensors.model_digest` and `merkle.merkle_root`.
+MODEL_DIGEST = "fedmergeModelV1"
+MERKLE_DIGEST = "rfc6962Sha256"
+
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=0, le=1 << 50)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class FileRef(_Strict):
+    """A file by content: `root` is the RFC 6962 root of its 1 MiB leaves, `name` a plain file name."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,200}$")]
+    root: Digest
+    num_bytes: Size
+
+
+class UpdateRef(_Strict):
+    """One round's published update: what to add to the model, and the codec and seed to decode it with."""
+
+    round: Count
+    root: Digest
+    num_bytes: Size
+    codec: dict[str, Any]
+    seed: str
+
+
+class ModelRef(_Strict):
+    """A model version: the base plus the updates of each published round, which must come to `digest`."""
+
+    digest: Digest
+    base_digest: Digest
+    updates: list[UpdateRef]
+
+
+class Statement(_Strict):
+    """Base of all statements; a subclass is the predicate, and knows its subject."""
+
+    kind: ClassVar[str]
+    digest_algorithm: ClassVar[str] = "sha256"
+
+    def subject(self) -> dict[str, str]:
+        """Return the digests this statement is about, by name."""
+        raise NotImplementedError
+
+    @classmethod
+    def payload_type(cls) -> str:
+        """The DSSE payload type, which separates the kinds of statement from each other."""
+        return f"application/vnd.fedmerge.{cls.kind}.v{FORMAT_VERSION}+json"
+
+    def to_payload(self) -> bytes:
+        """Return the JSON bytes to sign."""
+        body = {
+            "_type": STATEMENT_TYPE,
+            "subject": [
+                {"name": name, "digest": {self.digest_algorithm: digest}} for name, digest in self.subject().items()
+            ],
+            "predicateType": f"{PREDICATE_ROOT}/{self.kind}/v{FORMAT_VERSION}",
+            "predicate": self.model_dump(mode="json"),
+        }
+        return json.dumps(body, indent=2).encode()
+
+    @classmethod
+    def from_payload(cls, payload: bytes, *, where: str) -> Self:
+        """Parse verified bytes; raise `BadSignature` when they are not a statement of this kind."""
+        body = parse_json_object(payload, where=where)
+        try:
+            statement = cls.model_validate_json(json.dumps(body["predicate"]))
+        except (KeyError, ValidationError) as err:
+            raise BadSignature(f"{where}: not a valid {cls.kind} statement ({_first_problem(err)})") from err
+        if json.loads(statement.to_payload()) != body:
+            raise BadSignature(f"{where}: the {cls.kind} statement's subject or type does not match its predicate")
+        return statement
+
+    def sign(self, key: SigningKey) -> bytes:
+        """Return the signed envelope."""
+        return key.sign(self.payload_type(), self.to_payload())
+
+    @classmethod
+    def open(cls, envelope: bytes, trusted: Mapping[str, PublicKey], *, where: str) -> tuple[Self, Signed]:
+        """Verify an envelope, then parse it. Raises `UntrustedKey` or `BadSignature`."""
+        signed = open_envelope(envelope, cls.payload_type(), trusted, where=where)
+        return cls.from_payload(signed.payload, where=where), signed
+
+
+def _first_problem(err: KeyError | ValidationError) -> str:
+    if isinstance(err, KeyError):
+        return f"no {err.args[0]}"
+    first = err.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+
+
+class RoundSpec(Statement):
+    """What the coordinator promises and asks in a round; a node's delta is bound to its digest."""
+
+    kind: ClassVar[str] = "roundspec"
+    digest_algorithm: ClassVar[str] = MODEL_DIGEST
+
+    federation: str
+    run: str
+    round: Annotated[int, Field(ge=1)]
+    num_rounds: Annotated[int, Field(ge=1)]
+    nonce: Digest
+    model: ModelRef
+    schema_digest: Digest
+    base_files: list[FileRef]
+    train: dict[str, Any]
+    codec: dict[str, Any]
+    downlink: dict[str, Any]
+    merge: dict[str, Any]
+    merge_seed: Count
+    screen: dict[str, Any]
+    outer: dict[str, Any]
+    min_nodes: Annotated[int, Field(ge=1)]
+    deadline_s: float
+    max_payload_bytes: Size
+
+    def subject(self) -> dict[str, str]:
+        """The model the round starts from."""
+        return {"model": self.model.digest}
+
+
+class DeltaStatement(Statement):
+    """A node's word for its delta: exactly these bytes, made for exactly this round from exactly this base."""
+
+    kind: ClassVar[str] = "delta"
+    digest_algorithm: ClassVar[str] = MERKLE_DIGEST
+
+    federation: str
+    run: str
+    round: Annotated[int, Field(ge=1)]
+    spec_digest: Digest
+    nonce: Digest
+    base_digest: Digest
+    schema_digest: Digest
+    node_id: Digest
+    submission_id: Annotated[str, Field(min_length=8, max_length=64)]
+    codec: dict[str, Any]
+    payload_bytes: Annotated[int, Field(ge=1, le=1 << 50)]
+    payload_root: Digest
+    num_examples: Annotated[int, Field(ge=1, le=1 << 50)]
+    metrics: dict[str, float]
+    software: str
+
+    def subject(self) -> dict[str, str]:
+        """The payload, by its Merkle root."""
+        return {"payload": self.payload_root}
+
+
+class Receipt(Statement):
+    """The coordinator's word that a delta is stored and counts; `event` is its place in the ledger."""
+
+    kind: ClassVar[str] = "receipt"
+
+    federation: str
+    run: str
+    round: Annotated[int, Field(ge=1)]
+    node_id: Digest
+    statement_digest: Digest
+    event: Count
+    event_hash: Digest
+
+    def subject(self) -> dict[str, str]:
+        """The delta statement that was accepted."""
+        return {"statement": self.statement_digest}
+
+
+class MetricsStatement(Statement):
+    """A node's evaluation of a model on its own data: `model` says which one, `digest` exactly which one."""
+
+    kind: ClassVar[str] = "metrics"
+    digest_algorithm: ClassVar[str] = MODEL_DIGEST
+
+    federation: str
+    run: str
+    round: Count
+    node_id: Digest
+    model: Literal["global", "own"]
+    digest: Digest
+    values: dict[str, float]
+
+    def subject(self) -> dict[str, str]:
+        """The model that was evaluated."""
+        return {"model": self.digest}
+
+
+class SessionProof(Statement):
+    """A node's answer to a coordinator's nonce; names the coordinator, so that it is worth nothing elsewhere."""
+
+    kind: ClassVar[str] = "session"
+
+    federation: str
+    coordinator_key: Digest
+    nonce: Digest
+
+    def subject(self) -> dict[str, str]:
+        """The nonce."""
+        return {"nonce": self.nonce}
+
+
+class Contribution(_Strict):
+    """What became of one node's delta: its screening verdict and, by digest, what it signed."""
+
+    node_id: Digest
+    statement_digest: Digest
+    payload_root: Digest
+    payload_bytes: Size
+    num_examples: Count
+    accepted: bool
+    reason: str
+    norm: float
+    weight: float
+    scale: float
+
+
+class MergeRecord(Statement):
+    """How a model version came about: inputs by digest, recipe, seeds, software. Enough to do it again, bit for bit."""
+
+    kind: ClassVar[str] = "mergerecord"
+    digest_algorithm: ClassVar[str] = MODEL_DIGEST
+
+    federation: str
+    run: str
+    round: Annotated[int, Field(ge=1)]
+    spec_digest: Digest
+    before: ModelRef
+    model: ModelRef
+    schema_digest: Digest
+    contributions: list[Contribution]
+    merge: dict[str, Any]
+    merge_seed: Count
+    outer: dict[str, Any]
+    outer_state_root: Digest | None
+    ledger_head: Digest
+    software: dict[str, str]
+
+    def subject(self) -> dict[str, str]:
+        """The new model version."""
+        return {"model": self.model.digest}
+
+
+class Lineage(Statement):
+    """What stands in a published directory as lineage.json: its files by digest, and the merge records behind it."""
+
+    kind: ClassVar[str] = "lineage"
+
+    federation: str
+    run: str
+    files: dict[str, Digest]
+    model: ModelRef
+    node_keys: dict[str, str]
+    software: dict[str, str]
+
+    def subject(self) -> dict[str, str]:
+        """Every published file, by SHA-256."""
+        return dict(sorted(self.files.items()))
+
+
+def digest_of(payload: bytes) -> str:
+    """Return the SHA-256 (hex) by which a signed payload is named."""
+    return hashlib.sha256(payload).hexdigest()

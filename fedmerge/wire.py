@@ -1,0 +1,86 @@
+"""What both ends of a call agree on: how errors travel, and how states and sessions are named.
+
+Errors travel as google.rpc.Status with an ErrorInfo whose reason names the class (AIP-193), so the class that the
+coordinator raised is the class that the node catches. An exception that is not a `FedmergeError` travels as INTERNAL
+without its text.
+"""
+
+from __future__ import annotations
+
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from fedmerge.errors import (
+    BY_REASON,
+    BadOffset,
+    BadSignature,
+    ConflictingSubmission,
+    DigestMismatch,
+    FedmergeError,
+    InvalidDelta,
+    QuotaExceeded,
+    ResourceError,
+    RoundClosed,
+    StaleBase,
+    UnknownRound,
+    UnknownUpload,
+    UnknownVersion,
+    Unreachable,
+    UntrustedKey,
+)
+from fedmerge.v1 import round_pb2
+
+SESSION_HEADER = "fedmerge-session"
+MAX_MESSAGE_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
+ERROR_DOMAIN = "fedmerge.dev"
+
+STATUS_CODES: dict[type[FedmergeError], int] = {
+    BadSignature: code_pb2.UNAUTHENTICATED,
+    UntrustedKey: code_pb2.PERMISSION_DENIED,
+    DigestMismatch: code_pb2.DATA_LOSS,
+    UnknownRound: code_pb2.NOT_FOUND,
+    UnknownUpload: code_pb2.NOT_FOUND,
+    UnknownVersion: code_pb2.NOT_FOUND,
+    RoundClosed: code_pb2.FAILED_PRECONDITION,
+    StaleBase: code_pb2.FAILED_PRECONDITION,
+    ConflictingSubmission: code_pb2.ALREADY_EXISTS,
+    BadOffset: code_pb2.OUT_OF_RANGE,
+    QuotaExceeded: code_pb2.RESOURCE_EXHAUSTED,
+    InvalidDelta: code_pb2.INVALID_ARGUMENT,
+    ResourceError: code_pb2.RESOURCE_EXHAUSTED,
+    Unreachable: code_pb2.UNAVAILABLE,
+}
+
+PHASES: dict[str, round_pb2.RoundPhase] = {
+    "planned": round_pb2.ROUND_PHASE_PLANNED,
+    "open": round_pb2.ROUND_PHASE_OPEN,
+    "sealed": round_pb2.ROUND_PHASE_SEALED,
+    "merging": round_pb2.ROUND_PHASE_MERGING,
+    "publishing": round_pb2.ROUND_PHASE_PUBLISHING,
+    "published": round_pb2.ROUND_PHASE_PUBLISHED,
+    "failed": round_pb2.ROUND_PHASE_FAILED,
+}
+PHASE_NAMES: dict[int, str] = {int(number): name for name, number in PHASES.items()}
+
+
+def status_of(err: BaseException) -> status_pb2.Status:
+    """Return the status that carries `err` to the other end."""
+    if not isinstance(err, FedmergeError):
+        return status_pb2.Status(code=code_pb2.INTERNAL, message="the coordinator met an internal error; see its log")
+    info = error_details_pb2.ErrorInfo(reason=err.reason, domain=ERROR_DOMAIN, metadata={"hint": err.hint or ""})
+    detail = any_pb2.Any()
+    detail.Pack(info)
+    code = next((STATUS_CODES[kind] for kind in type(err).__mro__ if kind in STATUS_CODES), code_pb2.INTERNAL)
+    return status_pb2.Status(code=code, message=err.message, details=[detail])
+
+
+def error_of(status: status_pb2.Status) -> FedmergeError:
+    """Return the error that `status` carries; a `FedmergeError` when it carries none of ours."""
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+            return BY_REASON.get(info.reason, FedmergeError)(status.message, hint=info.metadata.get("hint") or None)
+    if status.code in (code_pb2.UNAVAILABLE, code_pb2.DEADLINE_EXCEEDED):
+        return Unreachable(status.message)
+    return FedmergeError(status.message)
