@@ -6,6 +6,8 @@ rounded once, when they are applied ("Editing models with task arithmetic", arXi
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,28 @@ def apply_one(base: Tensor, update: Tensor) -> Tensor:
     return (base.to(dtype) + update.to(dtype)).to(base.dtype)
 
 
-def apply(base: TensorMap, update: TensorMap) -> dict[str, Tensor]:
-    """Return the model `base + update`; tensors without an update are those of the base."""
-    return {name: apply_one(base[name], update[name]) if name in update else base[name] for name in sorted(base)}
+class UpdatedModel(Mapping[str, Tensor]):
+    """A model version as a tensor map: the base plus a sequence of updates, computed tensor by tensor when asked for.
+
+    Updates are summed in fp32 (or fp64) in their order and rounded once to the base's dtype, so that small updates are
+    not lost in a 16-bit model over many rounds, and every party that does this arrives at the same bits.
+    """
+
+    def __init__(self, base: TensorMap, updates: Sequence[TensorMap]) -> None:
+        self.base = base
+        self.updates = updates
+
+    def __getitem__(self, name: str) -> Tensor:
+        before = self.base[name]
+        if not before.is_floating_point() or not self.updates:
+            return before
+        total = self.updates[0][name]
+        for update in self.updates[1:]:
+            total = total + update[name]
+        return apply_one(before, total)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.base))
+
+    def __len__(self) -> int:
+        return len(self.base)

@@ -13,7 +13,7 @@
     +-- MissingExtra                       6   an optional dependency is not installed
     +-- Refused                            7   the coordinator will not take this submission
     |   +-- UnknownRound, UnknownUpload, UnknownVersion, RoundClosed, StaleBase,
-    |       ConflictingSubmission, BadOffset, QuotaExceeded, InvalidDelta
+    |       ConflictingSubmission, BadOffset, QuotaExceeded, Busy, InvalidDelta, NoSession
     +-- ResourceError                      8   disk full, port in use, file not writable
 
 Each class has a `reason` (UPPER_SNAKE; it travels in google.rpc.ErrorInfo, so that the same class comes
@@ -22,8 +22,9 @@ out at the other end of a call), a `hint` (what to do about it) and an `exit_cod
 
 from __future__ import annotations
 
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -159,15 +160,27 @@ class BadOffset(Refused):
 
 
 class QuotaExceeded(Refused):
-    """The payload, or the number of open uploads, is over its limit."""
+    """The payload is over its limit."""
 
     reason = "QUOTA_EXCEEDED"
+
+
+class Busy(Refused):
+    """As many uploads are under way as the coordinator takes; a node waits and tries again."""
+
+    reason = "BUSY"
 
 
 class InvalidDelta(Refused):
     """The delta can't be decoded against the plan: names, shapes, sizes, codes or values are wrong."""
 
     reason = "INVALID_DELTA"
+
+
+class NoSession(Refused):
+    """The call carries no session, or one the coordinator does not know (any more)."""
+
+    reason = "NO_SESSION"
 
 
 class ResourceError(FedmergeError):
@@ -196,3 +209,9 @@ def reporting_os_errors(where: object) -> Iterator[None]:
         full = err.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "free some space and run it again; nothing was half-written" if full else None
         raise ResourceError(f"{where}: {err.strerror or err}", hint=hint) from err
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the nearest of the `known` words, or "" when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

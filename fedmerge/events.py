@@ -43,6 +43,7 @@ class DeltaAccepted(_Event):
     kind: Literal["delta_accepted"] = "delta_accepted"
     round: int
     node_id: Digest
+    node_key: str
     statement_digest: Digest
     payload_root: Digest
     payload_bytes: int

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmerge.errors import BadSignature
 from fedmerge.events import Digest
+from fedmerge.seeds import derive_seed
 from fedmerge.sign import PublicKey, Signed, SigningKey, open_envelope, parse_json_object
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -146,6 +147,20 @@ class RoundSpec(Statement):
         """The model the round starts from."""
         return {"model": self.model.digest}
 
+    # Seeds come from what the plan fixes, not from the nonce, so that the same plan and nodes replay to the same bits.
+
+    def train_seed(self, node_id: str) -> int:
+        """Return the seed of a node's training in this round."""
+        return derive_seed("train", self.merge_seed, self.round, node_id)
+
+    def mask_seed(self, node_id: str) -> int:
+        """Return the seed of the mask with which a node's delta travels in this round."""
+        return derive_seed("mask", self.merge_seed, self.round, node_id)
+
+    def update_seed(self) -> int:
+        """Return the seed with which the round's published update is encoded."""
+        return derive_seed("update", self.merge_seed, self.round)
+
 
 class DeltaStatement(Statement):
     """A node's word for its delta: exactly these bytes, made for exactly this round from exactly this base."""
@@ -216,7 +231,6 @@ class SessionProof(Statement):
 
     kind: ClassVar[str] = "session"
 
-    federation: str
     coordinator_key: Digest
     nonce: Digest
 
@@ -235,7 +249,7 @@ class Contribution(_Strict):
     num_examples: Count
     accepted: bool
     reason: str
-    norm: float
+    norm: float | None
     weight: float
     scale: float
 

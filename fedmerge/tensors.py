@@ -25,6 +25,7 @@ TensorMap: TypeAlias = Mapping[str, Tensor]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 
 # The names safetensors uses, which are also what fedmerge writes into schemas and digests.
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -215,6 +216,6 @@ def copy_side_files(source: Path, target: Path, *, skip: Iterable[str] = ()) -> 
     """
     skipped = {INDEX, "README.md", *skip}
     for path in sorted(source.iterdir()):
-        unsafe = path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".safetensors"}
-        if path.is_file() and path.name not in skipped and not unsafe and not path.name.startswith("."):
+        weights = path.suffix in PICKLED or path.suffix == ".safetensors"
+        if path.is_file() and path.name not in skipped and not weights and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)

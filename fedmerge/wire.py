@@ -14,10 +14,12 @@ from fedmerge.errors import (
     BY_REASON,
     BadOffset,
     BadSignature,
+    Busy,
     ConflictingSubmission,
     DigestMismatch,
     FedmergeError,
     InvalidDelta,
+    NoSession,
     QuotaExceeded,
     ResourceError,
     RoundClosed,
@@ -33,10 +35,15 @@ from fedmerge.v1 import round_pb2
 SESSION_HEADER = "fedmerge-session"
 MAX_MESSAGE_BYTES = 4 << 20
 CHUNK_BYTES = 1 << 20
+STATUS_DETAILS_HEADER = "grpc-status-details-bin"
 ERROR_DOMAIN = "fedmerge.dev"
+
+# The name in a self-signed certificate, which nodes pin whatever address they reach it at.
+TLS_NAME = "coordinator.fedmerge.internal"
 
 STATUS_CODES: dict[type[FedmergeError], int] = {
     BadSignature: code_pb2.UNAUTHENTICATED,
+    NoSession: code_pb2.UNAUTHENTICATED,
     UntrustedKey: code_pb2.PERMISSION_DENIED,
     DigestMismatch: code_pb2.DATA_LOSS,
     UnknownRound: code_pb2.NOT_FOUND,
@@ -47,12 +54,13 @@ STATUS_CODES: dict[type[FedmergeError], int] = {
     ConflictingSubmission: code_pb2.ALREADY_EXISTS,
     BadOffset: code_pb2.OUT_OF_RANGE,
     QuotaExceeded: code_pb2.RESOURCE_EXHAUSTED,
+    Busy: code_pb2.RESOURCE_EXHAUSTED,
     InvalidDelta: code_pb2.INVALID_ARGUMENT,
     ResourceError: code_pb2.RESOURCE_EXHAUSTED,
     Unreachable: code_pb2.UNAVAILABLE,
 }
 
-PHASES: dict[str, round_pb2.RoundPhase] = {
+PHASES: dict[str, round_pb2.RoundPhase.ValueType] = {
     "planned": round_pb2.ROUND_PHASE_PLANNED,
     "open": round_pb2.ROUND_PHASE_OPEN,
     "sealed": round_pb2.ROUND_PHASE_SEALED,
@@ -61,7 +69,7 @@ PHASES: dict[str, round_pb2.RoundPhase] = {
     "published": round_pb2.ROUND_PHASE_PUBLISHED,
     "failed": round_pb2.ROUND_PHASE_FAILED,
 }
-PHASE_NAMES: dict[int, str] = {int(number): name for name, number in PHASES.items()}
+PHASE_NAMES: dict[int, str] = {number: name for name, number in PHASES.items()}
 
 
 def status_of(err: BaseException) -> status_pb2.Status:

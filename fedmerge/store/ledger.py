@@ -60,7 +60,7 @@ GENESIS = hashlib.sha256(b"fedmerge.ledger.v1").hexdigest()
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """An event in its place: `number` from 0, `at_s` the wall clock at its writing, `hash` the chain's head after it."""
+    """An event in its place: `number` from 0, `at_s` the wall clock when written, `hash` the chain after it."""
 
     number: int
     at_s: float

@@ -1,0 +1,276 @@
+"""The gRPC end of a node: sessions, retries with back-off, and transfers that go on from where they stood.
+
+Errors come out as the classes that the coordinator raised. A call that finds nobody is tried again, with full jitter,
+until `patience_s` has passed without an answer; a transfer that breaks asks how far it got and continues there.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+from cryptography import x509
+from grpc_status import rpc_status
+
+from fedmerge.errors import (
+    BadOffset,
+    Busy,
+    FedmergeError,
+    InputError,
+    NoSession,
+    Refused,
+    Unreachable,
+    VerificationError,
+    reporting_os_errors,
+)
+from fedmerge.node import RoundView
+from fedmerge.sign import PublicKey, SigningKey, read_text
+from fedmerge.statements import SessionProof
+from fedmerge.v1 import (
+    delta_pb2,
+    delta_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    round_pb2,
+    round_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+)
+from fedmerge.wire import CHUNK_BYTES, MAX_MESSAGE_BYTES, PHASE_NAMES, SESSION_HEADER, TLS_NAME, error_of
+
+Answer = TypeVar("Answer")
+
+CALL_TIMEOUT_S = 60.0
+COMMIT_TIMEOUT_S = 3600.0
+FIRST_DELAY_S = 0.1
+LONGEST_DELAY_S = 30.0
+# The slowest link a transfer may have before it is cut and resumed.
+MIN_BYTES_PER_S = 256 * 1024
+
+CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Two links of one process must not share a connection: a node's session belongs to its own.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+]
+
+
+class GrpcLink:
+    """A node's connection to a coordinator; implements `fedmerge.node.Link`.
+
+    `bundle` is the operator's coordinator.pem: the certificate to pin and the key that must sign round specs. Making
+    the link checks the bundle only; the first call connects. `connect_patience_s` is how long to wait for a coordinator
+    that was never reached, `patience_s` for one that was.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        bundle: Path,
+        key: SigningKey,
+        *,
+        connect_patience_s: float = 10.0,
+        patience_s: float = 900.0,
+    ) -> None:
+        text = read_text(bundle)
+        self.coordinator = PublicKey.from_pem(text, where=str(bundle))
+        self._address = address
+        self._key = key
+        self._patience_s = patience_s
+        self._token: str | None = None
+        self._reached = False
+        self._connect_patience_s = connect_patience_s
+        credentials = grpc.ssl_channel_credentials(root_certificates=_certificates(text, bundle))
+        options = list(CHANNEL_OPTIONS)
+        if _is_self_signed(text):
+            options.append(("grpc.ssl_target_name_override", TLS_NAME))
+        self._channel = grpc.secure_channel(address, credentials, options=options)
+        self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
+        self._rounds = round_pb2_grpc.RoundServiceStub(self._channel)
+        self._deltas = delta_pb2_grpc.DeltaServiceStub(self._channel)
+        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def watch(self) -> Iterator[RoundView]:
+        """Yield the federation's state now and after every change, through any number of reconnections."""
+        backoff = self._backoff()
+        while True:
+            try:
+                for answer in self._rounds.WatchRounds(round_pb2.WatchRoundsRequest(), metadata=self._metadata()):
+                    backoff = self._backoff()
+                    yield _view_of(answer)
+                    if answer.finished:
+                        return
+            except (grpc.RpcError, FedmergeError) as err:
+                self._wait_or_raise(err, backoff)
+
+    def fetch(self, root: str, target: Path) -> None:
+        """Fetch a file into `target`, continuing after the bytes that are there."""
+        backoff = self._backoff()
+        while True:
+            have_bytes = target.stat().st_size if target.exists() else 0
+            try:
+                request = model_pb2.FetchArtifactRequest(root=root, offset=have_bytes)
+                with reporting_os_errors(target), target.open("ab") as file:
+                    for answer in self._models.FetchArtifact(request, metadata=self._metadata()):
+                        backoff = self._backoff()
+                        file.write(answer.data)
+                return
+            except (grpc.RpcError, FedmergeError) as err:
+                if self._wait_or_raise(err, backoff, retried=(BadOffset,)) is BadOffset:
+                    target.unlink()
+
+    def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:
+        """Upload a payload from wherever it stands, commit it, and return the receipt."""
+        payload_bytes = payload.stat().st_size
+        begin = delta_pb2.BeginUploadRequest(envelope=envelope, leaf_hashes=b"".join(leaves))
+        backoff = self._backoff()
+        while True:
+            try:
+                upload = self._call(self._deltas.BeginUpload, begin)
+                stored = upload.committed_bytes
+                sent(stored)
+                if stored < payload_bytes:
+                    self._deltas.UploadDelta(
+                        _chunks(upload.upload_id, payload, stored, sent),
+                        metadata=self._metadata(),
+                        timeout=max(60.0, (payload_bytes - stored) / MIN_BYTES_PER_S),
+                    )
+                commit = delta_pb2.CommitDeltaRequest(upload_id=upload.upload_id)
+                receipt = self._call(self._deltas.CommitDelta, commit, timeout_s=COMMIT_TIMEOUT_S)
+                return bytes(receipt.receipt_envelope)
+            except (grpc.RpcError, FedmergeError) as err:
+                # Whatever got there stays there: beginning again says from where to go on.
+                self._wait_or_raise(err, backoff, retried=(BadOffset, Busy))
+
+    def report_metrics(self, envelope: bytes) -> None:
+        """Hand in a signed evaluation."""
+        self._call(self._rounds.ReportMetrics, round_pb2.ReportMetricsRequest(envelope=envelope))
+
+    def _call(self, method: Callable[..., Answer], request: object, *, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
+        backoff = self._backoff()
+        while True:
+            try:
+                return method(request, metadata=self._metadata(), timeout=timeout_s)
+            except grpc.RpcError as err:
+                self._wait_or_raise(err, backoff)
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        if self._token is None:
+            self._token = self._open_session()
+        return ((SESSION_HEADER, self._token),)
+
+    def _open_session(self) -> str:
+        backoff = self._backoff()
+        while True:
+            try:
+                nonce = self._sessions.BeginSession(session_pb2.BeginSessionRequest(), timeout=CALL_TIMEOUT_S).nonce
+                proof = SessionProof(coordinator_key=self.coordinator.key_id, nonce=nonce.hex())
+                request = session_pb2.OpenSessionRequest(envelope=proof.sign(self._key))
+                token = self._sessions.OpenSession(request, timeout=CALL_TIMEOUT_S).token
+            except grpc.RpcError as err:
+                self._wait_or_raise(err, backoff)
+            else:
+                self._reached = True
+                return token
+
+    def _backoff(self) -> Iterator[None]:
+        """Sleep between tries, with full jitter; stop when there is no patience left."""
+        patience_s = self._patience_s if self._reached else self._connect_patience_s
+        give_up_s = time.monotonic() + patience_s
+        delay_s = FIRST_DELAY_S
+        while time.monotonic() < give_up_s:
+            time.sleep(random.uniform(0, delay_s))
+            delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+            yield
+
+    def _wait_or_raise(
+        self,
+        err: grpc.RpcError | FedmergeError,
+        backoff: Iterator[None],
+        *,
+        retried: tuple[type[FedmergeError], ...] = (),
+    ) -> type[FedmergeError]:
+        """Sleep before another try and return the kind of error; raise it when another try would not help."""
+        error = _as_error(err)
+        if isinstance(error, NoSession):
+            self._token = None
+        elif not isinstance(error, (Unreachable, *retried)):
+            raise error from None
+        if next(backoff, backoff) is backoff:
+            if not isinstance(error, Unreachable):
+                raise error from None
+            raise Unreachable(
+                f"{self._address}: {error.message}",
+                hint="is the coordinator running there, and is its port open to this machine?",
+            ) from None
+        return type(error)
+
+
+def _chunks(
+    upload_id: str, payload: Path, offset: int, sent: Callable[[int], None]
+) -> Iterator[delta_pb2.UploadDeltaRequest]:
+    with payload.open("rb") as file:
+        file.seek(offset)
+        while data := file.read(CHUNK_BYTES):
+            yield delta_pb2.UploadDeltaRequest(upload_id=upload_id, offset=offset, data=data)
+            offset += len(data)
+            sent(offset)
+
+
+def _as_error(err: grpc.RpcError | FedmergeError) -> FedmergeError:
+    if isinstance(err, FedmergeError):
+        return err
+    status = rpc_status.from_call(err)
+    if status is not None:
+        return error_of(status)
+    code = err.code() if isinstance(err, grpc.Call) else grpc.StatusCode.UNKNOWN
+    details = (err.details() if isinstance(err, grpc.Call) else None) or "no answer"
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+        if "CERTIFICATE_VERIFY_FAILED" in details:
+            return VerificationError(
+                "the coordinator's certificate is not the one that coordinator.pem pins",
+                hint="get the coordinator's current coordinator.pem from its operator",
+            )
+        return Unreachable("no coordinator answers")
+    return Refused(f"the coordinator refused the call ({code.name.lower()}: {details})")
+
+
+def _view_of(answer: round_pb2.WatchRoundsResponse) -> RoundView:
+    return RoundView(
+        round=answer.round,
+        phase=PHASE_NAMES.get(answer.phase, "planned"),
+        spec_envelope=answer.spec_envelope,
+        record_envelope=answer.record_envelope,
+        num_deltas=answer.num_deltas,
+        finished=answer.finished,
+        failure=answer.failure,
+    )
+
+
+def _certificates(text: str, bundle: Path) -> bytes:
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    if begin not in text or end not in text:
+        raise InputError(
+            f"{bundle}: holds no certificate", hint="expected the coordinator.pem that `fedmerge serve` writes"
+        )
+    return text[text.index(begin) : text.rindex(end) + len(end)].encode() + b"\n"
+
+
+def _is_self_signed(text: str) -> bool:
+    try:
+        certificate = x509.load_pem_x509_certificate(text.encode())
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound):
+        return False
+    return TLS_NAME in names.get_values_for_type(x509.DNSName)

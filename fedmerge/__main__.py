@@ -1,0 +1,7 @@
+"""`python -m fedmerge` is `fedmerge`."""
+
+import sys
+
+from fedmerge.cli import main
+
+sys.exit(main())

@@ -1,0 +1,102 @@
+"""Steps 9 to 11 as one pure computation: screen the deltas, merge them, step the outer optimizer.
+
+The coordinator runs it to make a model, an auditor runs it again to check one. Both get the same bits from the same
+round spec, deltas and optimizer state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedmerge.errors import RoundFailed
+from fedmerge.frame import Codec, write_delta
+from fedmerge.merge import Recipe, merge_deltas
+from fedmerge.outer import OUTER
+from fedmerge.screen import ScreenPolicy, Verdict, screen
+from fedmerge.seeds import derive_seed
+from fedmerge.statements import RoundSpec
+from fedmerge.tensors import Schema, TensorMap
+
+STATE_SEPARATOR = ":"
+
+
+def screen_round(
+    spec: RoundSpec, deltas: Mapping[str, TensorMap], num_examples: Mapping[str, int], schema: Schema
+) -> list[Verdict]:
+    """Step 9: one verdict and weight per node, sorted by node id.
+
+    Raises `RoundFailed` when fewer than the round's `min_nodes` pass.
+    """
+    verdicts = screen(deltas, num_examples, schema, ScreenPolicy.from_dict(spec.screen))
+    num_accepted = sum(verdict.accepted for verdict in verdicts)
+    if num_accepted < spec.min_nodes:
+        refused = "; ".join(f"{v.node_id[:12]}: {v.detail}" for v in verdicts if not v.accepted)
+        raise RoundFailed(f"only {num_accepted} of {len(verdicts)} deltas passed screening ({refused})")
+    return verdicts
+
+
+class RoundUpdate(Mapping[str, Tensor]):
+    """Steps 10 and 11: the round's update as a tensor map that is computed while it is read.
+
+    Its tensors, fp32 (or fp64), are what to add to the parameters. They can be read once, in the order of their names,
+    since a merge streams; `state` then holds the optimizer state that goes with them.
+    """
+
+    def __init__(
+        self,
+        spec: RoundSpec,
+        verdicts: list[Verdict],
+        deltas: Mapping[str, TensorMap],
+        before: TensorMap,
+        previous_state: Mapping[str, Tensor],
+    ) -> None:
+        self.spec = spec
+        self.state: dict[str, Tensor] = {}
+        self._previous_state = previous_state
+        self._names = sorted(next(iter(deltas.values())))
+        accepted = [verdict for verdict in verdicts if verdict.accepted]
+        self._merged = merge_deltas(
+            [deltas[verdict.node_id] for verdict in accepted],
+            [verdict.weight for verdict in accepted],
+            Recipe.from_dict(spec.merge),
+            base=before,
+            seed=derive_seed("merge", spec.merge_seed, spec.round),
+            scales=[verdict.scale for verdict in accepted],
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        merged_name, task_vector = next(self._merged)
+        if merged_name != name:
+            raise KeyError(f"{name} was asked for out of order")
+        settings = dict(self.spec.outer)
+        optimizer = OUTER[settings.pop("name")]
+        previous = dict(self._previous(name)) or optimizer.init(task_vector)
+        step, state = optimizer.update(-task_vector, previous, **settings)
+        self.state.update({f"{key}{STATE_SEPARATOR}{name}": tensor for key, tensor in state.items()})
+        return step
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def write(self, path: Path, schema: Schema) -> None:
+        """Encode the update with the round's downlink codec into a delta file at `path`."""
+        write_delta(path, self, schema, Codec.from_dict(self.spec.downlink), seed=self.spec.update_seed())
+
+    def write_state(self, path: Path) -> bool:
+        """Write the optimizer state, if there is any, and say whether there is."""
+        if self.state:
+            save_file(self.state, path)
+        return bool(self.state)
+
+    def _previous(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in self._previous_state.items():
+            kind, _, parameter = key.partition(STATE_SEPARATOR)
+            if parameter == name:
+                yield kind, tensor

@@ -1,0 +1,68 @@
+"""The model card: README.md of a published model, in the form the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fedmerge.statements import MergeRecord
+
+
+def model_card(record: MergeRecord, base_dir: Path) -> str:
+    """Return the card of the model that `record` describes: what it is, who contributed, how to check it."""
+    method = record.merge["method"]
+    base_name = _base_name(base_dir)
+    header = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(base_name)}",
+        "base_model_relation: merge",
+        f"tags: {json.dumps(['merge', 'fedmerge', 'federated', method])}",
+        "---",
+    ]
+    rows = [
+        f"| `{c.node_id[:12]}` | {c.num_examples:,} | {'-' if c.norm is None else f'{c.norm:.4g}'} | {c.weight:.3f} | {c.payload_bytes / 1e6:.2f} MB "
+        f"| {'merged' if c.accepted else 'screened: ' + c.reason} |"
+        for c in record.contributions
+    ]
+    dense_bytes = sum(c.payload_bytes for c in record.contributions)
+    body = f"""
+# {record.federation}, round {record.round}
+
+A model merged from the task vectors of {len(record.contributions)} organisations, none of which shared its data.
+Version `{record.model.digest}`, made from base `{record.model.base_digest[:12]}` ({base_name}).
+
+## Contributions to this round
+
+| node (key id) | examples | norm of delta | weight | sent | verdict |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+{dense_bytes / 1e6:.2f} MB came in, in all.
+
+## How it was merged
+
+```json
+{json.dumps({"merge": record.merge, "seed": record.merge_seed, "outer": record.outer}, indent=2)}
+```
+
+## How to check it
+
+`lineage.json` names every file here by SHA-256 and is signed by the coordinator (`lineage.sig.json`);
+`provenance.jsonl` holds what each party signed on the way. With the coordinator's public key:
+
+```
+fedmerge verify . --key coordinator.pem
+```
+"""
+    return "\n".join(header) + "\n" + body
+
+
+def _base_name(base_dir: Path) -> str:
+    """Return the base model's public name, if its config tells one, else the directory's name."""
+    try:
+        name = json.loads((base_dir / "config.json").read_text()).get("_name_or_path", "")
+    except (OSError, ValueError, AttributeError):
+        name = ""
+    is_hub_name = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/"))
+    return name if is_hub_name else base_dir.name

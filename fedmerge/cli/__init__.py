@@ -1,0 +1,5 @@
+"""The command line: `fedmerge COMMAND`."""
+
+from fedmerge.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,79 @@
+"""`fedmerge init` and `fedmerge schema`: the configuration file, written from the classes that read it."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fedmerge.cli.output import print_json, stderr
+from fedmerge.config import Config, Section, SimulatedNode, json_schema
+from fedmerge.errors import ResourceError
+
+FILE_NAME = "fedmerge.toml"
+HEADER = """\
+# Configuration of a fedmerge federation. Relative paths start from this file's folder.
+# Environment variables FEDMERGE_<SECTION>__<KEY> override what stands here.
+# For completion in an editor, run `fedmerge schema > fedmerge.schema.json` and uncomment the next line:
+# #:schema ./fedmerge.schema.json
+"""
+
+
+def init(
+    directory: Annotated[Path, Parameter(name="DIR", help="Folder to write it in; made if there is none.")] = Path(), /
+) -> None:
+    """Write a commented fedmerge.toml: every key, its default, and what it does."""
+    path, text = directory / FILE_NAME, template()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as err:
+        raise ResourceError(
+            f"{path}: already exists", hint="edit it, or give another folder: fedmerge init DIR"
+        ) from err
+    except OSError as err:
+        raise ResourceError(f"{path}: could not be written ({err.strerror})") from err
+    stderr.print(f"wrote {path}; set model.base in it, then run: fedmerge doctor {path}", markup=False)
+
+
+def schema() -> None:
+    """Print the JSON schema of fedmerge.toml, for editors."""
+    print_json(json_schema(), indent=2)
+
+
+def template() -> str:
+    """Return the text of a fedmerge.toml that sets every key to its default, with its documentation above it."""
+    blocks = [HEADER]
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            blocks.append("\n".join(_table(f"[{name}]", field.annotation)) + "\n")
+        else:  # the array of simulated nodes, which is for `fedmerge simulate` alone
+            lines = _table(f"[[{name}]]", SimulatedNode)
+            blocks.append("\n".join(f"# {line}" if line else "#" for line in lines) + "\n")
+    return "\n".join(blocks)
+
+
+def _table(header: str, section: type[Section]) -> Iterator[str]:
+    yield from _comment(section.__doc__ or "")
+    yield header
+    for key, field in section.model_fields.items():
+        yield ""
+        yield from _comment(field.description or "")
+        # An example stands for what has no default, and for a default that is written in a friendlier way.
+        example = field.examples[0] if field.examples else field.default
+        optional = not field.is_required() and field.default is None
+        yield f"{'# ' if optional else ''}{key} = {toml_value(example)}"
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), width=100, initial_indent="# ", subsequent_indent="# ")
+
+
+def toml_value(value: object) -> str:
+    """Return a string, path, number, bool or list of them in TOML's notation, which for these is JSON's."""
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,245 @@
+"""Reading fedmerge.toml: every problem at once, each as `fedmerge.toml:9: merge.densty: unknown key; did you mean ...`.
+
+Values come from the file and, over it, from environment variables `FEDMERGE_<SECTION>__<KEY>`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from fedmerge.config.locate import KeyPath, key_lines, line_of
+from fedmerge.config.sections import Config, Section
+from fedmerge.errors import ConfigError
+
+ENV_PREFIX = "FEDMERGE_"
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+class _Problem(NamedTuple):
+    path: KeyPath
+    text: str
+
+
+def load_config(path: Path, *, environ: Mapping[str, str] | None = None) -> Config:
+    """Read a fedmerge.toml; relative paths in it start from its folder.
+
+    `environ` is searched for overrides and is the process's own environment by default. Raises `ConfigError` with one
+    line for each problem.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except OSError as err:
+        raise ConfigError(f"{path}: can't be read ({err.strerror})", hint="write one with: fedmerge init") from err
+    except UnicodeDecodeError as err:
+        line = path.read_bytes().count(b"\n", 0, err.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text") from err
+    return parse_config(text, folder=path.parent, where=str(path), environ=os.environ if environ is None else environ)
+
+
+def parse_config(text: str, *, folder: Path, where: str, environ: Mapping[str, str] | None = None) -> Config:
+    """Parse the text of a fedmerge.toml that stands, or would stand, in `folder`; `where` names it in errors."""
+    try:
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as err:  # ValueError: also an integer of thousands of digits
+        raise ConfigError(_syntax_error(str(err), text, where)) from err
+    overrides, problems = _read_environment(environ or {}, data)
+    config, found = _validate(data, folder)
+    problems += found
+    if config is not None and not problems:
+        return config
+    lines = key_lines(text)
+    report: list[tuple[int, str]] = []
+    for path, text_ in problems:
+        variable = overrides.get(path[:2])
+        line = 0 if variable or not path else line_of(path, lines)
+        place = f"{variable}: " if variable else f"{where}:{line}: " if path else ""
+        report.append((line, f"{place}{_dotted(path)}{text_}"))
+    # Problems of the file in the file's order, then those of the environment.
+    raise ConfigError("\n".join(line for _, line in sorted(report, key=lambda item: item[0] or 1 << 30)))
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of fedmerge.toml, for editors."""
+    schema = Config.model_json_schema()
+    # Every section may be left out; the ones with required keys are then reported key by key.
+    schema["required"] = [
+        name for name in SECTIONS if any(f.is_required() for f in SECTIONS[name].model_fields.values())
+    ]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema | {"title": "fedmerge.toml"}
+
+
+def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[_Problem]]:
+    # An absent section is an empty one, so that its defaults are filled in and its required keys are named.
+    filled = {name: {} for name in SECTIONS} | data
+    config: Config | None = None
+    problems: list[_Problem] = []
+    try:
+        config = Config.model_validate(filled, context={"folder": folder.resolve()})
+    except ValidationError as err:
+        problems = [_Problem(error["loc"], _explain(error)) for error in err.errors(include_url=False)]
+    return config, problems + _merge_problems(filled["merge"])
+
+
+def _merge_problems(section: Any) -> list[_Problem]:
+    """Check the merge method and its parameters against the method's signature."""
+    if not isinstance(section, dict) or not section.keys() - {"seed"}:
+        return []  # the default method, without parameters: no need to import torch
+    from fedmerge.merge import METHODS, parameters
+
+    method = section.get("method", "fedavg")
+    if not isinstance(method, str) or not method:
+        return []
+    if method not in METHODS:
+        return [_Problem(("merge", "method"), _one_of(method, METHODS))]
+    known = {name.removesuffix("_"): parameter for name, parameter in parameters(method).items()}
+    problems: list[_Problem] = []
+    for key in section.keys() - {"method", "seed"}:
+        if key not in known:
+            takes = f"{method} takes {', '.join(known) or 'no parameters'}"
+            problems.append(_Problem(("merge", key), f"unknown key; {_did_you_mean(key, known) or takes}"))
+            continue
+        adapter = TypeAdapter[Any](known[key].type, config=ConfigDict(strict=True, allow_inf_nan=False))
+        try:
+            adapter.validate_python(section[key])
+        except ValidationError as err:
+            problems.append(_Problem(("merge", key), _explain(err.errors(include_url=False)[0])))
+    return problems
+
+
+def _read_environment(environ: Mapping[str, str], data: dict[str, Any]) -> tuple[dict[KeyPath, str], list[_Problem]]:
+    """Lay the overrides over `data`; return the variable by key path, and what is wrong with their names."""
+    variables: dict[KeyPath, str] = {}
+    problems: list[_Problem] = []
+    for variable in sorted(environ):
+        section, separator, key = variable.removeprefix(ENV_PREFIX).lower().partition("__")
+        if not variable.startswith(ENV_PREFIX) or not separator:
+            continue
+        if section not in SECTIONS:
+            suggestion = _did_you_mean(section, SECTIONS) or _listed(SECTIONS)
+            problem = f"unknown section {section!r}; {suggestion}"
+            if section == "nodes":
+                problem = "[[nodes]] can't be set from the environment"
+            problems.append(_Problem((), f"{variable}: {problem}"))
+            continue
+        table = data.setdefault(section, {})
+        if isinstance(table, dict):
+            table[key] = _environment_value(environ[variable], SECTIONS[section], key)
+            variables[section, key] = variable
+    return variables, problems
+
+
+def _environment_value(text: str, section: type[Section], key: str) -> Any:
+    """Return `text` as the TOML value it spells, or as itself where a string is wanted or it spells none."""
+    field = section.model_fields.get(key)
+    if field is not None and field.annotation in (str, Path):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: ErrorDetails) -> str:
+    """Say what is wrong with a value in one clause of plain words."""
+    given, context = _shown(error["input"]), error.get("ctx", {})
+    match error["type"]:
+        case "missing":
+            return "required key is missing"
+        case "extra_forbidden":
+            return _unknown_key(error["loc"], error["input"])
+        case "value_error":
+            return f"{context['error']}"
+        case "literal_error":
+            return _one_of(error["input"], re.findall(r"'([^']*)'", context["expected"]))
+        case "model_type" | "dict_type":
+            return f"should be a table, not {given}"
+        case "tuple_type" | "list_type":
+            return f"should be a list, not {given}"
+        case "int_type" | "int_from_float":
+            return f"should be a whole number, not {given}"
+        case "float_type" | "finite_number":
+            return f"should be a number, not {given}"
+        case "string_type":
+            return f"should be a string, not {given}"
+        case "bool_type":
+            return f"should be true or false, not {given}"
+        case "string_too_short":
+            return "should not be empty"
+        case "greater_than":
+            return f"should be above {context['gt']:g}, not {given}"
+        case "greater_than_equal":
+            return f"should be at least {context['ge']:g}, not {given}"
+        case "less_than":
+            return f"should be below {context['lt']:g}, not {given}"
+        case "less_than_equal":
+            return f"should be at most {context['le']:g}, not {given}"
+    message = error["msg"].removeprefix("Input ")
+    return f"{message[:1].lower()}{message[1:]}, not {given}"
+
+
+def _unknown_key(path: KeyPath, value: object) -> str:
+    key = str(path[-1])
+    if len(path) == 1 and isinstance(value, dict):
+        return f"unknown section; {_did_you_mean(key, Config.model_fields) or _listed(Config.model_fields)}"
+    section = SECTIONS.get(str(path[0])) if len(path) > 1 else None
+    own = section.model_fields if section else ()
+    elsewhere = [name for name, other in SECTIONS.items() if key in other.model_fields]
+    if suggestion := _did_you_mean(key, own):
+        return f"unknown key; {suggestion}"
+    return f"unknown key; it belongs in [{elsewhere[0]}]" if elsewhere else f"unknown key; {_listed(own or SECTIONS)}"
+
+
+def _one_of(value: object, choices: Iterable[str]) -> str:
+    suggestion = _did_you_mean(value, choices) if isinstance(value, str) else ""
+    allowed = ", ".join(repr(choice) for choice in choices)
+    return f"should be one of {allowed}, not {_shown(value)}" + (f"; {suggestion}" if suggestion else "")
+
+
+def _did_you_mean(word: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), list(choices), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _listed(choices: Iterable[str]) -> str:
+    return f"known are {', '.join(choices)}"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, bool):
+        return str(value).lower()
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _dotted(path: KeyPath) -> str:
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{part if re.fullmatch('[A-Za-z0-9_-]+', part) else json.dumps(part)}"
+    return f"{text[1:]}: " if text else ""
+
+
+def _syntax_error(message: str, text: str, where: str) -> str:
+    """Move the position that tomllib puts at the end of its message to the front."""
+    match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", message, re.DOTALL)
+    problem, line, column = match.groups() if match else (message, None, None)
+    place = f"{where}:{line or text.count(chr(10)) + 1}"
+    return f"{place}: not valid TOML: {problem}{f' (column {column})' if column else ''}"

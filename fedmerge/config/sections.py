@@ -1,0 +1,341 @@
+"""The sections of fedmerge.toml, one class each: the keys, their defaults, and what they mean.
+
+The docstring below each field is its only documentation: `fedmerge init` and `fedmerge schema` print it.
+Only what one value can show to be wrong is checked here; that a path exists is checked when it is used.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+
+from fedmerge.errors import InputError
+
+if TYPE_CHECKING:
+    from fedmerge.frame import Codec
+    from fedmerge.merge import Recipe
+    from fedmerge.screen import ScreenPolicy
+
+SIZE_UNITS: dict[str, int] = {"B": 1} | {
+    f"{prefix}{infix}B": base**power
+    for infix, base in (("", 1000), ("I", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([A-Za-z]+)")
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?)\]|([^\s:\[\]]+)):([0-9]{1,5})")
+
+
+def parse_size(value: object) -> int:
+    """Return a number of bytes from an int or a text like `"2GiB"` or `"500 MB"`; raise `ValueError` otherwise."""
+    num_bytes = value if isinstance(value, int) and not isinstance(value, bool) else 0
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        num_bytes = int(float(match[1]) * SIZE_UNITS.get(match[2].upper(), 0))
+    if not 0 < num_bytes <= 1 << 50:
+        raise ValueError('should be a number of bytes, or a text like "500MB" or "2GiB"')
+    return num_bytes
+
+
+def parse_address(value: object) -> tuple[str, int]:
+    """Return host and port from `"127.0.0.1:8700"` or `"[::1]:8700"`; raise `ValueError` otherwise."""
+    match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if match is None or int(match[3]) > 65535:
+        raise ValueError('should be "host:port", with IPv6 in brackets: "[::1]:8700"')
+    return match[1] or match[2], int(match[3])
+
+
+def _resolve(value: object, info: ValidationInfo) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError("should be a path")
+    folder: Path = info.context["folder"] if info.context else Path()
+    try:
+        return (folder / Path(value).expanduser()).resolve()
+    except (RuntimeError, OSError) as err:  # no such user's home, or links in a circle
+        raise ValueError(f"can't be resolved ({err})") from err
+
+
+def _labels(value: object, info: ValidationInfo) -> tuple[str, ...] | Path | None:
+    if isinstance(value, str):
+        return _resolve(value, info)
+    names = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if value is None or (len(names) > 1 and all(name and isinstance(name, str) for name in names)):
+        if len(set(names)) < len(names):
+            raise ValueError("names a label twice")
+        return names or None
+    raise ValueError("should be a list of two or more label names, or the path of a text file with one per line")
+
+
+def _name(value: str) -> str:
+    # These names become folders, file names and parts of statements.
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", value):
+        raise ValueError("should be letters, digits, '-', '_' and '.', at most 100, not beginning with '.'")
+    return value
+
+
+def _address(value: str) -> str:
+    parse_address(value)
+    return value
+
+
+Name: TypeAlias = Annotated[str, AfterValidator(_name)]
+Address: TypeAlias = Annotated[str, AfterValidator(_address)]
+FilePath: TypeAlias = Annotated[Path, BeforeValidator(_resolve), WithJsonSchema({"type": "string"})]
+Size: TypeAlias = Annotated[
+    int, BeforeValidator(parse_size), WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]})
+]
+Labels: TypeAlias = Annotated[
+    tuple[str, ...] | Path | None,
+    PlainValidator(_labels),
+    WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 2}, {"type": "string"}]}),
+]
+Positive: TypeAlias = Annotated[int, Field(ge=1)]
+ValueType: TypeAlias = Literal["fp32", "bf16", "int8"]
+
+
+class Section(BaseModel):
+    """What all sections have in common."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class OpenSection(Section):
+    """A section that takes further keys, checked by whoever they are for."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        """The further keys and their values, as they stand in the file."""
+        return dict(self.model_extra or {})
+
+
+class Federation(Section):
+    """Who the federation is, and where its coordinator keeps things."""
+
+    name: Name = Field(examples=["my-federation"])
+    """Name of the federation: letters, digits, '-', '_' and '.'. It is signed into every statement."""
+    state: FilePath = Path("state")
+    """Folder of the ledger, the uploaded deltas and the published model versions."""
+    key: FilePath = Path("coordinator.key")
+    """The coordinator's private signing key; made on first start when there is none."""
+    trusted: FilePath = Path("trusted")
+    """Folder of the nodes' public keys, one NAME.pem each; fill it with: fedmerge keys trust."""
+
+
+class Model(Section):
+    """The model that every node starts from."""
+
+    base: FilePath = Field(examples=["base-model"])
+    """Folder of the base model, as Hugging Face saves it: config.json and safetensors weights."""
+    labels: Labels = Field(default=None, examples=[["negative", "positive"]])
+    """Makes a classification head for these labels on a plain encoder: a list of names, or the path of a text file
+    with one name per line."""
+
+    def label_names(self) -> tuple[str, ...] | None:
+        """Return the label names, read from the file if they stand in one; raise `InputError` if it has no use."""
+        if not isinstance(self.labels, Path):
+            return self.labels
+        try:
+            names = tuple(line.strip() for line in self.labels.read_text(encoding="utf-8").splitlines() if line.strip())
+        except (OSError, UnicodeDecodeError) as err:
+            raise InputError(f"{self.labels}: can't be read ({getattr(err, 'strerror', None) or 'not text'})") from err
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise InputError(f"{self.labels}: should hold two or more different label names, one per line")
+        return names
+
+
+class Server(Section):
+    """The address nodes connect to, and what one of them may send."""
+
+    listen: Address = "127.0.0.1:8700"
+    """Address to listen on, host:port; port 0 takes any free one. "0.0.0.0:8700" listens on every interface."""
+    tls_cert: FilePath | None = Field(default=None, examples=["server.crt"])
+    """Certificate chain (PEM) of your own, together with tls_key. Without them a self-signed certificate is made."""
+    tls_key: FilePath | None = Field(default=None, examples=["server.key"])
+    """Private key (PEM) of tls_cert."""
+    max_payload_bytes: Size = Field(default=2 << 30, examples=["2GiB"])
+    """Largest delta a node may upload, in bytes or as "500MB", "2GiB"."""
+    max_uploads: Positive = 32
+    """Uploads that may be open at once."""
+
+    @field_validator("tls_key")
+    @classmethod
+    def _both_or_none(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if "tls_cert" in info.data and (value is None) != (info.data["tls_cert"] is None):
+            raise ValueError("tls_cert and tls_key go together: give both or neither")
+        return value
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of `listen`."""
+        return parse_address(self.listen)
+
+
+class Rounds(Section):
+    """When a round begins and ends."""
+
+    num_rounds: Positive = 3
+    """Number of rounds to run."""
+    min_nodes: Positive = 2
+    """Nodes whose deltas a round needs; a round that closes with fewer fails."""
+    deadline_s: float = Field(default=3600.0, gt=0)
+    """Seconds after which a round closes with the deltas it has."""
+    grace_s: float = Field(default=30.0, ge=0)
+    """Seconds a round stays open for further nodes after it has enough deltas."""
+
+
+class Train(OpenSection):
+    """How nodes fine-tune; a node's own settings take precedence. Further keys are settings of the trainer."""
+
+    trainer: str = Field(default="text-classification", min_length=1)
+    """What fine-tunes the model on a node."""
+
+
+class Delta(Section):
+    """How task vectors, and the update that is published, are encoded on their way."""
+
+    sparsify: Literal["none", "seeded"] = "none"
+    """Elements that travel: all ("none"), or a random part that sender and receiver draw from the same seed, rescaled
+    to keep its mean, so that no index travels ("seeded")."""
+    density: float = Field(default=1.0, ge=1e-6, le=1)
+    """Share of the elements that "seeded" keeps, at most 1."""
+    values: ValueType = "int8"
+    """Number format of the elements that travel: "fp32", "bf16", or "int8" with one scale per block."""
+    block_size: int = Field(default=1024, ge=8, le=1 << 20)
+    """Elements that share a scale under "int8"."""
+    small_elements: int = Field(default=4096, ge=0, le=1 << 31)
+    """Vectors (biases, norms) of fewer elements than this are never thinned."""
+    zstd_level: int = Field(default=3, ge=1, le=19)
+    """Effort of the final compression, from 1 (fast) to 19 (small)."""
+    downlink: ValueType = "fp32"
+    """Number format of the update that nodes fetch after a round."""
+
+    @field_validator("density")
+    @classmethod
+    def _has_effect(cls, value: float, info: ValidationInfo) -> float:
+        if value != 1.0 and info.data.get("sparsify") == "none":
+            raise ValueError('has no effect without sparsify = "seeded"')
+        return value
+
+
+class Merge(OpenSection):
+    """How task vectors become one. Further keys are the method's own parameters, such as density for "ties"."""
+
+    method: str = Field(default="fedavg", min_length=1)
+    """Name of the merge method."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Seed of methods that draw random numbers; the same seed gives the same model, bit for bit."""
+
+
+class Screen(Section):
+    """Which deltas count, and for how much."""
+
+    max_norm_ratio: float = Field(default=10.0, gt=1)
+    """Leaves out a delta whose norm is over so many times the median norm."""
+    clip_norm_ratio: float | None = Field(default=None, gt=0, examples=[2.0])
+    """Scales a delta down to so many times the median norm when it is longer."""
+    weighting: Literal["examples", "equal"] = "examples"
+    """Weighs nodes by their number of training examples, or all the same."""
+    max_weight_ratio: float = Field(default=3.0, ge=1)
+    """Caps a node's weight at so many times the median weight, as the number of examples is the node's own claim."""
+
+
+class Outer(Section):
+    """The optimizer that takes the merged task vector as its step."""
+
+    name: Literal["sgd", "nesterov"] = "sgd"
+    """The step: lr times the merged task vector ("sgd"), or with momentum across rounds, as in DiLoCo ("nesterov")."""
+    lr: float = Field(default=1.0, gt=0)
+    """Learning rate; sgd with 1.0 adds the merged task vector as it is."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of "nesterov"."""
+
+
+class SimulatedNode(OpenSection):
+    """A node that `fedmerge simulate` plays. Further keys are settings of the trainer, such as text_column."""
+
+    name: Name = Field(examples=["north"])
+    """Name of the node."""
+    data: FilePath = Field(examples=["data/north-train.jsonl"])
+    """Its training data."""
+    test: FilePath | None = Field(default=None, examples=["data/north-test.jsonl"])
+    """Its held-out data; without it the node is not evaluated."""
+
+
+class Config(Section):
+    """A whole fedmerge.toml: valid, with defaults filled in and paths resolved."""
+
+    federation: Federation
+    model: Model
+    server: Server
+    rounds: Rounds
+    train: Train
+    delta: Delta
+    merge: Merge
+    screen: Screen
+    outer: Outer
+    nodes: Annotated[tuple[SimulatedNode, ...], Field(strict=False)] = ()
+
+    @field_validator("nodes")
+    @classmethod
+    def _names_differ(cls, nodes: tuple[SimulatedNode, ...]) -> tuple[SimulatedNode, ...]:
+        names = [node.name for node in nodes]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two nodes are called {twice[0]!r}")
+        return nodes
+
+    def train_settings(self) -> dict[str, Any]:
+        """Return the trainer's name and settings, as a round's plan carries them."""
+        return self.train.model_dump()
+
+    def outer_settings(self) -> dict[str, Any]:
+        """Return the outer optimizer's name and the parameters it takes, as a round's plan carries them."""
+        unused = {"momentum"} if self.outer.name == "sgd" else set()
+        return self.outer.model_dump(exclude=unused)
+
+    # The builders import late: they need torch, which a mistake in the file should not have to wait for.
+
+    def codec(self) -> Codec:
+        """Return how nodes encode their task vectors."""
+        from fedmerge.frame import Codec
+
+        return Codec(**self.delta.model_dump(exclude={"downlink"}))
+
+    def downlink_codec(self) -> Codec:
+        """Return how the published update is encoded: every element, in `delta.downlink` numbers."""
+        from fedmerge.frame import Codec
+
+        whole = {"sparsify": "none", "density": 1.0, "values": self.delta.downlink}
+        return Codec(**self.delta.model_dump(exclude={"downlink"}) | whole)
+
+    def recipe(self) -> Recipe:
+        """Return the merge method and its parameters; the seed stays in `merge.seed`."""
+        from fedmerge.merge import Recipe
+
+        return Recipe(self.merge.method, self.merge.extras)
+
+    def screen_policy(self) -> ScreenPolicy:
+        """Return which deltas count, and for how much."""
+        from fedmerge.screen import ScreenPolicy
+
+        return ScreenPolicy(**self.screen.model_dump())

@@ -1,0 +1,355 @@
+"""Steps 7 to 12, read top to bottom: admit and store (in `intake`), screen, merge, step, publish.
+
+The coordinator has no socket and no clock of its own: a server hands it calls and asks it to `advance`. Calls come from
+several threads; the journal's lock makes each state change one step, and the long work runs outside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedmerge.aggregate import RoundUpdate, screen_round
+from fedmerge.config import Config
+from fedmerge.delta import delta_schema
+from fedmerge.errors import BadSignature, ConfigError, RoundFailed, UnknownVersion
+from fedmerge.events import (
+    DeltaAccepted,
+    FederationCreated,
+    MergeFinished,
+    MergeStarted,
+    MetricsReported,
+    RoundOpened,
+    RoundPublished,
+    RoundSealed,
+)
+from fedmerge.events import RoundFailed as RoundFailedEvent
+from fedmerge.frame import Codec, DeltaFile
+from fedmerge.intake import Intake
+from fedmerge.journal import Journal
+from fedmerge.merkle import leaves_of, merkle_root
+from fedmerge.publish import publish, software_versions
+from fedmerge.rounds import Action, Phase, RoundPolicy, next_action
+from fedmerge.sign import SigningKey, TrustStore
+from fedmerge.statements import (
+    Contribution,
+    DeltaStatement,
+    FileRef,
+    MergeRecord,
+    MetricsStatement,
+    ModelRef,
+    RoundSpec,
+    UpdateRef,
+    digest_of,
+)
+from fedmerge.store import BlobStore
+from fedmerge.tensors import PICKLED, Checkpoint, model_digest, schema_digest
+from fedmerge.versions import open_model
+
+log = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """One federation: its journal, its blobs, and the round under way.
+
+    `base_dir` is the base model's directory, `clock` returns the wall clock in seconds. Opening it replays the ledger,
+    so a coordinator that was killed at any moment goes on where it was. Raises `ConfigError` when the state folder
+    belongs to another federation or base model.
+    """
+
+    def __init__(self, config: Config, base_dir: Path, *, clock: Callable[[], float]) -> None:
+        self.config = config
+        self.key = SigningKey.load_or_create(config.federation.key)
+        self.trust = TrustStore(config.federation.trusted)
+        self.policy = RoundPolicy(
+            num_rounds=config.rounds.num_rounds,
+            min_nodes=config.rounds.min_nodes,
+            deadline_s=config.rounds.deadline_s,
+            grace_s=config.rounds.grace_s,
+        )
+        state_dir = config.federation.state
+        self.base = Checkpoint(base_dir)
+        self.schema = delta_schema(self.base.schema)
+        self.journal = Journal(state_dir / "ledger.sqlite", self.key, clock)
+        self.blobs = BlobStore(state_dir / "blobs")
+        self._base_files = _file_refs(base_dir)
+        self._create_or_check()
+        self.intake = Intake(
+            self.journal,
+            self.blobs,
+            self.trust,
+            max_uploads=config.server.max_uploads,
+            decode=self._require_decodable,
+        )
+
+    def close(self) -> None:
+        """Close the ledger."""
+        self.journal.ledger.close()
+
+    # What nodes are told
+
+    def spec_envelope(self) -> bytes:
+        """The signed spec of the current round; empty before the first."""
+        opened = self.journal.state.opened
+        return opened.spec_envelope.encode() if opened else b""
+
+    def record_envelope(self) -> bytes:
+        """The signed merge record of the newest published version; empty before the first."""
+        state = self.journal.state
+        published = state.merges[:-1] if state.phase == Phase.PUBLISHING else state.merges
+        return published[-1].record_envelope.encode() if published else b""
+
+    def finished(self) -> bool:
+        """Whether no further round will open."""
+        return self._due() == Action.FINISH
+
+    def artifact(self, root: str) -> Path:
+        """Return a file that nodes may fetch: a base model file or a published update. Raises `UnknownVersion`."""
+        for ref in self._base_files:
+            if ref.root == root:
+                return self.base.directory / ref.name
+        if any(merge.update_root == root for merge in self.journal.state.merges):
+            return self.blobs.path(root)
+        raise UnknownVersion("no file with that root is served")
+
+    def report_metrics(self, caller_id: str, envelope: bytes) -> None:
+        """Record a node's signed evaluation. Raises `BadSignature` when somebody else signed it, or for another run."""
+        statement, signed = MetricsStatement.open(envelope, self.trust.keys(), where="metrics statement")
+        created = self.journal.created
+        if signed.signer.key_id != caller_id or statement.node_id != caller_id:
+            raise BadSignature("the metrics were signed by another node than the one that sends them")
+        if (statement.federation, statement.run) != (created.federation, created.run):
+            raise BadSignature("the metrics are for another federation or run")
+        self.journal.append(MetricsReported(round=statement.round, node_id=caller_id, envelope=envelope.decode()))
+
+    # The course of a round
+
+    def advance(self) -> bool:
+        """Do what is due, if anything, and say whether something was done. Never called by two threads at once."""
+        match self._due():
+            case Action.OPEN:
+                self.open_round()
+            case Action.SEAL:
+                self._seal()
+            case Action.FAIL:
+                self._fail()
+            case Action.MERGE:
+                self._merge()
+            case Action.PUBLISH:
+                self._publish()
+            case Action.WAIT | Action.FINISH:
+                return False
+        return True
+
+    def open_round(self) -> None:
+        """Open the next round, or the same one again after a failure."""
+        config, state, created = self.config, self.journal.state, self.journal.created
+        spec = RoundSpec(
+            federation=created.federation,
+            run=created.run,
+            round=state.round if state.phase == Phase.FAILED else state.round + 1,
+            num_rounds=self.policy.num_rounds,
+            nonce=secrets.token_hex(32),
+            model=self.journal.model(),
+            schema_digest=created.schema_digest,
+            base_files=self._base_files,
+            train=config.train_settings(),
+            codec=config.codec().to_dict(),
+            downlink=config.downlink_codec().to_dict(),
+            merge=config.recipe().to_dict(),
+            merge_seed=config.merge.seed,
+            screen=config.screen_policy().to_dict(),
+            outer=config.outer_settings(),
+            min_nodes=self.policy.min_nodes,
+            deadline_s=self.policy.deadline_s,
+            max_payload_bytes=config.server.max_payload_bytes,
+        )
+        envelope = spec.sign(self.key).decode()
+        spec_digest = digest_of(spec.to_payload())
+        self.journal.append(RoundOpened(round=spec.round, spec_digest=spec_digest, spec_envelope=envelope))
+        log.info("round %d open", spec.round)
+
+    def _seal(self) -> None:
+        with self.journal.lock:
+            state = self.journal.state
+            self.journal.append(RoundSealed(round=state.round, node_ids=sorted(state.deltas)))
+            self.intake.forget_all()
+
+    def _fail(self) -> None:
+        state, policy = self.journal.state, self.policy
+        reason = f"{len(state.deltas)} of at least {policy.min_nodes} deltas came in {policy.deadline_s:g} s"
+        self.journal.append(RoundFailedEvent(round=state.round, reason=reason))
+        log.warning("round %d failed: %s", state.round, reason)
+
+    # 9 screen, 10 merge, 11 step
+
+    def _merge(self) -> None:
+        state, spec = self.journal.state, self.journal.spec()
+        assert spec is not None
+        if state.phase == Phase.SEALED:
+            self.journal.append(MergeStarted(round=state.round))
+        facts = {node_id: fact for node_id in state.node_ids if (fact := state.accepted(node_id)) is not None}
+        deltas = {
+            node_id: self._open_delta(spec, node_id, self.blobs.path(f.payload_root)) for node_id, f in facts.items()
+        }
+        counts = {node_id: fact.num_examples for node_id, fact in facts.items()}
+        try:
+            verdicts = screen_round(spec, deltas, counts, self.schema)
+        except RoundFailed as err:
+            self.journal.append(RoundFailedEvent(round=spec.round, reason=err.message))
+            log.warning("round %d failed: %s", spec.round, err.message)
+            return
+        before = open_model(spec.model, self.base, self._find_update)
+        update = RoundUpdate(spec, verdicts, deltas, before, self._outer_state())
+        ref, state_root = self._store_update(update)
+        updates = [*spec.model.updates, ref]
+        unnamed = spec.model.model_copy(update={"updates": updates})
+        version = model_digest(open_model(unnamed, self.base, self._find_update))
+        assert state.opened is not None
+        record = MergeRecord(
+            federation=spec.federation,
+            run=spec.run,
+            round=spec.round,
+            spec_digest=state.opened.spec_digest,
+            before=spec.model,
+            model=ModelRef(digest=version, base_digest=spec.model.base_digest, updates=updates),
+            schema_digest=spec.schema_digest,
+            contributions=[
+                Contribution(
+                    node_id=verdict.node_id,
+                    statement_digest=facts[verdict.node_id].statement_digest,
+                    payload_root=facts[verdict.node_id].payload_root,
+                    payload_bytes=facts[verdict.node_id].payload_bytes,
+                    num_examples=verdict.num_examples,
+                    accepted=verdict.accepted,
+                    reason=verdict.reason,
+                    norm=verdict.norm,
+                    weight=verdict.weight,
+                    scale=verdict.scale,
+                )
+                for verdict in verdicts
+            ],
+            merge=spec.merge,
+            merge_seed=spec.merge_seed,
+            outer=spec.outer,
+            outer_state_root=state_root,
+            ledger_head=state.sealed_hash,
+            software=software_versions(),
+        )
+        envelope = record.sign(self.key).decode()
+        self.journal.append(
+            MergeFinished(round=spec.round, version=version, update_root=ref.root, record_envelope=envelope)
+        )
+        log.info("round %d merged into version %s", spec.round, version[:12])
+
+    def _store_update(self, update: RoundUpdate) -> tuple[UpdateRef, str | None]:
+        spec = update.spec
+        scratch = self.blobs.part_path(f"update-{spec.round}")
+        update.write(scratch, self.schema)
+        num_bytes = scratch.stat().st_size
+        root = self.blobs.add(scratch)
+        ref = UpdateRef(
+            round=spec.round, root=root, num_bytes=num_bytes, codec=spec.downlink, seed=str(spec.update_seed())
+        )
+        return ref, self.blobs.add(scratch) if update.write_state(scratch) else None
+
+    # 12 publish
+
+    def published_dir(self, round_number: int) -> Path:
+        """Return where a round's model directory is, or will be."""
+        return self.config.federation.state / "models" / f"round-{round_number:04d}"
+
+    def _publish(self) -> None:
+        record = self.journal.record()
+        assert record is not None
+        target = self.published_dir(record.round)
+        publish(
+            open_model(record.model, self.base, self._find_update),
+            self.base,
+            record,
+            target,
+            key=self.key,
+            provenance=self._provenance(),
+            node_keys=self._node_keys(),
+        )
+        self.journal.append(RoundPublished(round=record.round, version=record.model.digest))
+        log.info("round %d published in %s", record.round, target)
+
+    def _provenance(self) -> list[tuple[str, str]]:
+        """Return (kind, envelope) of all that was signed on the way to the newest version, in order."""
+        kept: list[tuple[str, str]] = []
+        for entry in self.journal.ledger.entries:
+            match entry.event:
+                case RoundOpened(spec_envelope=envelope):
+                    kept.append((RoundSpec.kind, envelope))
+                case DeltaAccepted(statement_envelope=envelope):
+                    kept.append((DeltaStatement.kind, envelope))
+                case MergeFinished(record_envelope=envelope):
+                    kept.append((MergeRecord.kind, envelope))
+                case _:
+                    pass
+        return kept
+
+    def _node_keys(self) -> dict[str, str]:
+        facts = [entry.event for entry in self.journal.ledger.entries]
+        return {fact.node_id: fact.node_key for fact in facts if isinstance(fact, DeltaAccepted)}
+
+    # Helpers
+
+    def _due(self) -> Action:
+        with self.journal.lock:
+            return next_action(self.journal.state, self.policy, self.trust.keys(), self.journal.clock())
+
+    def _create_or_check(self) -> None:
+        config = self.config
+        present = FederationCreated(
+            federation=config.federation.name,
+            run=secrets.token_hex(16),
+            base_digest=model_digest(self.base),
+            schema_digest=schema_digest(self.schema),
+            coordinator_key=self.key.public.pem(),
+        )
+        recorded = self.journal.state.created
+        if recorded is None:
+            self.journal.append(present)
+            return
+        for what in ("federation", "base_digest", "coordinator_key"):
+            if getattr(recorded, what) != getattr(present, what):
+                raise ConfigError(
+                    f"{config.federation.state}: holds the state of another federation ({what} is not the same)",
+                    hint="choose another federation.state folder, or restore the configuration it was made with",
+                )
+
+    def _open_delta(self, spec: RoundSpec, node_id: str, path: Path) -> DeltaFile:
+        return DeltaFile(path, self.schema, Codec.from_dict(spec.codec), seed=spec.mask_seed(node_id))
+
+    def _require_decodable(self, statement: DeltaStatement, path: Path) -> None:
+        spec = self.journal.spec()
+        assert spec is not None
+        delta = self._open_delta(spec, statement.node_id, path)
+        for name in delta:
+            delta[name]
+
+    def _find_update(self, ref: UpdateRef) -> Path:
+        return self.blobs.path(ref.root)
+
+    def _outer_state(self) -> dict[str, Tensor]:
+        record = self.journal.record()
+        if record is None or record.outer_state_root is None:
+            return {}
+        return load_file(self.blobs.path(record.outer_state_root))
+
+
+def _file_refs(directory: Path) -> list[FileRef]:
+    """Return the plain files of a model directory that a newcomer needs."""
+    paths = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    return [
+        FileRef(name=path.name, root=merkle_root(leaves_of(path)).hex(), num_bytes=path.stat().st_size)
+        for path in paths
+        if path.suffix not in PICKLED
+    ]

@@ -1,0 +1,242 @@
+"""Steps 7 and 8: admit a delta by its signed statement, take its payload leaf by leaf, and make it count.
+
+An upload is named by the digest of the statement it carries, so that beginning it again, after any break on either
+side, finds it where it stood. Nothing is acknowledged before it is on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedmerge.admit import admit
+from fedmerge.errors import (
+    BadOffset,
+    Busy,
+    ConflictingSubmission,
+    InvalidDelta,
+    RoundClosed,
+    UnknownUpload,
+    UntrustedKey,
+)
+from fedmerge.events import DeltaAccepted, DeltaRejected
+from fedmerge.journal import Journal
+from fedmerge.rounds import Phase
+from fedmerge.sign import PublicKey, TrustStore
+from fedmerge.statements import DeltaStatement, Receipt, digest_of
+from fedmerge.store import BlobStore, UploadRow
+from fedmerge.store.blobs import split_leaf_hashes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Upload:
+    row: UploadRow
+    statement: DeltaStatement
+    signer: PublicKey
+    leaves: list[bytes]
+    # Two streams of one upload must not append at once.
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def upload_id(self) -> str:
+        return self.row.upload_id
+
+
+class Intake:
+    """The uploads of a federation. `decode` raises `InvalidDelta` unless a payload file fits the current round."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        blobs: BlobStore,
+        trust: TrustStore,
+        *,
+        max_uploads: int,
+        decode: Callable[[DeltaStatement, Path], None],
+    ) -> None:
+        self._journal = journal
+        self._blobs = blobs
+        self._trust = trust
+        self._max_uploads = max_uploads
+        self._decode = decode
+        self._commit_lock = threading.Lock()
+        self._uploads: dict[str, _Upload] = {}
+        for row in journal.ledger.uploads():
+            self._resume(row)
+        blobs.drop_stray_parts(set(self._uploads))
+
+    def begin(self, caller_id: str, envelope: bytes, leaf_hashes: bytes) -> tuple[str, int]:
+        """Verify a delta statement and return its upload id and how many bytes of the payload are stored already.
+
+        Raises what `admit` raises, `BadSignature`, `UntrustedKey`, `DigestMismatch`, `ConflictingSubmission` or `Busy`.
+        """
+        statement, signed = DeltaStatement.open(envelope, self._trust.keys(), where="delta statement")
+        upload_id = digest_of(signed.payload)
+        with self._journal.lock:
+            state, spec = self._journal.state, self._journal.spec()
+            if spec is None or state.opened is None:
+                raise RoundClosed("no round has been opened yet", hint="wait for the first round")
+            accepted = state.accepted(caller_id)
+            if accepted is not None and accepted.statement_digest == upload_id:
+                return upload_id, accepted.payload_bytes
+            admit(statement, spec, state.opened.spec_digest, caller_id=caller_id, is_open=state.phase == Phase.OPEN)
+            if accepted is not None:
+                raise ConflictingSubmission(
+                    f"node {caller_id[:12]} already delivered another delta for round {spec.round}",
+                    hint="one delta counts per node and round; wait for the next round",
+                )
+            if upload_id not in self._uploads:
+                leaves = split_leaf_hashes(leaf_hashes, statement.payload_bytes, statement.payload_root)
+                # A node that lost its outbox trains again; its earlier, unfinished upload gives way.
+                for other in [other for other in self._uploads.values() if other.row.node_id == caller_id]:
+                    self._forget(other)
+                if len(self._uploads) >= self._max_uploads:
+                    raise Busy("as many uploads are under way as this coordinator takes", hint="try again in a minute")
+                row = UploadRow(upload_id, spec.round, caller_id, envelope, leaf_hashes)
+                self._blobs.begin_part(upload_id)
+                self._journal.ledger.begin_upload(row)
+                self._uploads[upload_id] = _Upload(row, statement, signed.signer, leaves)
+            return upload_id, self._stored_bytes(self._uploads[upload_id])
+
+    def write_chunk(self, caller_id: str, upload_id: str, offset: int, data: bytes) -> int:
+        """Store one 1 MiB leaf of a payload and return the bytes now stored.
+
+        Raises `UnknownUpload`, `BadOffset` or `DigestMismatch`; what is stored already stays.
+        """
+        upload = self._find(caller_id, upload_id)
+        with upload.lock:
+            return self._blobs.write_part(upload_id, offset, data, upload.leaves, upload.statement.payload_bytes)
+
+    def committed_bytes(self, caller_id: str, upload_id: str) -> int:
+        """Return the bytes stored of an upload; raise `UnknownUpload` when the caller has none of that id."""
+        accepted = self._journal.state.accepted(caller_id)
+        if accepted is not None and accepted.statement_digest == upload_id:
+            return accepted.payload_bytes
+        return self._stored_bytes(self._find(caller_id, upload_id))
+
+    def commit(self, caller_id: str, upload_id: str) -> bytes:
+        """Make a complete delta count and return the signed receipt; repeating it returns the same receipt.
+
+        The payload is decoded against the plan first. Raises `InvalidDelta` when it does not decode to finite tensors,
+        `BadOffset` when it is incomplete, `UnknownUpload` or `RoundClosed`.
+        """
+        with self._commit_lock:
+            receipt = self._receipt(caller_id, upload_id)
+            if receipt is not None:
+                return receipt
+            upload = self._find(caller_id, upload_id)
+            self._require_complete(upload)
+            try:
+                self._decode(upload.statement, self._payload_path(upload))
+            except InvalidDelta as err:
+                self._reject(upload, err)
+                raise
+            self._accept(upload)
+            receipt = self._receipt(caller_id, upload_id)
+            assert receipt is not None
+            return receipt
+
+    def forget_all(self) -> None:
+        """Drop the uploads that were not committed when the round was sealed."""
+        for upload in list(self._uploads.values()):
+            self._forget(upload)
+
+    def _accept(self, upload: _Upload) -> None:
+        statement = upload.statement
+        with self._journal.lock:
+            state = self._journal.state
+            if state.phase != Phase.OPEN or state.round != statement.round:
+                raise RoundClosed(f"round {statement.round} was sealed before the delta was committed")
+            self._blobs.finish_part(upload.upload_id, statement.payload_root)
+            self._journal.append(
+                DeltaAccepted(
+                    round=statement.round,
+                    node_id=statement.node_id,
+                    node_key=upload.signer.pem(),
+                    statement_digest=upload.upload_id,
+                    payload_root=statement.payload_root,
+                    payload_bytes=statement.payload_bytes,
+                    num_examples=statement.num_examples,
+                    statement_envelope=upload.row.envelope.decode(),
+                ),
+                ends_upload=upload.upload_id,
+            )
+            del self._uploads[upload.upload_id]
+        log.info("round %d: delta of %s accepted", statement.round, statement.node_id[:12])
+
+    def _reject(self, upload: _Upload, err: InvalidDelta) -> None:
+        statement = upload.statement
+        with self._journal.lock:
+            self._journal.append(
+                DeltaRejected(
+                    round=statement.round,
+                    node_id=statement.node_id,
+                    statement_digest=upload.upload_id,
+                    reason=err.reason,
+                    detail=err.message,
+                ),
+                ends_upload=upload.upload_id,
+            )
+            del self._uploads[upload.upload_id]
+            self._blobs.drop_part(upload.upload_id)
+        log.warning("round %d: delta of %s rejected: %s", statement.round, statement.node_id[:12], err.message)
+
+    def _receipt(self, node_id: str, statement_digest: str) -> bytes | None:
+        # Built from the ledger each time: Ed25519 signs the same bytes the same way, so it need not be stored.
+        created = self._journal.created
+        for entry in self._journal.ledger.entries:
+            fact = entry.event
+            if isinstance(fact, DeltaAccepted) and (fact.node_id, fact.statement_digest) == (node_id, statement_digest):
+                receipt = Receipt(
+                    federation=created.federation,
+                    run=created.run,
+                    round=fact.round,
+                    node_id=node_id,
+                    statement_digest=statement_digest,
+                    event=entry.number,
+                    event_hash=entry.hash,
+                )
+                return receipt.sign(self._journal.key)
+        return None
+
+    def _resume(self, row: UploadRow) -> None:
+        """Take up an upload that a restart interrupted, unless its signer is no longer trusted."""
+        try:
+            statement, signed = DeltaStatement.open(row.envelope, self._trust.keys(), where="stored upload")
+        except UntrustedKey:
+            self._journal.ledger.end_upload(row.upload_id)
+            return
+        leaves = split_leaf_hashes(row.leaf_hashes, statement.payload_bytes, statement.payload_root)
+        self._blobs.recover_part(row.upload_id, leaves)
+        self._uploads[row.upload_id] = _Upload(row, statement, signed.signer, leaves)
+
+    def _find(self, caller_id: str, upload_id: str) -> _Upload:
+        upload = self._uploads.get(upload_id)
+        if upload is None or upload.row.node_id != caller_id:
+            raise UnknownUpload("no such upload of this node", hint="begin the upload again")
+        return upload
+
+    def _require_complete(self, upload: _Upload) -> None:
+        stored, expected = self._stored_bytes(upload), upload.statement.payload_bytes
+        if stored != expected:
+            raise BadOffset(f"{stored} of {expected} bytes are stored", hint=f"continue at {stored}")
+
+    def _payload_path(self, upload: _Upload) -> Path:
+        # A crash between storing the blob and recording it leaves the blob in place and the part gone.
+        root = upload.statement.payload_root
+        return self._blobs.path(root) if self._blobs.has(root) else self._blobs.part_path(upload.upload_id)
+
+    def _stored_bytes(self, upload: _Upload) -> int:
+        if self._blobs.has(upload.statement.payload_root):
+            return upload.statement.payload_bytes
+        return self._blobs.part_bytes(upload.upload_id)
+
+    def _forget(self, upload: _Upload) -> None:
+        self._journal.ledger.end_upload(upload.upload_id)
+        self._blobs.drop_part(upload.upload_id)
+        del self._uploads[upload.upload_id]

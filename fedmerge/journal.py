@@ -1,0 +1,69 @@
+"""The federation's memory while it runs: the ledger, the state it adds up to, and a lock around both."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from fedmerge.events import Event, FederationCreated
+from fedmerge.rounds import FederationState, after, replay
+from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.statements import MergeRecord, ModelRef, RoundSpec
+from fedmerge.store import Ledger, LedgerEntry
+
+
+class Journal:
+    """Appends events and keeps `state` in step with them.
+
+    `key` is the coordinator's; what the ledger holds under its signature is verified again when it is read.
+    """
+
+    def __init__(self, path: Path, key: SigningKey, clock: Callable[[], float]) -> None:
+        self.key = key
+        self.lock = threading.RLock()
+        self.ledger = Ledger(path)
+        self.state: FederationState = replay(self.ledger.entries)
+        self.on_change: list[Callable[[], None]] = []
+        self.clock = clock
+
+    def append(self, event: Event, *, ends_upload: str | None = None) -> LedgerEntry:
+        """Commit an event, and let the listeners know."""
+        with self.lock:
+            entry = self.ledger.append(event, at_s=self.clock(), ends_upload=ends_upload)
+            self.state = after(self.state, entry)
+        for notify in list(self.on_change):
+            notify()
+        return entry
+
+    @property
+    def created(self) -> FederationCreated:
+        """The first event; only there once the federation was created."""
+        assert self.state.created is not None
+        return self.state.created
+
+    @property
+    def own_key(self) -> dict[str, PublicKey]:
+        """The coordinator's public key, as a trust store."""
+        return {self.key.public.key_id: self.key.public}
+
+    def spec(self) -> RoundSpec | None:
+        """The current round's spec; None before the first round."""
+        if self.state.opened is None:
+            return None
+        return RoundSpec.open(self.state.opened.spec_envelope.encode(), self.own_key, where="round spec")[0]
+
+    def record(self) -> MergeRecord | None:
+        """The newest merge record; None before the first merge."""
+        if not self.state.merges:
+            return None
+        envelope = self.state.merges[-1].record_envelope
+        return MergeRecord.open(envelope.encode(), self.own_key, where="merge record")[0]
+
+    def model(self) -> ModelRef:
+        """The newest model version."""
+        record = self.record()
+        if record is not None:
+            return record.model
+        base = self.created.base_digest
+        return ModelRef(digest=base, base_digest=base, updates=[])

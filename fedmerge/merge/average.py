@@ -1,0 +1,88 @@
+"""Linear methods, sum_i c_i * delta_i: weighted average and task arithmetic.
+
+Each is a rule for the coefficients c_i and one shared fold, which takes one task vector at a time; the engine uses the
+same two parts, so its memory does not grow with the number of nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fedmerge.delta import working_dtype
+from fedmerge.errors import InputError
+from fedmerge.merge.parameters import Lambda, Normalize
+from fedmerge.merge.stack import blocks, require_floats, row_weights, shares
+
+
+def fedavg(deltas: Tensor, weights: Tensor, *, base: Tensor | None = None, seed: int = 0) -> Tensor:
+    """Return the mean of `deltas` (K, *shape) by `weights` (K,), whatever their sum: (*shape,) in fp32 (or fp64).
+
+    Federated averaging, arXiv 1602.05629; with equal weights a uniform model soup, arXiv 2203.05482. Raises
+    `InputError` when the weights sum to less than 1e-8 in magnitude.
+    """
+    values = row_weights(weights, len(deltas), working_dtype(deltas))
+    return fold(zip(deltas, fedavg_coefficients(values), strict=True))
+
+
+def fedavg_coefficients(weights: list[float]) -> list[float]:
+    """Return the coefficient of each task vector in `fedavg`."""
+    return shares(weights)
+
+
+def task_arithmetic(
+    deltas: Tensor,
+    weights: Tensor,
+    *,
+    base: Tensor | None = None,
+    seed: int = 0,
+    lambda_: Lambda = 1.0,
+    normalize: Normalize = False,
+) -> Tensor:
+    """Return `lambda_` times the weighted sum of `deltas` (K, *shape): (*shape,) in fp32 (or fp64 if they are).
+
+    Task arithmetic, arXiv 2212.04089. The weights (K,) are used as they are: ones give the paper's sum (whose lambda is
+    0.3 to 0.4 for eight tasks), weights that sum to 1 give the mean, negative ones unlearn. Raises `InputError` when
+    `normalize` is set and the weights sum to less than 1e-8 in magnitude.
+    """
+    values = row_weights(weights, len(deltas), working_dtype(deltas))
+    coefficients = task_arithmetic_coefficients(values, lambda_=lambda_, normalize=normalize)
+    return fold(zip(deltas, coefficients, strict=True))
+
+
+def task_arithmetic_coefficients(weights: list[float], *, lambda_: float, normalize: bool) -> list[float]:
+    """Return the coefficient of each task vector in `task_arithmetic`."""
+    return [lambda_ * weight for weight in (shares(weights) if normalize else weights)]
+
+
+def fold(terms: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """Return the sum of `coefficient * delta` over `terms`, in their order, holding one delta at a time.
+
+    The deltas have one shape and any floating dtype; the result is fp32, or fp64 as soon as one of them is. Raises
+    `InputError` when there are no terms or a delta is not floating-point.
+    """
+    total: Tensor | None = None
+    for delta, coefficient in terms:
+        require_floats(delta)
+        dtype = working_dtype(delta)
+        if total is None:
+            total = torch.zeros(delta.shape, dtype=dtype, device=delta.device)
+        total = total.to(torch.promote_types(total.dtype, dtype))
+        add_scaled_(total.view(-1), delta.detach().reshape(-1), coefficient)
+    if total is None:
+        raise InputError("nothing to merge: no task vectors")
+    return total
+
+
+def add_scaled_(total: Tensor, row: Tensor, coefficient: float) -> None:
+    """Add `coefficient * row` to `total`, both (N,), in the dtype of `total`.
+
+    The product is rounded before it is added: whether `add_(alpha=)` fuses the two depends on the processor.
+    """
+    scratch = torch.empty_like(total[next(blocks(total.numel()), slice(0))])
+    for block in blocks(total.numel()):
+        part = total[block]
+        product = scratch[: part.numel()].copy_(row[block]).mul_(coefficient)
+        part.add_(product)

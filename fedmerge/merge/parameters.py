@@ -1,0 +1,104 @@
+"""Parameters of merge methods and optimizers: a function's keyword-only arguments are its configuration.
+
+The annotations carry range, default and documentation, so that configuration, JSON schema and documentation all derive
+from the signature, and nothing is written twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from fedmerge.errors import ConfigError, did_you_mean
+
+Density: TypeAlias = Annotated[
+    float, Field(gt=0, le=1, description="Share of the entries of each tensor that is kept; at least one entry is.")
+]
+Lambda: TypeAlias = Annotated[float, Field(allow_inf_nan=False, description="Factor on the merged task vector.")]
+Normalize: TypeAlias = Annotated[
+    bool, Field(description="Divide by the weights: a weighted mean instead of a weighted sum.")
+]
+Trim: TypeAlias = Annotated[
+    Literal["exact", "authors"],
+    Field(
+        description="exact: keep floor(density * n) entries, of equal magnitudes those that come first; "
+        "authors: keep one more, and every entry that ties with it."
+    ),
+]
+Election: TypeAlias = Annotated[
+    Literal["mass", "weighted", "count"],
+    Field(
+        description="What elects the sign of an element: mass: the sum of the entries; "
+        "weighted: the weighted sum; count: the sum of their signs."
+    ),
+]
+ZeroSum: TypeAlias = Annotated[
+    Literal["positive", "majority"],
+    Field(description="The sign of an element whose vote is a draw: positive, or the sign that most elements have."),
+]
+Normalizer: TypeAlias = Annotated[
+    Literal["weights", "count"],
+    Field(
+        description="What `normalize` divides by: the sum of the agreeing weights, or the number of agreeing entries."
+    ),
+]
+Aggregation: TypeAlias = Annotated[
+    Literal["sum", "max"],
+    Field(description="Add the agreeing entries, or take the largest of them (which `normalize` leaves alone)."),
+]
+Rescale: TypeAlias = Annotated[
+    Literal["paper", "l1", "none"],
+    Field(
+        description="How kept entries make up for dropped ones: paper: divide by density; "
+        "l1: restore each tensor's sum of magnitudes; none: leave them."
+    ),
+]
+
+
+class Parameter(NamedTuple):
+    """One parameter: its `type` (an `Annotated` hint that pydantic understands), `default` and one-sentence `doc`."""
+
+    type: Any
+    default: Any
+    doc: str
+
+
+def parameters_of(function: Callable[..., object], *, skip: Iterable[str] = ()) -> dict[str, Parameter]:
+    """Return the keyword-only arguments of `function` but those in `skip`, by Python name, in the signature's order."""
+    hints = get_type_hints(function, include_extras=True)
+    found: dict[str, Parameter] = {}
+    for name, argument in inspect.signature(function).parameters.items():
+        if argument.kind is inspect.Parameter.KEYWORD_ONLY and name not in skip:
+            doc = next((extra.description for extra in getattr(hints[name], "__metadata__", ())), None)
+            found[name] = Parameter(hints[name], argument.default, doc or "")
+    return found
+
+
+def config_key(name: str) -> str:
+    """Return how the parameter `name` is written in configuration files: `lambda_` is `lambda` there."""
+    return name.removesuffix("_")
+
+
+def resolve(where: str, parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `given` checked against `parameters`, by Python name, with defaults filled in.
+
+    Names may be written as in Python or as in configuration files. Raises `ConfigError` beginning with `where` on the
+    first unknown name, wrong type or value out of range.
+    """
+    names = {config_key(name): name for name in parameters}
+    resolved = {name: parameter.default for name, parameter in parameters.items()}
+    for key, value in given.items():
+        name = names.get(key, key)
+        if name not in parameters:
+            known = f"it takes {', '.join(names)}" if names else "it takes none"
+            raise ConfigError(f"{where} has no parameter {key!r}{did_you_mean(str(key), names)}", hint=known)
+        adapter = TypeAdapter[Any](parameters[name].type, config=ConfigDict(strict=True, allow_inf_nan=False))
+        try:
+            resolved[name] = adapter.validate_python(value)
+        except ValidationError as err:
+            problem = err.errors()[0]["msg"].removeprefix("Input ")
+            raise ConfigError(f"{where}: {key} = {value!r} {problem}") from None
+    return resolved

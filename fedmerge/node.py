@@ -1,0 +1,337 @@
+"""Steps 0 to 6, read top to bottom: train, subtract, sparsify, quantise, frame, sign, stream.
+
+A node needs a `Link` to a coordinator (over gRPC, or in the same process), a trainer, a key, and a folder. All it knows
+is in that folder, so it may be stopped at any moment: started again, it fetches what is missing, resumes an upload
+where it stood, and never trains twice for a round whose delta is already signed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedmerge.delta import UpdatedModel, delta_schema, subtract
+from fedmerge.errors import (
+    DigestMismatch,
+    InputError,
+    RoundClosed,
+    RoundFailed,
+    StaleBase,
+    UnknownRound,
+    reporting_os_errors,
+)
+from fedmerge.frame import Codec, write_delta
+from fedmerge.merkle import leaves_of, merkle_root
+from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.statements import (
+    DeltaStatement,
+    MergeRecord,
+    MetricsStatement,
+    ModelRef,
+    Receipt,
+    RoundSpec,
+    UpdateRef,
+    digest_of,
+)
+from fedmerge.tensors import Checkpoint, model_digest, schema_digest
+from fedmerge.training import Trainer, TrainTask
+from fedmerge.versions import open_model, require_digest, write_model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """The federation's state as a node sees it; envelopes are not verified yet, and empty when there is nothing."""
+
+    round: int
+    phase: str
+    spec_envelope: bytes
+    record_envelope: bytes
+    num_deltas: int
+    finished: bool
+    failure: str
+
+
+class Link(Protocol):
+    """What a node asks of a coordinator. Errors are those of `fedmerge.errors`, whatever lies between."""
+
+    def watch(self) -> Iterator[RoundView]:
+        """Yield the state now and after every change, until the last round has ended."""
+        ...
+
+    def fetch(self, root: str, target: Path) -> None:
+        """Fetch a file into `target`, continuing what is there already. The caller checks the root."""
+        ...
+
+    def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:
+        """Upload a payload from wherever it stands and commit it; return the receipt. `sent` is told the progress."""
+        ...
+
+    def report_metrics(self, envelope: bytes) -> None:
+        """Hand in a signed evaluation."""
+        ...
+
+
+@dataclass(frozen=True)
+class NodeEvent:
+    """Something worth showing to a person: `kind` is fetch, train, upload, delivered, evaluated, missed or finished."""
+
+    kind: str
+    round: int
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Node:
+    """A partner site: takes part in rounds until the federation has finished.
+
+    `home` is the node's folder, `base` a directory with the base model (fetched from the coordinator when None),
+    `coordinator` the key that round specs must be signed with.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        trainer: Trainer,
+        key: SigningKey,
+        coordinator: PublicKey,
+        home: Path,
+        *,
+        base: Path | None = None,
+        on_event: Callable[[NodeEvent], None] = lambda event: None,
+    ) -> None:
+        self.link = link
+        self.trainer = trainer
+        self.key = key
+        self.node_id = key.public.key_id
+        self.home = home
+        self._coordinator = {coordinator.key_id: coordinator}
+        self._base_dir = base
+        self._base: Checkpoint | None = None
+        self._on_event = on_event
+        self._taken: set[str] = set()
+
+    def run(self) -> Path:
+        """Take part until the last round has ended; return the final model's directory.
+
+        Raises `RoundFailed` when the federation ended without a model.
+        """
+        self.trainer.check()
+        for view in self.link.watch():
+            final = self.react(view)
+            if final is not None:
+                return final
+        raise RoundFailed("the coordinator ended the watch before the last round", hint="join again")
+
+    def react(self, view: RoundView) -> Path | None:
+        """Do what a state of the federation asks of this site; return the final model's directory at the end."""
+        if not view.spec_envelope:
+            return None
+        spec, signed = RoundSpec.open(view.spec_envelope, self._coordinator, where="round spec")
+        spec_digest = digest_of(signed.payload)
+        if view.phase == "open" and spec_digest not in self._taken:
+            self._taken.add(spec_digest)
+            self._take_part(spec, spec_digest)
+        return self._finish(view, spec) if view.finished else None
+
+    def _take_part(self, spec: RoundSpec, spec_digest: str) -> None:
+        try:
+            self.contribute(spec, spec_digest)
+        except (RoundClosed, UnknownRound, StaleBase) as err:
+            # The round went on without this site; the next one is another chance.
+            log.warning("round %d: %s", spec.round, err.message)
+            self._emit("missed", spec.round, reason=err.message)
+
+    def contribute(self, spec: RoundSpec, spec_digest: str) -> None:
+        """Do steps 0 to 6 for one round, or what is left of them after a restart."""
+        outbox = self.home / "rounds" / f"{spec.round:04d}-{spec_digest[:12]}"
+        if (outbox / "receipt.json").exists():
+            return
+        with reporting_os_errors(outbox):
+            outbox.mkdir(parents=True, exist_ok=True)
+        if not (outbox / "statement.json").exists():
+            self._make_delta(spec, spec_digest, outbox)
+        self._deliver(spec, outbox)
+
+    # 0 train, 1 subtract, 2 sparsify, 3 quantise, 4 frame, 5 sign
+
+    def _make_delta(self, spec: RoundSpec, spec_digest: str, outbox: Path) -> None:
+        model_dir = self._materialise(spec.model, spec)
+        self._evaluate("global", model_dir, spec.model.digest, spec, spec.round - 1)
+        result = self.trainer.train(
+            TrainTask(
+                model_dir=model_dir,
+                settings=spec.train,
+                round=spec.round,
+                seed=spec.train_seed(self.node_id),
+                workspace=outbox,
+                progress=lambda step, num_steps, loss: self._emit(
+                    "train", spec.round, step=step, num_steps=num_steps, loss=loss
+                ),
+            )
+        )
+        tuned = Checkpoint(result.model_dir)
+        self._evaluate("own", result.model_dir, model_digest(tuned), spec, spec.round)
+        before = self._open(spec.model)
+        schema = delta_schema(self._require_base(spec).schema)
+        payload = outbox / "delta.safetensors"
+        codec = Codec.from_dict(spec.codec)
+        write_delta(payload, subtract(tuned, before), schema, codec, seed=spec.mask_seed(self.node_id))
+        statement = DeltaStatement(
+            federation=spec.federation,
+            run=spec.run,
+            round=spec.round,
+            spec_digest=spec_digest,
+            nonce=spec.nonce,
+            base_digest=spec.model.digest,
+            schema_digest=spec.schema_digest,
+            node_id=self.node_id,
+            submission_id=secrets.token_hex(16),
+            codec=spec.codec,
+            payload_bytes=payload.stat().st_size,
+            payload_root=merkle_root(leaves_of(payload)).hex(),
+            num_examples=result.num_examples,
+            metrics=result.metrics,
+            software=f"fedmerge {version('fedmerge')}",
+        )
+        # The statement's presence says that the payload beside it is complete.
+        partial = outbox / "statement.partial"
+        with reporting_os_errors(outbox):
+            partial.write_bytes(statement.sign(self.key))
+            partial.rename(outbox / "statement.json")
+
+    # 6 stream
+
+    def _deliver(self, spec: RoundSpec, outbox: Path) -> None:
+        envelope = (outbox / "statement.json").read_bytes()
+        payload = outbox / "delta.safetensors"
+        num_bytes = payload.stat().st_size
+        receipt = self.link.submit(
+            envelope,
+            payload,
+            leaves_of(payload),
+            lambda sent: self._emit("upload", spec.round, sent_bytes=sent, payload_bytes=num_bytes),
+        )
+        statement, _ = DeltaStatement.open(envelope, {self.node_id: self.key.public}, where="own statement")
+        signed_for, _ = Receipt.open(receipt, self._coordinator, where="receipt")
+        if signed_for.statement_digest != digest_of(statement.to_payload()):
+            raise DigestMismatch("the coordinator's receipt is for another delta than the one that was sent")
+        (outbox / "receipt.json").write_bytes(receipt)
+        self._emit("delivered", spec.round, payload_bytes=num_bytes, event=signed_for.event)
+
+    # The model chain
+
+    def _finish(self, view: RoundView, spec: RoundSpec) -> Path:
+        if not view.record_envelope:
+            raise RoundFailed(f"round {view.round} failed: {view.failure}")
+        record, _ = MergeRecord.open(view.record_envelope, self._coordinator, where="merge record")
+        if (record.federation, record.run) != (spec.federation, spec.run):
+            raise DigestMismatch("the merge record is for another federation or run")
+        model_dir = self._materialise(record.model, spec)
+        self._evaluate("global", model_dir, record.model.digest, spec, record.round)
+        self._emit("finished", record.round, version=record.model.digest, model_dir=str(model_dir))
+        if view.phase == "failed":
+            raise RoundFailed(
+                f"round {view.round} failed: {view.failure}", hint=f"the last good model is in {model_dir}"
+            )
+        return model_dir
+
+    def _materialise(self, ref: ModelRef, spec: RoundSpec) -> Path:
+        """Return a directory with the model version `ref`, checked against its digest."""
+        base = self._require_base(spec)
+        if not ref.updates:
+            return base.directory
+        target = self.home / "models" / ref.digest
+        if target.exists():
+            return target
+        model = self._open(ref)
+        require_digest(model, ref, where=f"round {spec.round}")
+        partial = target.with_suffix(".partial")
+        with reporting_os_errors(target):
+            shutil.rmtree(partial, ignore_errors=True)
+            write_model(model, base, partial)
+            for old in target.parent.iterdir():
+                if old != partial:
+                    shutil.rmtree(old)
+            partial.rename(target)
+        return target
+
+    def _open(self, ref: ModelRef) -> UpdatedModel:
+        assert self._base is not None
+        return open_model(ref, self._base, self._update_file)
+
+    def _update_file(self, ref: UpdateRef) -> Path:
+        target = self.home / "updates" / ref.root
+        if not target.exists():
+            self._emit("fetch", ref.round, what="update", num_bytes=ref.num_bytes)
+            self._fetch(ref.root, target)
+        return target
+
+    def _require_base(self, spec: RoundSpec) -> Checkpoint:
+        if self._base is not None:
+            return self._base
+        directory = self._base_dir or self._fetch_base(spec)
+        base = Checkpoint(directory)
+        found = model_digest(base)
+        if found != spec.model.base_digest or schema_digest(delta_schema(base.schema)) != spec.schema_digest:
+            raise InputError(
+                f"{directory}: is not the base model of federation {spec.federation!r} "
+                f"(version {found[:12]}, expected {spec.model.base_digest[:12]})",
+                hint="leave out --base to fetch the right one from the coordinator",
+            )
+        self._base = base
+        return base
+
+    def _fetch_base(self, spec: RoundSpec) -> Path:
+        directory = self.home / "base"
+        for ref in spec.base_files:
+            target = directory / ref.name
+            if not target.exists():
+                self._emit("fetch", spec.round, what=ref.name, num_bytes=ref.num_bytes)
+                self._fetch(ref.root, target)
+        return directory
+
+    def _fetch(self, root: str, target: Path) -> None:
+        partial = target.with_name(f"{target.name}.partial")
+        with reporting_os_errors(target):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            self.link.fetch(root, partial)
+            if merkle_root(leaves_of(partial)).hex() != root:
+                partial.unlink()
+                raise DigestMismatch(f"{target.name}: the coordinator sent other bytes than it promised")
+            partial.rename(target)
+
+    def _evaluate(self, which: str, model_dir: Path, digest: str, spec: RoundSpec, round_number: int) -> None:
+        """Score a model on this site's own test data, once, and report it signed."""
+        done = self.home / "metrics" / f"{round_number:04d}-{which}-{digest[:12]}.json"
+        if done.exists():
+            return
+        values = self.trainer.evaluate(model_dir)
+        if not values:
+            return
+        statement = MetricsStatement.model_validate(
+            {
+                "federation": spec.federation,
+                "run": spec.run,
+                "round": round_number,
+                "node_id": self.node_id,
+                "model": which,
+                "digest": digest,
+                "values": values,
+            }
+        )
+        self.link.report_metrics(statement.sign(self.key))
+        with reporting_os_errors(done):
+            done.parent.mkdir(parents=True, exist_ok=True)
+            done.write_text(json.dumps(values))
+        self._emit("evaluated", round_number, model=which, **values)
+
+    def _emit(self, kind: str, round_number: int, **values: Any) -> None:
+        self._on_event(NodeEvent(kind, round_number, values))

@@ -1,0 +1,93 @@
+"""Step 12, publish: a directory that transformers opens, and that anybody who has the coordinator's key can check.
+
+Beside the weights, config and tokenizer stand README.md (a model card), provenance.jsonl (every signed round spec,
+delta statement and merge record on the way to this version, as they travelled), lineage.json (a statement that names
+every file by SHA-256) and lineage.sig.json (its envelope). The directory appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from fedmerge.card import model_card
+from fedmerge.delta import UpdatedModel
+from fedmerge.errors import reporting_os_errors
+from fedmerge.sign import SigningKey
+from fedmerge.statements import Lineage, MergeRecord
+from fedmerge.store.blobs import sync_directory
+from fedmerge.tensors import Checkpoint
+from fedmerge.versions import write_model
+
+LINEAGE = "lineage.json"
+SIGNATURE = "lineage.sig.json"
+PROVENANCE = "provenance.jsonl"
+CARD = "README.md"
+
+
+def publish(
+    model: UpdatedModel,
+    base: Checkpoint,
+    record: MergeRecord,
+    target: Path,
+    *,
+    key: SigningKey,
+    provenance: Sequence[tuple[str, str]],
+    node_keys: Mapping[str, str],
+) -> None:
+    """Write and sign the published directory of a model version at `target`.
+
+    `provenance` holds (statement kind, envelope) pairs in order, `node_keys` the PEM public key by key id of each node
+    that signed one of them. Repeating it replaces the directory by an equal one. Raises `ResourceError`.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    with reporting_os_errors(target):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_model(model, base, partial)
+        lines = [json.dumps({"kind": kind, "envelope": envelope}) for kind, envelope in provenance]
+        (partial / PROVENANCE).write_text("\n".join(lines) + "\n")
+        (partial / CARD).write_text(model_card(record, base.directory))
+        lineage = Lineage(
+            federation=record.federation,
+            run=record.run,
+            files=file_digests(partial),
+            model=record.model,
+            node_keys=dict(sorted(node_keys.items())),
+            software=record.software,
+        )
+        (partial / LINEAGE).write_bytes(lineage.to_payload())
+        (partial / SIGNATURE).write_bytes(lineage.sign(key))
+        for path in partial.iterdir():
+            _sync_file(path)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        sync_directory(target.parent)
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 (hex) of every file in `directory`, by name, but for the lineage and its signature."""
+    found: dict[str, str] = {}
+    for path in sorted(directory.iterdir()):
+        if path.name not in {LINEAGE, SIGNATURE}:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def software_versions() -> dict[str, str]:
+    """Return the versions of what the numbers in a merge depend on."""
+    packages = ("fedmerge", "torch", "numpy", "safetensors", "zstandard")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

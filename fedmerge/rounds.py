@@ -1,0 +1,178 @@
+"""The round as a pure state machine: `after(state, entry)` says what an event changes, `next_action` what is due.
+
+    planned -> open -> sealed -> merging -> publishing -> published -> open (the next round) ...
+                 \\-> failed -> open (the same round again, when the operator restarts it)
+
+Nothing here reads a clock or touches a disk: times come in with the ledger's entries and as `now_s`, both in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from fedmerge.errors import DigestMismatch
+from fedmerge.events import (
+    DeltaAccepted,
+    DeltaRejected,
+    FederationCreated,
+    MergeFinished,
+    MergeStarted,
+    MetricsReported,
+    RoundFailed,
+    RoundOpened,
+    RoundPublished,
+    RoundSealed,
+)
+from fedmerge.store import LedgerEntry
+
+
+class Phase(StrEnum):
+    """Where the current round stands."""
+
+    PLANNED = "planned"
+    OPEN = "open"
+    SEALED = "sealed"
+    MERGING = "merging"
+    PUBLISHING = "publishing"
+    PUBLISHED = "published"
+    FAILED = "failed"
+
+
+class Action(StrEnum):
+    """What a coordinator should do next."""
+
+    OPEN = "open"
+    WAIT = "wait"
+    SEAL = "seal"
+    FAIL = "fail"
+    MERGE = "merge"
+    PUBLISH = "publish"
+    FINISH = "finish"
+
+
+@dataclass(frozen=True)
+class RoundPolicy:
+    """When a round closes.
+
+    It seals as soon as every trusted node has delivered; or `grace_s` after the delta that made the quorum of
+    `min_nodes`; or `deadline_s` after opening, if the quorum is there, and fails then if it is not. There are
+    `num_rounds` rounds.
+    """
+
+    num_rounds: int
+    min_nodes: int
+    deadline_s: float
+    grace_s: float
+
+
+@dataclass(frozen=True)
+class FederationState:
+    """All that the ledger says, in the form that the coordinator uses it."""
+
+    created: FederationCreated | None = None
+    round: int = 0
+    phase: Phase = Phase.PLANNED
+    opened: RoundOpened | None = None
+    opened_at_s: float = 0.0
+    deltas: Mapping[str, LedgerEntry] = field(default_factory=dict)
+    sealed_hash: str = ""
+    node_ids: tuple[str, ...] = ()
+    merges: tuple[MergeFinished, ...] = ()
+    failure: str = ""
+
+    def accepted(self, node_id: str) -> DeltaAccepted | None:
+        """Return what the node delivered in the current round."""
+        entry = self.deltas.get(node_id)
+        return entry.event if entry is not None and isinstance(entry.event, DeltaAccepted) else None
+
+
+_LEGAL: dict[type, set[Phase]] = {
+    FederationCreated: {Phase.PLANNED},
+    RoundOpened: {Phase.PLANNED, Phase.PUBLISHED, Phase.FAILED},
+    DeltaAccepted: {Phase.OPEN},
+    DeltaRejected: {Phase.OPEN},
+    RoundSealed: {Phase.OPEN},
+    MergeStarted: {Phase.SEALED},
+    MergeFinished: {Phase.MERGING},
+    RoundPublished: {Phase.PUBLISHING},
+    RoundFailed: {Phase.OPEN, Phase.MERGING},
+    MetricsReported: set(Phase),
+}
+
+
+def after(state: FederationState, entry: LedgerEntry) -> FederationState:
+    """Return the state once `entry` has happened.
+
+    Raises `DigestMismatch` when the event can't happen in this state: then no coordinator wrote this ledger.
+    """
+    event = entry.event
+    if state.phase not in _LEGAL[type(event)]:
+        raise DigestMismatch(f"ledger event {entry.number}: {event.kind} can't happen while the round is {state.phase}")
+    match event:
+        case FederationCreated():
+            return replace(state, created=event)
+        case RoundOpened():
+            return replace(
+                state,
+                round=event.round,
+                phase=Phase.OPEN,
+                opened=event,
+                opened_at_s=entry.at_s,
+                deltas={},
+                node_ids=(),
+                sealed_hash="",
+                failure="",
+            )
+        case DeltaAccepted():
+            return replace(state, deltas={**state.deltas, event.node_id: entry})
+        case RoundSealed():
+            return replace(state, phase=Phase.SEALED, node_ids=tuple(event.node_ids), sealed_hash=entry.hash)
+        case MergeStarted():
+            return replace(state, phase=Phase.MERGING)
+        case MergeFinished():
+            return replace(state, phase=Phase.PUBLISHING, merges=(*state.merges, event))
+        case RoundPublished():
+            return replace(state, phase=Phase.PUBLISHED)
+        case RoundFailed():
+            return replace(state, phase=Phase.FAILED, failure=event.reason)
+        case DeltaRejected() | MetricsReported():
+            return state
+
+
+def replay(entries: Iterable[LedgerEntry]) -> FederationState:
+    """Return the state that a ledger adds up to."""
+    state = FederationState()
+    for entry in entries:
+        state = after(state, entry)
+    return state
+
+
+def next_action(state: FederationState, policy: RoundPolicy, trusted: Collection[str], now_s: float) -> Action:
+    """Return what is due at `now_s`, given the key ids of the nodes that are trusted at present."""
+    match state.phase:
+        case Phase.PLANNED:
+            return Action.OPEN
+        case Phase.PUBLISHED:
+            return Action.OPEN if state.round < policy.num_rounds else Action.FINISH
+        case Phase.SEALED | Phase.MERGING:
+            return Action.MERGE
+        case Phase.PUBLISHING:
+            return Action.PUBLISH
+        case Phase.FAILED:
+            return Action.FINISH
+        case Phase.OPEN:
+            return _while_open(state, policy, trusted, now_s)
+
+
+def _while_open(state: FederationState, policy: RoundPolicy, trusted: Collection[str], now_s: float) -> Action:
+    arrivals_s = sorted(entry.at_s for entry in state.deltas.values())
+    if len(arrivals_s) >= policy.min_nodes:
+        quorum_at_s = arrivals_s[policy.min_nodes - 1]
+        everyone = all(node_id in state.deltas for node_id in trusted)
+        if everyone or now_s >= quorum_at_s + policy.grace_s:
+            return Action.SEAL
+    if now_s >= state.opened_at_s + policy.deadline_s:
+        return Action.SEAL if len(arrivals_s) >= policy.min_nodes else Action.FAIL
+    return Action.WAIT

@@ -1,0 +1,118 @@
+"""Step 0, train: what a node asks of a trainer, and the table of those that are shipped.
+
+A trainer takes a Hugging Face model directory and leaves another with the same tensors, tuned on data that only the
+node sees. Trainers live with the client, because they need a training framework; here is the contract alone, and
+trainers are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from fedmerge.errors import ConfigError, MissingExtra
+
+
+@dataclass(frozen=True, slots=True)
+class TrainTask:
+    """One node's work in one round.
+
+    `model_dir` is the global model, a Hugging Face directory that must be left as it is; `settings` is what the
+    round's plan says under `[train]`; `round` and `seed` determine everything that is drawn at random; `workspace` is
+    the node's private scratch directory, which exists; `progress` is called with (step, num_steps, loss).
+    """
+
+    model_dir: Path
+    settings: Mapping[str, Any]
+    round: int
+    seed: int
+    workspace: Path
+    progress: Callable[[int, int, float], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a trainer leaves: `model_dir` has the tensors of the global model under the same names, tuned.
+
+    `num_examples` is the size of the node's training data, `metrics` whatever the trainer measured on the way.
+    """
+
+    model_dir: Path
+    num_examples: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer(Protocol):
+    """A way to fine-tune; made from a node's own options (data paths and the like) by `load_trainer`."""
+
+    def check(self) -> None:
+        """Raise `InputError` or `ConfigError` now if the node's data can't be trained on, not in the middle of a round."""
+        ...
+
+    def train(self, task: TrainTask) -> TrainResult:
+        """Tune `task.model_dir` into a new directory under `task.workspace`. Same task and machine, same weights."""
+        ...
+
+    def evaluate(self, model_dir: Path) -> dict[str, float]:
+        """Return metrics of a model on the node's test data; empty when it has none."""
+        ...
+
+
+# Pydantic models, so that options from a configuration file are checked before anything is loaded.
+TRAINERS: dict[str, str] = {
+    "text-classification": "fedmerge_client.train.text_classification:TextClassification",
+}
+
+
+def load_trainer(name: str, options: Mapping[str, Any]) -> Trainer:
+    """Import the trainer that `TRAINERS` calls `name` and make it from a node's `options`.
+
+    Raises `ConfigError` for an unknown name or option and `MissingExtra` when its framework is not installed.
+    """
+    if name not in TRAINERS:
+        raise ConfigError(
+            f"unknown trainer {name!r}{did_you_mean(name, TRAINERS)}", hint=f"one of {', '.join(sorted(TRAINERS))}"
+        )
+    module, _, attribute = TRAINERS[name].partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as err:
+        raise MissingExtra(
+            f"the {name} trainer needs {(err.name or module).partition('.')[0]}", hint='pip install "fedmerge[client]"'
+        ) from err
+    trainer: Trainer = validated(cls, options, where=f"trainer {name}")
+    return trainer
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def validated(model: type[ModelT], values: Mapping[str, Any], *, where: str) -> ModelT:
+    """Return `values` as a pydantic `model`; `where` says where they were written.
+
+    Raises `ConfigError` that names each key at fault, with the nearest known one for a key that does not exist.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as err:
+        problems = []
+        for problem in err.errors(include_url=False, include_context=False):
+            key = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "extra_forbidden":
+                problems.append(f"{key}: unknown key{did_you_mean(key, model.model_fields)}")
+            else:
+                problems.append(f"{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
+        known = ", ".join(model.model_fields)
+        raise ConfigError(f"{where}: {'; '.join(problems)}", hint=f"known keys: {known}") from err
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the nearest of the `known` words, or "" when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,197 @@
+"""Check a published directory offline, without trusting whoever handed it over.
+
+What is checked: the coordinator's signature, every file's digest, that the weights are the version they claim to be,
+that each delta statement was signed by its node and each merge record follows from the one before. With the deltas at
+hand, the whole history is computed again and compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor
+
+from fedmerge.aggregate import RoundUpdate, screen_round
+from fedmerge.delta import UpdatedModel, delta_schema
+from fedmerge.errors import BadSignature, DigestMismatch, InputError, VerificationError
+from fedmerge.frame import Codec, DeltaFile
+from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
+from fedmerge.sign import PublicKey
+from fedmerge.statements import DeltaStatement, Lineage, MergeRecord, ModelRef, RoundSpec, digest_of
+from fedmerge.store import BlobStore
+from fedmerge.tensors import Checkpoint, model_digest
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: `passed` is None when it could not be checked, and `detail` says why."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class History:
+    """A directory's provenance, verified: round specs and delta statements by digest, merge records in order."""
+
+    specs: dict[str, RoundSpec]
+    deltas: dict[str, DeltaStatement]
+    records: list[MergeRecord]
+
+
+def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[Lineage, History, list[Check]]:
+    """Check everything that needs no other file, and return what was checked.
+
+    `trusted` are the coordinators' keys by key id. Raises `VerificationError` (or a subclass) at the first thing that
+    does not hold, naming the file; `InputError` when the directory is not a published model.
+    """
+    payload, envelope = _read(directory / LINEAGE), _read(directory / SIGNATURE)
+    lineage, signed = Lineage.open(envelope, trusted, where=str(directory / SIGNATURE))
+    if signed.payload != payload:
+        raise DigestMismatch(f"{directory / LINEAGE}: differs from what was signed")
+    coordinator = {signed.signer.key_id: signed.signer}
+    checks = [Check("signature", True, f"lineage.json is signed by coordinator {signed.signer.short}")]
+    _require_files(directory, lineage)
+    checks.append(
+        Check("files", True, f"all {len(lineage.files)} files have their signed SHA-256, and no other file is there")
+    )
+    found = model_digest(Checkpoint(directory))
+    if found != lineage.model.digest:
+        raise DigestMismatch(f"{directory}: the weights are version {found[:12]}, not {lineage.model.digest[:12]}")
+    checks.append(Check("version", True, f"the weights are version {found[:12]}"))
+    history = _read_history(directory / PROVENANCE, coordinator, lineage)
+    checks.append(
+        Check("history", True, f"{len(history.records)} merge records form a chain from the base to this version")
+    )
+    num_nodes = len({statement.node_id for statement in history.deltas.values()})
+    checks.append(
+        Check("deltas", True, f"{len(history.deltas)} delta statements verify under the keys of {num_nodes} nodes")
+    )
+    strangers = sorted(key_id for key_id in lineage.node_keys if key_id not in trusted)
+    if strangers:
+        detail = (
+            f"the coordinator vouches for the node keys {', '.join(k[:12] for k in strangers)}; you do not know them"
+        )
+        checks.append(Check("node keys", None, detail))
+    return lineage, history, checks
+
+
+def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
+    """Compute every version again from the base and the stored deltas, and compare bit for bit.
+
+    Raises `DigestMismatch` when a round comes out otherwise, `UnknownVersion` when a delta is not in `blobs`.
+    """
+    schema = delta_schema(base.schema)
+    state: dict[str, Tensor] = {}
+    updates: list[DeltaFile] = []
+    with TemporaryDirectory(prefix="fedmerge-replay-") as scratch:
+        for record in history.records:
+            spec = history.specs[record.spec_digest]
+            codec = Codec.from_dict(spec.codec)
+            deltas = {
+                c.node_id: DeltaFile(blobs.path(c.payload_root), schema, codec, seed=spec.mask_seed(c.node_id))
+                for c in record.contributions
+            }
+            counts = {c.node_id: history.deltas[c.statement_digest].num_examples for c in record.contributions}
+            verdicts = screen_round(spec, deltas, counts, schema)
+            update = RoundUpdate(spec, verdicts, deltas, UpdatedModel(base, updates), state)
+            path = Path(scratch) / f"update-{record.round}"
+            update.write(path, schema)
+            state = update.state
+            ref = record.model.updates[-1]
+            updates = [*updates, DeltaFile(path, schema, Codec.from_dict(ref.codec), seed=int(ref.seed))]
+            found = model_digest(UpdatedModel(base, updates))
+            if found != record.model.digest:
+                raise DigestMismatch(
+                    f"round {record.round}: merging the same deltas again gives version {found[:12]}, "
+                    f"but {record.model.digest[:12]} was published"
+                )
+    return Check("replay", True, f"merging the deltas of {len(history.records)} rounds again gives the same bits")
+
+
+def _require_files(directory: Path, lineage: Lineage) -> None:
+    for path in directory.iterdir():
+        if path.is_symlink() or not path.is_file():
+            raise VerificationError(f"{path}: only plain files belong in a published model")
+    found = file_digests(directory)
+    for name in sorted(lineage.files.keys() | found.keys()):
+        if name not in found:
+            raise DigestMismatch(f"{directory / name}: is missing")
+        if name not in lineage.files:
+            raise DigestMismatch(f"{directory / name}: is not part of what was signed")
+        if found[name] != lineage.files[name]:
+            raise DigestMismatch(
+                f"{directory / name}: was changed after it was signed",
+                hint="fetch the model again; do not use this copy",
+            )
+
+
+def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lineage) -> History:
+    node_keys = {
+        key_id: PublicKey.from_pem(pem, where=f"{LINEAGE}: node key {key_id[:12]}")
+        for key_id, pem in lineage.node_keys.items()
+    }
+    history = History({}, {}, [])
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        where = f"{path}:{number}"
+        try:
+            entry = json.loads(line)
+            kind, envelope = entry["kind"], entry["envelope"].encode()
+        except (ValueError, KeyError, TypeError, AttributeError) as err:
+            raise BadSignature(f"{where}: not a provenance entry") from err
+        if kind == RoundSpec.kind:
+            spec, signed = RoundSpec.open(envelope, coordinator, where=where)
+            history.specs[digest_of(signed.payload)] = spec
+        elif kind == DeltaStatement.kind:
+            statement, signed = DeltaStatement.open(envelope, node_keys, where=where)
+            if signed.signer.key_id != statement.node_id:
+                raise BadSignature(f"{where}: the delta of node {statement.node_id[:12]} was signed by another node")
+            history.deltas[digest_of(signed.payload)] = statement
+        elif kind == MergeRecord.kind:
+            record, _ = MergeRecord.open(envelope, coordinator, where=where)
+            history.records.append(record)
+        else:
+            raise BadSignature(f"{where}: unknown kind of statement {kind!r}")
+    _require_chain(history, lineage, path)
+    return history
+
+
+def _require_chain(history: History, lineage: Lineage, path: Path) -> None:
+    base = lineage.model.base_digest
+    before = ModelRef(digest=base, base_digest=base, updates=[])
+    for record in history.records:
+        spec = history.specs.get(record.spec_digest)
+        where = f"{path}: merge record of round {record.round}"
+        if spec is None or spec.round != record.round or spec.model != record.before:
+            raise VerificationError(f"{where}: does not belong to a signed round spec")
+        if record.before != before or record.model.updates[:-1] != before.updates:
+            raise VerificationError(f"{where}: does not follow from the round before")
+        promised = (spec.merge, spec.merge_seed, spec.outer, spec.schema_digest)
+        if (record.merge, record.merge_seed, record.outer, record.schema_digest) != promised:
+            raise VerificationError(f"{where}: was not merged as its round spec promised")
+        for contribution in record.contributions:
+            statement = history.deltas.get(contribution.statement_digest)
+            if (
+                statement is None
+                or statement.node_id != contribution.node_id
+                or statement.payload_root != contribution.payload_root
+                or statement.spec_digest != record.spec_digest
+            ):
+                raise VerificationError(f"{where}: node {contribution.node_id[:12]} signed no such delta")
+        before = record.model
+    if before != lineage.model or not history.records:
+        raise VerificationError(f"{path}: the merge records do not lead to the version in {LINEAGE}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        raise InputError(
+            f"{path}: can't be read ({err.strerror})", hint="is this a directory that fedmerge published?"
+        ) from err

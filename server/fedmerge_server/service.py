@@ -1,0 +1,221 @@
+"""The gRPC services: each call finds out who calls, hands the work to the coordinator on a thread, and answers.
+
+Everything that can go wrong is an exception of `fedmerge.errors`, translated to a status in one place. Whatever is not
+is logged here and reaches the caller as INTERNAL without a word about what it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+
+from fedmerge.coordinator import Coordinator
+from fedmerge.errors import BadOffset, FedmergeError, Unreachable
+from fedmerge.v1 import (
+    delta_pb2,
+    delta_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    round_pb2,
+    round_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+)
+from fedmerge.wire import CHUNK_BYTES, PHASES, SESSION_HEADER, STATUS_DETAILS_HEADER, status_of
+from fedmerge_server.sessions import Sessions
+
+log = logging.getLogger(__name__)
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+# A sender that is silent for longer gives its place up; it resumes where it stood.
+CHUNK_IDLE_S = 30.0
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+@asynccontextmanager
+async def answering(context: Context) -> AsyncIterator[None]:
+    """End the call with the right status when the block raises."""
+    try:
+        yield
+    except (grpc.aio.AbortError, asyncio.CancelledError):
+        raise
+    except Exception as err:
+        if not isinstance(err, FedmergeError):
+            log.exception("internal error in a call")
+        status = status_of(err)
+        details = ((STATUS_DETAILS_HEADER, status.SerializeToString()),)
+        await context.abort(_CODES[status.code], status.message, details)
+
+
+class Services(
+    session_pb2_grpc.SessionServiceServicer,
+    round_pb2_grpc.RoundServiceServicer,
+    delta_pb2_grpc.DeltaServiceServicer,
+    model_pb2_grpc.ModelServiceServicer,
+):
+    """All services of one coordinator. Must be made on the event loop that serves them."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._intake = coordinator.intake
+        self._sessions = Sessions(coordinator.key.public, coordinator.trust)
+        self._changed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def journal_changed() -> None:
+            loop.call_soon_threadsafe(self.wake)
+
+        coordinator.journal.on_change.append(journal_changed)
+
+    def wake(self) -> None:
+        """Let everyone who waits for a change look again."""
+        # Waiters hold the old event; whoever comes later waits for the next change.
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Wait until the journal grows, or `timeout_s` has passed."""
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except TimeoutError:
+            return
+
+    def _caller(self, context: Context) -> str:
+        metadata = dict(context.invocation_metadata() or ())
+        token = metadata.get(SESSION_HEADER, "")
+        return self._sessions.caller(token if isinstance(token, str) else "")
+
+    # SessionService
+
+    async def BeginSession(  # noqa: N802 - named by the protocol
+        self, request: session_pb2.BeginSessionRequest, context: Context
+    ) -> session_pb2.BeginSessionResponse:
+        """Give out a nonce."""
+        return session_pb2.BeginSessionResponse(nonce=self._sessions.begin())
+
+    async def OpenSession(  # noqa: N802
+        self, request: session_pb2.OpenSessionRequest, context: Context
+    ) -> session_pb2.OpenSessionResponse:
+        """Open a session for whoever signed the nonce."""
+        async with answering(context):
+            token = self._sessions.open(request.envelope)
+        return session_pb2.OpenSessionResponse(token=token)
+
+    # RoundService
+
+    async def WatchRounds(  # noqa: N802
+        self, request: round_pb2.WatchRoundsRequest, context: Context
+    ) -> AsyncIterator[round_pb2.WatchRoundsResponse]:
+        """Stream the state: now, and after every change."""
+        async with answering(context):
+            num_seen = -1
+            while True:
+                self._caller(context)
+                num_events = len(self._coordinator.journal.ledger.entries)
+                if num_events != num_seen:
+                    num_seen = num_events
+                    view = self._view(num_events)
+                    yield view
+                    if view.finished:
+                        return
+                await self.wait_for_change(30.0)
+
+    async def ReportMetrics(  # noqa: N802
+        self, request: round_pb2.ReportMetricsRequest, context: Context
+    ) -> round_pb2.ReportMetricsResponse:
+        """Record an evaluation."""
+        async with answering(context):
+            caller = self._caller(context)
+            await asyncio.to_thread(self._coordinator.report_metrics, caller, request.envelope)
+        return round_pb2.ReportMetricsResponse()
+
+    # DeltaService
+
+    async def BeginUpload(  # noqa: N802
+        self, request: delta_pb2.BeginUploadRequest, context: Context
+    ) -> delta_pb2.BeginUploadResponse:
+        """Admit a delta by its statement."""
+        async with answering(context):
+            caller = self._caller(context)
+            upload_id, stored = await asyncio.to_thread(
+                self._intake.begin, caller, request.envelope, request.leaf_hashes
+            )
+        return delta_pb2.BeginUploadResponse(upload_id=upload_id, committed_bytes=stored)
+
+    async def UploadDelta(  # noqa: N802
+        self, request_iterator: AsyncIterator[delta_pb2.UploadDeltaRequest], context: Context
+    ) -> delta_pb2.UploadDeltaResponse:
+        """Store chunks as they come."""
+        stored, upload_id = 0, ""
+        async with answering(context):
+            while True:
+                try:
+                    request = await asyncio.wait_for(anext(request_iterator), CHUNK_IDLE_S)
+                except StopAsyncIteration:
+                    break
+                except TimeoutError:
+                    raise Unreachable(f"no chunk came in {CHUNK_IDLE_S:g} s; {stored} bytes are stored") from None
+                # Checked for every chunk: a key that stops being trusted is cut off in the middle of an upload.
+                caller = self._caller(context)
+                upload_id = upload_id or request.upload_id
+                stored = await asyncio.to_thread(
+                    self._intake.write_chunk, caller, upload_id, request.offset, request.data
+                )
+        return delta_pb2.UploadDeltaResponse(committed_bytes=stored)
+
+    async def GetUpload(  # noqa: N802
+        self, request: delta_pb2.GetUploadRequest, context: Context
+    ) -> delta_pb2.GetUploadResponse:
+        """Say how much is stored."""
+        async with answering(context):
+            caller = self._caller(context)
+            stored = await asyncio.to_thread(self._intake.committed_bytes, caller, request.upload_id)
+        return delta_pb2.GetUploadResponse(committed_bytes=stored)
+
+    async def CommitDelta(  # noqa: N802
+        self, request: delta_pb2.CommitDeltaRequest, context: Context
+    ) -> delta_pb2.CommitDeltaResponse:
+        """Make a delta count."""
+        async with answering(context):
+            caller = self._caller(context)
+            receipt = await asyncio.to_thread(self._intake.commit, caller, request.upload_id)
+        return delta_pb2.CommitDeltaResponse(receipt_envelope=receipt)
+
+    # ModelService
+
+    async def FetchArtifact(  # noqa: N802
+        self, request: model_pb2.FetchArtifactRequest, context: Context
+    ) -> AsyncIterator[model_pb2.FetchArtifactResponse]:
+        """Stream a file."""
+        async with answering(context):
+            self._caller(context)
+            path = self._coordinator.artifact(request.root)
+            if not 0 <= request.offset <= path.stat().st_size:
+                raise BadOffset(f"the file has {path.stat().st_size} bytes", hint="start again from 0")
+            with path.open("rb") as file:
+                file.seek(request.offset)
+                while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                    self._caller(context)
+                    yield model_pb2.FetchArtifactResponse(data=data)
+
+    def _view(self, num_events: int) -> round_pb2.WatchRoundsResponse:
+        coordinator = self._coordinator
+        with coordinator.journal.lock:
+            state = coordinator.journal.state
+            return round_pb2.WatchRoundsResponse(
+                num_events=num_events,
+                round=state.round,
+                phase=PHASES[state.phase],
+                spec_envelope=coordinator.spec_envelope(),
+                record_envelope=coordinator.record_envelope(),
+                num_deltas=len(state.deltas),
+                finished=coordinator.finished(),
+                failure=state.failure,
+            )

@@ -1,0 +1,55 @@
+"""Sessions: which key a call comes from. A node signs a nonce once, and gets a token for its later calls."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from fedmerge.errors import BadSignature, NoSession, UntrustedKey
+from fedmerge.sign import PublicKey, TrustStore
+from fedmerge.statements import SessionProof
+
+NONCE_LIFETIME_S = 60.0
+MAX_PENDING_NONCES = 10_000
+
+
+class Sessions:
+    """Nonces given out and sessions opened; in memory only, so a restart asks every node to prove itself again."""
+
+    def __init__(self, coordinator: PublicKey, trust: TrustStore) -> None:
+        self._coordinator_id = coordinator.key_id
+        self._trust = trust
+        self._nonces: dict[str, float] = {}
+        self._key_ids: dict[str, str] = {}
+
+    def begin(self) -> bytes:
+        """Return a fresh nonce."""
+        now_s = time.monotonic()
+        self._nonces = {nonce: made_s for nonce, made_s in self._nonces.items() if now_s < made_s + NONCE_LIFETIME_S}
+        if len(self._nonces) >= MAX_PENDING_NONCES:
+            self._nonces.pop(next(iter(self._nonces)))
+        nonce = secrets.token_bytes(32)
+        self._nonces[nonce.hex()] = now_s
+        return nonce
+
+    def open(self, envelope: bytes) -> str:
+        """Exchange a signed nonce for a token. Raises `BadSignature` or `UntrustedKey`."""
+        proof, signed = SessionProof.open(envelope, self._trust.keys(), where="session proof")
+        made_s = self._nonces.pop(proof.nonce, None)
+        if made_s is None or time.monotonic() >= made_s + NONCE_LIFETIME_S:
+            raise BadSignature("session proof: the nonce is unknown, used or expired", hint="connect again")
+        if proof.coordinator_key != self._coordinator_id:
+            raise BadSignature("session proof: made for another coordinator")
+        token = secrets.token_urlsafe(32)
+        self._key_ids[token] = signed.signer.key_id
+        return token
+
+    def caller(self, token: str) -> str:
+        """Return the key id behind a token. Raises `NoSession`, or `UntrustedKey` once the key was removed."""
+        key_id = self._key_ids.get(token)
+        if key_id is None:
+            raise NoSession("the coordinator does not know this session", hint="connect again")
+        if key_id not in self._trust.keys():  # noqa: SIM118 - a method that reads the folder, not a mapping
+            del self._key_ids[token]
+            raise UntrustedKey(f"key {key_id[:12]} is no longer trusted", hint="ask the operator of the coordinator")
+        return key_id
