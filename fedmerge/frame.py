@@ -31,13 +31,13 @@ from torch import Tensor
 
 from fedmerge.delta import delta_schema
 from fedmerge.errors import ConfigError, InputError, InvalidDelta, ResourceError
-from fedmerge.quantize import QUANTIZERS, Bytes
+from fedmerge.quantize import QUANTIZERS, Bytes, Sections
 from fedmerge.seeds import derive_seed
-from fedmerge.sparsify import SPARSIFIERS, Sparsifier, travels_dense
-from fedmerge.tensors import DTYPE_NAMES, Schema, TensorMap, TensorSpec, require_same_schema
+from fedmerge.sparsify import SPARSIFIERS, travels_dense
+from fedmerge.tensors import Schema, TensorMap, TensorSpec, require_same_schema, schema_of
 
 FORMAT: Final = "fedmerge.delta"
-VERSION: Final = 1
+VERSION = 1
 METADATA_KEY = "fedmerge"
 ZERO = "zero"
 MAX_HEADER_BYTES = 16 << 20
@@ -103,13 +103,14 @@ class Codec:
             _require_known("codec", key, [field.name for field in fields(cls)])
         return cls(**table)
 
-    def sparsifies(self, spec: TensorSpec) -> bool:
-        """Return whether a tensor of this shape is thinned."""
-        return self.sparsify != "none" and not travels_dense(spec.shape, self.small_elements)
+    def sparsifier(self, spec: TensorSpec) -> str:
+        """Return the name of the sparsifier for a tensor of this shape."""
+        return "none" if travels_dense(spec.shape, self.small_elements) else self.sparsify
 
     def encoding(self, spec: TensorSpec) -> str:
         """Return the encoding of a tensor of this shape that is not all zero."""
-        return f"{self.sparsify}+{self.values}" if self.sparsifies(spec) else self.values
+        sparsifier = self.sparsifier(spec)
+        return self.values if sparsifier == "none" else f"{sparsifier}+{self.values}"
 
 
 def _require_known(where: str, name: str, known: Iterable[str]) -> None:
@@ -148,7 +149,7 @@ class _Frame(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shape: Annotated[tuple[_Count, ...], Field(max_length=64)]
-    dtype: Literal["F32"] = "F32"
+    dtype: Literal["F32"]
     encoding: str
     sections: tuple[_Section, ...]
 
@@ -160,8 +161,8 @@ class _Frame(BaseModel):
 class _Header(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal["fedmerge.delta"] = FORMAT
-    version: Literal[1] = VERSION
+    format: Literal["fedmerge.delta"]
+    version: Annotated[int, Field(strict=True, ge=VERSION, le=VERSION)]
     codec: dict[str, Any]
     frames: dict[str, _Frame]
 
@@ -169,10 +170,6 @@ class _Header(BaseModel):
         num_elements = sum(TensorSpec(frame.shape, "F32").num_elements for frame in self.frames.values())
         encodings = Counter(frame.encoding for frame in self.frames.values())
         return DeltaStats(num_elements, 4 * num_elements, payload_bytes, dict(sorted(encodings.items())))
-
-
-def _stored(coded: memoryview, raw_bytes: int) -> bytes | memoryview:
-    return coded
 
 
 def _unzstd(coded: memoryview, raw_bytes: int) -> bytes | memoryview:
@@ -188,7 +185,21 @@ def _unzstd(coded: memoryview, raw_bytes: int) -> bytes | memoryview:
 
 
 # How a section is stored: each takes its bytes in the file and the length that must come out.
-DECODERS: dict[str, Callable[[memoryview, int], bytes | memoryview]] = {"raw": _stored, "zstd": _unzstd}
+DECODERS: dict[str, Callable[[memoryview, int], bytes | memoryview]] = {
+    "raw": lambda coded, _: coded,
+    "zstd": _unzstd,
+}
+
+
+def _decode_sections(data: memoryview, sections: Iterable[_Section]) -> Sections:
+    decoded: dict[str, Bytes] = {}
+    for kind, raw_bytes, coded_bytes, coder in sections:
+        try:
+            decoded[kind] = np.frombuffer(DECODERS[coder](data[:coded_bytes], raw_bytes), dtype=np.uint8)
+        except InvalidDelta as err:
+            raise InvalidDelta(f"section {kind} {err.message}") from err
+        data = data[coded_bytes:]
+    return decoded
 
 
 def _compressor(level: int) -> zstandard.ZstdCompressor:
@@ -205,27 +216,20 @@ def _encode(
     """Return the frame of flat fp32 `values` and its bytes; raise `InputError` for values that can't travel."""
     low, high = (float(bound) for bound in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
     if low == high == 0:
-        return _Frame(shape=spec.shape, encoding=ZERO, sections=()), np.empty(0, dtype=np.uint8)
+        return _Frame(shape=spec.shape, dtype="F32", encoding=ZERO, sections=()), np.empty(0, dtype=np.uint8)
     limit = MAX_VALUE * codec.density
     if not max(-low, high) <= limit:
         num_bad = int((~(values.double().abs() <= limit)).sum())
         raise InputError(f"{num_bad} values are NaN, infinite or beyond {limit:.3g}", hint="training diverged")
-    kept = _sparsifier(codec, spec).sparsify(values, seed, codec.density)
+    kept = SPARSIFIERS[codec.sparsifier(spec)].sparsify(values, seed, codec.density)
     sections, stored = [], []
     for kind, raw in QUANTIZERS[codec.values].quantize(kept, codec.block_size).items():
         coded = np.frombuffer(compressor.compress(raw.data), dtype=np.uint8)
         coder = "zstd" if coded.size < raw.size else "raw"
         stored.append(coded if coder == "zstd" else raw)
         sections.append(_Section(kind, raw.size, stored[-1].size, coder))
-    return _Frame(shape=spec.shape, encoding=codec.encoding(spec), sections=tuple(sections)), np.concatenate(stored)
-
-
-def _sparsifier(codec: Codec, spec: TensorSpec) -> Sparsifier:
-    return SPARSIFIERS[codec.sparsify if codec.sparsifies(spec) else "none"]
-
-
-def _spec_of(tensor: Tensor) -> TensorSpec:
-    return TensorSpec(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
+    frame = _Frame(shape=spec.shape, dtype="F32", encoding=codec.encoding(spec), sections=tuple(sections))
+    return frame, np.concatenate(stored)
 
 
 def write_delta(path: Path, delta: TensorMap, schema: Schema, codec: Codec, *, seed: int) -> DeltaStats:
@@ -247,13 +251,13 @@ def write_delta(path: Path, delta: TensorMap, schema: Schema, codec: Codec, *, s
     payload: dict[str, Bytes] = {}
     for name, spec in schema.items():
         tensor = delta[name]
-        require_same_schema({name: spec}, {name: _spec_of(tensor)}, where=where)
+        require_same_schema({name: spec}, schema_of({name: tensor}), where=where)
         values = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
         try:
             frames[name], payload[name] = _encode(values, spec, codec, derive_seed(seed, name), compressor)
         except InputError as err:
             raise InputError(f"{where}: {name}: {err.message}", hint=err.hint) from err
-    header = _Header(codec=codec.to_dict(), frames=frames)
+    header = _Header(format=FORMAT, version=VERSION, codec=codec.to_dict(), frames=frames)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(payload, part, metadata={METADATA_KEY: header.model_dump_json()})
@@ -318,13 +322,10 @@ def _open(path: Path, max_frame_bytes: int) -> tuple[Any, _Header]:
         odd = sorted(set(names) ^ header.frames.keys())[0]
         raise _invalid(path, f"{odd}: is not both in the header and among the frames")
     for name in names:
-        view = file.get_slice(name)
-        if view.get_dtype() != "U8" or view.get_shape() != [header.frames[name].coded_bytes]:
-            raise _invalid(
-                path,
-                f"{name}: frame is {view.get_dtype()} {view.get_shape()}, "
-                f"sections have {header.frames[name].coded_bytes} bytes",
-            )
+        view, coded_bytes = file.get_slice(name), header.frames[name].coded_bytes
+        if (view.get_dtype(), view.get_shape()) != ("U8", [coded_bytes]):
+            found = f"{view.get_dtype()} {view.get_shape()}"
+            raise _invalid(path, f"{name}: frame is {found}, its sections have {coded_bytes} bytes")
     return file, header
 
 
@@ -357,20 +358,10 @@ class DeltaFile(Mapping[str, Tensor]):
         if frame.encoding == ZERO:
             return torch.zeros(spec.shape)
         try:
-            data = memoryview(self._file.get_tensor(name))
-            sections: dict[str, Bytes] = {}
-            offset = 0
-            for kind, raw_bytes, coded_bytes, coder in frame.sections:
-                try:
-                    decoded = DECODERS[coder](data[offset : offset + coded_bytes], raw_bytes)
-                except InvalidDelta as err:
-                    raise InvalidDelta(f"section {kind} {err.message}") from err
-                sections[kind] = np.frombuffer(decoded, dtype=np.uint8)
-                offset += coded_bytes
+            sections = _decode_sections(memoryview(self._file.get_tensor(name)), frame.sections)
             kept = self._quantizer.dequantize(sections, self.codec.block_size)
-            dense = _sparsifier(self.codec, spec).scatter(
-                kept, spec.num_elements, derive_seed(self._seed, name), self.codec.density
-            )
+            sparsifier = SPARSIFIERS[self.codec.sparsifier(spec)]
+            dense = sparsifier.scatter(kept, spec.num_elements, derive_seed(self._seed, name), self.codec.density)
             if dense.numel() and not all(map(torch.isfinite, torch.aminmax(dense))):
                 raise InvalidDelta(f"{int((~torch.isfinite(dense)).sum())} values are NaN or infinite")
         except InvalidDelta as err:
@@ -395,9 +386,8 @@ class DeltaFile(Mapping[str, Tensor]):
         if frame.encoding == ZERO:
             expected: dict[str, int] = {}
         elif frame.encoding == self.codec.encoding(spec):
-            num_kept = _sparsifier(self.codec, spec).num_kept(
-                spec.num_elements, derive_seed(self._seed, name), self.codec.density
-            )
+            sparsifier = SPARSIFIERS[self.codec.sparsifier(spec)]
+            num_kept = sparsifier.num_kept(spec.num_elements, derive_seed(self._seed, name), self.codec.density)
             expected = self._quantizer.section_bytes(num_kept, self.codec.block_size)
         else:
             raise _invalid(self.path, f"{name}: encoding is {frame.encoding!r}, not {self.codec.encoding(spec)!r}")
@@ -422,20 +412,15 @@ def inspect_delta(path: Path) -> dict[str, Any]:
     _, header = _open(path, max_frame_bytes=1 << 62)
     file_bytes = path.stat().st_size
     stats = header.stats(file_bytes)
-    tensors = {
+    claims = header.model_dump(mode="json", exclude={"frames"})
+    claims["totals"] = {**asdict(stats), "bits_per_parameter": stats.bits_per_parameter}
+    claims["tensors"] = {
         name: {
             "shape": list(frame.shape),
             "encoding": frame.encoding,
-            "coded_bytes": frame.coded_bytes,
             "raw_bytes": sum(section.raw_bytes for section in frame.sections),
+            "coded_bytes": frame.coded_bytes,
         }
         for name, frame in sorted(header.frames.items())
-    }
-    claims = {
-        "format": header.format,
-        "version": header.version,
-        "codec": header.codec,
-        "totals": {**asdict(stats), "bits_per_parameter": stats.bits_per_parameter},
-        "tensors": tensors,
     }
     return {"path": str(path), "file_bytes": file_bytes, "claims": claims}

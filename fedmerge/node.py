@@ -168,7 +168,7 @@ class Node:
         result = self.trainer.train(
             TrainTask(
                 model_dir=model_dir,
-                settings=spec.train,
+                settings={key: value for key, value in spec.train.items() if key != "trainer"},
                 round=spec.round,
                 seed=spec.train_seed(self.node_id),
                 workspace=outbox,

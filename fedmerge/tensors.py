@@ -201,6 +201,8 @@ def write_weights(tensors: TensorMap, directory: Path, shards: dict[str, list[st
             shard = {name: tensors[name].contiguous() for name in names}
             total_bytes += sum(tensor.nbytes for tensor in shard.values())
             save_file(shard, directory / file_name, metadata={"format": "pt"})
+            # safetensors makes files that their owner alone can read; a model is meant for others.
+            (directory / file_name).chmod(0o644)
         if list(shards) != [WEIGHTS]:
             weight_map = {name: file_name for file_name, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}

@@ -178,11 +178,11 @@ def _missing_extra(err: BaseException | None) -> MissingExtra | None:
     """Return the error to show when an import failed for want of an optional package."""
     while err is not None and not isinstance(err, FedmergeError) and not isinstance(err, ModuleNotFoundError):
         err = err.__cause__
-    name = err.name if isinstance(err, ModuleNotFoundError) else None
-    extras = [extra for extra, packages in EXTRAS.items() if name and name in packages]
-    if not extras:
+    module = f"{err.name}." if isinstance(err, ModuleNotFoundError) else ""
+    needed = {extra: name for extra, names in EXTRAS.items() for name in names if module.startswith(f"{name}.")}
+    if not needed:
         return None
-    return MissingExtra(f"the package {name} is not installed", hint=install_line(*extras))
+    return MissingExtra(f"the package {next(iter(needed.values()))} is not installed", hint=install_line(*needed))
 
 
 def install_line(*extras: str) -> str:

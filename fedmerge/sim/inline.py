@@ -5,29 +5,18 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmerge.config import Config
 from fedmerge.coordinator import Coordinator
-from fedmerge.errors import RoundFailed
 from fedmerge.merkle import LEAF_BYTES
 from fedmerge.node import Node, NodeEvent, RoundView
 from fedmerge.rounds import Phase
 from fedmerge.sign import SigningKey, TrustStore
+from fedmerge.sim.results import FederationResult, result_of
 from fedmerge.training import Trainer
-
-
-@dataclass(frozen=True)
-class SimulationResult:
-    """What a simulation leaves: the last published directory, its version, and each node's folder by name."""
-
-    model_dir: Path
-    version: str
-    num_rounds: int
-    node_homes: dict[str, Path]
 
 
 class LocalLink:
@@ -81,7 +70,7 @@ def simulate(
     *,
     clock: Callable[[], float],
     on_event: Callable[[str, NodeEvent], None] = lambda name, event: None,
-) -> SimulationResult:
+) -> FederationResult:
     """Run a federation to its end in this process, one node after the other.
 
     `trainers` has one trainer by node name. A simulation that was stopped goes on where it was. Raises `RoundFailed`
@@ -106,14 +95,9 @@ def simulate(
                 node.react(LocalLink(coordinator, node.node_id).view())
             if coordinator.finished():
                 break
-        state = coordinator.journal.state
-        if not state.merges or state.phase == Phase.FAILED:
-            raise RoundFailed(f"round {state.round} failed: {state.failure}")
-        last = state.merges[-1]
-        homes = {name: node_home(config, name) for name in trainers}
-        return SimulationResult(coordinator.published_dir(last.round), last.version, last.round, homes)
     finally:
         coordinator.close()
+    return result_of(config)
 
 
 def prepare_nodes(config: Config, names: list[str]) -> dict[str, SigningKey]:

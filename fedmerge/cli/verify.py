@@ -1,0 +1,61 @@
+"""`fedmerge verify`: check a published model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.markup import escape
+
+from fedmerge.cli.output import JsonFlag, print_json, stdout
+from fedmerge.errors import ConfigError
+from fedmerge.sign import PublicKey, TrustStore
+
+
+def verify(
+    directory: Annotated[Path, Parameter(help="The published model's directory.")],
+    /,
+    *,
+    key: Annotated[
+        Path | None, Parameter(help="The coordinator's public key, or its coordinator.pem, got over a safe channel.")
+    ] = None,
+    trusted: Annotated[Path | None, Parameter(help="A folder of public keys to trust, instead of --key.")] = None,
+    replay: Annotated[
+        Path | None, Parameter(help="The coordinator's state folder: merge its stored deltas again and compare.")
+    ] = None,
+    base: Annotated[
+        Path | None, Parameter(help="The base model, for --replay. [default: STATE/base]", show_default=False)
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Check a published model: signatures, digests, history; with --replay, the merge itself, bit for bit."""
+    if (key is None) == (trusted is None):
+        raise ConfigError(
+            "whose signature should it have? Give --key or --trusted",
+            hint="the coordinator.pem that the federation's operator gave you will do",
+        )
+    from fedmerge.store import BlobStore
+    from fedmerge.tensors import Checkpoint
+    from fedmerge.verify import Check, verify_directory
+    from fedmerge.verify import replay as replay_history
+
+    if trusted is not None:
+        keys = TrustStore(trusted).keys()
+    else:
+        assert key is not None
+        public = PublicKey.load(key)
+        keys = {public.key_id: public}
+    lineage, history, checks = verify_directory(directory, keys)
+    if replay is None:
+        checks.append(Check("replay", None, "not asked for; --replay STATE merges the stored deltas again"))
+    else:
+        checks.append(replay_history(history, Checkpoint(base or replay / "base"), BlobStore(replay / "blobs")))
+    if json:
+        print_json({"version": lineage.model.digest, "verified": True, "checks": [asdict(check) for check in checks]})
+        return
+    for check in checks:
+        mark = "[green]ok[/]     " if check.passed else "[yellow]not checked[/]"
+        stdout.print(f"{mark:<11} {check.name:<10} {escape(check.detail)}")
+    stdout.print(f"[bold green]verified[/]: version {lineage.model.digest}")

@@ -1,0 +1,132 @@
+"""Coordinator and nodes as processes of their own, over gRPC and TLS on loopback, by the commands that deploy them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedmerge.config import Config
+from fedmerge.errors import RoundFailed
+from fedmerge.node import NodeEvent
+from fedmerge.sim.inline import node_home, prepare_nodes
+from fedmerge.sim.results import FederationResult, result_of
+
+STOP_TIMEOUT_S = 30.0
+
+# The field of a node's log records that holds the event; `fedmerge join` writes it, this module reads it.
+EVENT_FIELD = "node_event"
+
+
+def simulate_processes(
+    config: Config, config_path: Path, *, on_event: Callable[[str, NodeEvent], None] = lambda name, event: None
+) -> FederationResult:
+    """Run a federation to its end, one process for the coordinator and one for each of the configuration's nodes.
+
+    The coordinator takes a free port on loopback. Raises `RoundFailed`, with its last line, when a process fails.
+    """
+    prepare_nodes(config, [node.name for node in config.nodes])
+    environ = {**os.environ, "FEDMERGE_SERVER__LISTEN": "127.0.0.1:0"}
+    with _Process("the coordinator", ["serve", str(config_path), "--json"], environ) as coordinator:
+        ready = json.loads(coordinator.first_line())
+        nodes: list[_Process] = []
+        try:
+            for node in config.nodes:
+                home = node_home(config, node.name)
+                arguments = ["join", "--coordinator", ready["address"], "--trust", ready["bundle"], "--name", node.name]
+                arguments += ["--home", str(home), "--key", str(home / "node.key"), "--data", str(node.data)]
+                arguments += ["--trainer", config.train.trainer, "--json"]
+                if node.test is not None:
+                    arguments += ["--test", str(node.test)]
+                for key, value in node.extras.items():
+                    arguments += ["--option", f"{key}={value}"]
+                nodes.append(_Process(node.name, arguments, dict(os.environ), on_event))
+            for process in nodes:
+                process.wait()
+        finally:
+            for process in nodes:
+                process.stop()
+    return result_of(config)
+
+
+class _Process:
+    """A fedmerge command as a child. Its log, JSON lines on stderr, is read as it comes."""
+
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        environ: dict[str, str],
+        on_event: Callable[[str, NodeEvent], None] = lambda name, event: None,
+    ) -> None:
+        self.name = name
+        self._on_event = on_event
+        self._last_line = "no output"
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "fedmerge", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environ,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def first_line(self) -> str:
+        """Return the first line of stdout; raise `RoundFailed` when the process ends without one."""
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        if not line:
+            self.wait()
+            raise RoundFailed(f"{self.name} ended before it was ready")
+        return line
+
+    def wait(self) -> None:
+        """Wait for the process to end; raise `RoundFailed` unless it succeeded."""
+        code = self._child.wait()
+        self._reader.join()
+        if code != 0:
+            raise RoundFailed(f"{self.name} failed with exit code {code}: {self._last_line}")
+
+    def stop(self) -> None:
+        """End the process if it still runs: politely first."""
+        if self._child.poll() is None:
+            self._child.terminate()
+            try:
+                self._child.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+                self._child.wait()
+        self._reader.join()
+        for stream in (self._child.stdout, self._child.stderr):
+            if stream is not None:
+                stream.close()
+
+    def _read_log(self) -> None:
+        assert self._child.stderr is not None
+        for line in self._child.stderr:
+            record = _parse(line)
+            fields = record.get(EVENT_FIELD)
+            if isinstance(fields, dict):
+                self._on_event(self.name, NodeEvent(**fields))
+            elif line.strip():
+                self._last_line = record.get("message", line.strip())
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

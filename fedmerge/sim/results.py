@@ -1,0 +1,94 @@
+"""What a federation's ledger says about how it went: scores by node, and bytes both ways."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedmerge.config import Config
+from fedmerge.delta import delta_schema
+from fedmerge.errors import RoundFailed
+from fedmerge.events import DeltaAccepted, MetricsReported
+from fedmerge.journal import Journal
+from fedmerge.rounds import Phase
+from fedmerge.sign import SigningKey, TrustStore
+from fedmerge.statements import MetricsStatement
+from fedmerge.tensors import Checkpoint
+
+
+@dataclass
+class NodeResult:
+    """One node's outcome: scores of three models on its own test data, and the bytes it sent over all rounds.
+
+    `base` is the base model, `own` the node's fine-tune of it in round 1, before any merge, `merged` the last model.
+    """
+
+    name: str
+    node_id: str
+    num_examples: int = 0
+    sent_bytes: int = 0
+    base: dict[str, float] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)
+    merged: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FederationResult:
+    """What a federation left: the last published directory and its version, and how each node fared.
+
+    `fetched_bytes` is what one node fetched over all rounds, `dense_bytes` what one model is in fp32.
+    """
+
+    model_dir: Path
+    version: str
+    num_rounds: int
+    nodes: list[NodeResult]
+    fetched_bytes: int
+    dense_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON types."""
+        return {**asdict(self), "model_dir": str(self.model_dir)}
+
+
+def result_of(config: Config) -> FederationResult:
+    """Read a federation's result from its state folder; raise `RoundFailed` when it ended without a model."""
+    state_dir = config.federation.state
+    journal = Journal(state_dir / "ledger.sqlite", SigningKey.load(config.federation.key), lambda: 0.0)
+    try:
+        state, record = journal.state, journal.record()
+        if record is None or state.phase != Phase.PUBLISHED:
+            raise RoundFailed(f"round {state.round} failed: {state.failure or state.phase}")
+        model_dir = state_dir / "models" / f"round-{record.round:04d}"
+        schema = delta_schema(Checkpoint(model_dir).schema)
+        return FederationResult(
+            model_dir=model_dir,
+            version=record.model.digest,
+            num_rounds=record.round,
+            nodes=_nodes(journal, TrustStore(config.federation.trusted), record.round),
+            fetched_bytes=sum(update.num_bytes for update in record.model.updates),
+            dense_bytes=4 * sum(spec.num_elements for spec in schema.values()),
+        )
+    finally:
+        journal.ledger.close()
+
+
+def _nodes(journal: Journal, trust: TrustStore, last_round: int) -> list[NodeResult]:
+    names, keys = trust.names(), trust.keys()
+    nodes = {key_id: NodeResult(name, key_id) for key_id, name in sorted(names.items(), key=lambda item: item[1])}
+    for entry in journal.ledger.entries:
+        fact = entry.event
+        if isinstance(fact, DeltaAccepted) and fact.node_id in nodes:
+            nodes[fact.node_id].sent_bytes += fact.payload_bytes
+            nodes[fact.node_id].num_examples = fact.num_examples
+        elif isinstance(fact, MetricsReported) and fact.node_id in nodes:
+            statement, _ = MetricsStatement.open(fact.envelope.encode(), keys, where="metrics")
+            match statement.model, statement.round:
+                case "global", 0:
+                    nodes[fact.node_id].base = statement.values
+                case "own", 1:
+                    nodes[fact.node_id].own = statement.values
+                case "global", number if number == last_round:
+                    nodes[fact.node_id].merged = statement.values
+    return [node for node in nodes.values() if node.num_examples]
