@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from fedmerge.statements import MergeRecord
+from fedmerge.statements import LocalInput, MergeRecord
 
 
 def model_card(record: MergeRecord, base_dir: Path) -> str:
     """Return the card of the model that `record` describes: what it is, who contributed, how to check it."""
     method = record.merge["method"]
     base_name = _base_name(base_dir)
-    header = [
-        "---",
-        "library_name: transformers",
-        f"base_model: {json.dumps(base_name)}",
-        "base_model_relation: merge",
-        f"tags: {json.dumps(['merge', 'fedmerge', 'federated', method])}",
-        "---",
-    ]
+    header = _header(base_name, ["merge", "fedmerge", "federated", method])
     rows = [
-        f"| `{c.node_id[:12]}` | {c.num_examples:,} | {'-' if c.norm is None else f'{c.norm:.4g}'} | {c.weight:.3f} | {c.payload_bytes / 1e6:.2f} MB "
+        f"| `{c.node_id[:12]}` | {c.num_examples:,} | {'-' if c.norm is None else f'{c.norm:.4g}'} "
+        f"| {c.weight:.3f} | {c.payload_bytes / 1e6:.2f} MB "
         f"| {'merged' if c.accepted else 'screened: ' + c.reason} |"
         for c in record.contributions
     ]
-    dense_bytes = sum(c.payload_bytes for c in record.contributions)
+    total_bytes = sum(c.payload_bytes for c in record.contributions)
     body = f"""
 # {record.federation}, round {record.round}
 
@@ -38,7 +34,7 @@ Version `{record.model.digest}`, made from base `{record.model.base_digest[:12]}
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-{dense_bytes / 1e6:.2f} MB came in, in all.
+{total_bytes / 1e6:.2f} MB came in, in all.
 
 ## How it was merged
 
@@ -55,7 +51,40 @@ Version `{record.model.digest}`, made from base `{record.model.base_digest[:12]}
 fedmerge verify . --key coordinator.pem
 ```
 """
-    return "\n".join(header) + "\n" + body
+    return header + body
+
+
+def local_card(
+    base_dir: Path, inputs: Sequence[LocalInput], recipe: Mapping[str, Any], seed: int, model_digest: str
+) -> str:
+    """Return the card of a model that was merged from local checkpoints."""
+    base_name = _base_name(base_dir)
+    rows = [f"| {item.name} | `{item.digest[:12]}` | {item.weight:g} |" for item in inputs]
+    return f"""{_header(base_name, ["merge", "fedmerge", recipe["method"]])}
+# Merge of {len(inputs)} fine-tunes of {base_name}
+
+Version `{model_digest}`.
+
+| model | version | weight |
+|---|---|---|
+{chr(10).join(rows)}
+
+```json
+{json.dumps({"merge": dict(recipe), "seed": seed}, indent=2)}
+```
+"""
+
+
+def _header(base_name: str, tags: list[str]) -> str:
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(base_name)}",
+        "base_model_relation: merge",
+        f"tags: {json.dumps(tags)}",
+        "---",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _base_name(base_dir: Path) -> str:

@@ -25,31 +25,47 @@ def delta_schema(schema: Schema) -> Schema:
     return {name: spec for name, spec in sorted(schema.items()) if spec.is_float}
 
 
-def subtract(tuned: TensorMap, base: TensorMap) -> dict[str, Tensor]:
-    """Return the task vector `tuned - base`, by name: fp32 (or fp64) tensors of the base's shapes.
+class TaskVector(Mapping[str, Tensor]):
+    """The task vector `tuned - base` as a tensor map: fp32 (or fp64) tensors, each computed when it is asked for.
 
-    Raises `ModelMismatch` when the two are not the same architecture, and `InputError` when an integer tensor
-    changed (it has no difference that could be merged) or the fine-tune holds NaN or Inf.
+    Made by `subtract`. Reading a tensor raises `InputError` when the fine-tune holds NaN or infinite values in it.
     """
-    schema = schema_of(base)
-    require_same_schema(schema, schema_of(tuned), where="fine-tuned model")
-    result: dict[str, Tensor] = {}
-    for name, spec in schema.items():
-        after, before = tuned[name], base[name]
-        if not spec.is_float:
-            if not torch.equal(after, before):
-                raise InputError(f"fine-tuned model: integer tensor {name} differs from the base and can't be merged")
-            continue
+
+    def __init__(self, tuned: TensorMap, base: TensorMap, *, where: str) -> None:
+        self._tuned, self._base, self._where = tuned, base, where
+        schema = schema_of(base)
+        require_same_schema(schema, schema_of(tuned), where=where)
+        self._names = list(delta_schema(schema))
+        for name, spec in schema.items():
+            if not spec.is_float and not torch.equal(tuned[name], base[name]):
+                raise InputError(f"{where}: integer tensor {name} differs from the base's and can't be merged")
+
+    def __getitem__(self, name: str) -> Tensor:
+        after, before = self._tuned[name], self._base[name]
         dtype = working_dtype(after, before)
         difference = after.to(dtype) - before.to(dtype)
-        if not torch.isfinite(difference).all():
-            num_bad = int((~torch.isfinite(difference)).sum())
+        finite = torch.isfinite(difference)
+        if not finite.all():
             raise InputError(
-                f"fine-tuned model: {name} holds {num_bad} NaN or infinite values",
+                f"{self._where}: {name} holds {int((~finite).sum())} NaN or infinite values",
                 hint="training diverged; lower the learning rate",
             )
-        result[name] = difference
-    return result
+        return difference
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def subtract(tuned: TensorMap, base: TensorMap, *, where: str = "fine-tuned model") -> TaskVector:
+    """Return the task vector `tuned - base`; `where` names the fine-tune in errors.
+
+    Raises `ModelMismatch` when the two are not the same architecture, and `InputError` when an integer tensor changed:
+    it has no difference that could be merged.
+    """
+    return TaskVector(tuned, base, where=where)
 
 
 def apply_one(base: Tensor, update: Tensor) -> Tensor:

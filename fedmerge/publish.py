@@ -12,17 +12,19 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from fedmerge.card import model_card
+from fedmerge.card import local_card, model_card
 from fedmerge.delta import UpdatedModel
 from fedmerge.errors import reporting_os_errors
 from fedmerge.sign import SigningKey
-from fedmerge.statements import Lineage, MergeRecord
+from fedmerge.statements import Lineage, LocalInput, LocalMerge, MergeRecord
 from fedmerge.store.blobs import sync_directory
-from fedmerge.tensors import Checkpoint
+from fedmerge.tensors import Checkpoint, TensorMap, copy_side_files, model_digest, write_weights
 from fedmerge.versions import write_model
 
 LINEAGE = "lineage.json"
@@ -46,10 +48,7 @@ def publish(
     `provenance` holds (statement kind, envelope) pairs in order, `node_keys` the PEM public key by key id of each node
     that signed one of them. Repeating it replaces the directory by an equal one. Raises `ResourceError`.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    with reporting_os_errors(target):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with appearing_whole(target) as partial:
         write_model(model, base, partial)
         lines = [json.dumps({"kind": kind, "envelope": envelope}) for kind, envelope in provenance]
         (partial / PROVENANCE).write_text("\n".join(lines) + "\n")
@@ -64,6 +63,57 @@ def publish(
         )
         (partial / LINEAGE).write_bytes(lineage.to_payload())
         (partial / SIGNATURE).write_bytes(lineage.sign(key))
+
+
+def publish_local(
+    merged: TensorMap,
+    base: Checkpoint,
+    target: Path,
+    *,
+    inputs: Sequence[LocalInput],
+    recipe: Mapping[str, Any],
+    seed: int,
+    key: SigningKey | None,
+) -> str:
+    """Write a model that was merged here, with a card and lineage.json, signed if there is a `key`; return its digest.
+
+    `merged` maps the base's tensors to their merged values. Raises `ResourceError`.
+    """
+    with appearing_whole(target) as partial:
+        copy_side_files(base.directory, partial)
+        write_weights(merged, partial, base.shards())
+        digest = model_digest(Checkpoint(partial))
+        (partial / CARD).write_text(local_card(base.directory, inputs, recipe, seed, digest))
+        statement = LocalMerge(
+            files=file_digests(partial),
+            model_digest=digest,
+            base_digest=model_digest(base),
+            inputs=list(inputs),
+            merge=dict(recipe),
+            merge_seed=seed,
+            software=software_versions(),
+        )
+        (partial / LINEAGE).write_bytes(statement.to_payload())
+        if key is not None:
+            (partial / SIGNATURE).write_bytes(statement.sign(key))
+    return digest
+
+
+@contextmanager
+def appearing_whole(target: Path) -> Iterator[Path]:
+    """Give a scratch directory to write into, and put it at `target`, synced, when the block succeeds.
+
+    What was at `target` is replaced. Raises `ResourceError` for what the operating system refuses.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    with reporting_os_errors(target):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         for path in partial.iterdir():
             _sync_file(path)
         if target.exists():

@@ -61,6 +61,14 @@ class ModelRef(_Strict):
     updates: list[UpdateRef]
 
 
+class LocalInput(_Strict):
+    """A checkpoint that was merged: its directory's name, its model digest and its weight."""
+
+    name: str
+    digest: Digest
+    weight: float
+
+
 class Statement(_Strict):
     """Base of all statements; a subclass is the predicate, and knows its subject."""
 
@@ -294,6 +302,24 @@ class Lineage(Statement):
 
     def subject(self) -> dict[str, str]:
         """Every published file, by SHA-256."""
+        return dict(sorted(self.files.items()))
+
+
+class LocalMerge(Statement):
+    """What stands in the lineage.json of a directory that was merged from local checkpoints, without a federation."""
+
+    kind: ClassVar[str] = "localmerge"
+
+    files: dict[str, Digest]
+    model_digest: Digest
+    base_digest: Digest
+    inputs: list[LocalInput]
+    merge: dict[str, Any]
+    merge_seed: Count
+    software: dict[str, str]
+
+    def subject(self) -> dict[str, str]:
+        """Every file of the directory, by SHA-256."""
         return dict(sorted(self.files.items()))
 
 

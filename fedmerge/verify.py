@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -21,9 +22,20 @@ from fedmerge.errors import BadSignature, DigestMismatch, InputError, Verificati
 from fedmerge.frame import Codec, DeltaFile
 from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
 from fedmerge.sign import PublicKey
-from fedmerge.statements import DeltaStatement, Lineage, MergeRecord, ModelRef, RoundSpec, digest_of
+from fedmerge.statements import (
+    PREDICATE_ROOT,
+    DeltaStatement,
+    Lineage,
+    LocalMerge,
+    MergeRecord,
+    ModelRef,
+    RoundSpec,
+    digest_of,
+)
 from fedmerge.store import BlobStore
 from fedmerge.tensors import Checkpoint, model_digest
+
+Published = TypeVar("Published", Lineage, LocalMerge)
 
 
 @dataclass(frozen=True)
@@ -50,20 +62,9 @@ def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple
     `trusted` are the coordinators' keys by key id. Raises `VerificationError` (or a subclass) at the first thing that
     does not hold, naming the file; `InputError` when the directory is not a published model.
     """
-    payload, envelope = _read(directory / LINEAGE), _read(directory / SIGNATURE)
-    lineage, signed = Lineage.open(envelope, trusted, where=str(directory / SIGNATURE))
-    if signed.payload != payload:
-        raise DigestMismatch(f"{directory / LINEAGE}: differs from what was signed")
-    coordinator = {signed.signer.key_id: signed.signer}
-    checks = [Check("signature", True, f"lineage.json is signed by coordinator {signed.signer.short}")]
-    _require_files(directory, lineage)
-    checks.append(
-        Check("files", True, f"all {len(lineage.files)} files have their signed SHA-256, and no other file is there")
-    )
-    found = model_digest(Checkpoint(directory))
-    if found != lineage.model.digest:
-        raise DigestMismatch(f"{directory}: the weights are version {found[:12]}, not {lineage.model.digest[:12]}")
-    checks.append(Check("version", True, f"the weights are version {found[:12]}"))
+    lineage, signer, checks = _check_directory(directory, Lineage, trusted)
+    _require_version(directory, lineage.model.digest, checks)
+    coordinator = {signer.key_id: signer}
     history = _read_history(directory / PROVENANCE, coordinator, lineage)
     checks.append(
         Check("history", True, f"{len(history.records)} merge records form a chain from the base to this version")
@@ -79,6 +80,18 @@ def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple
         )
         checks.append(Check("node keys", None, detail))
     return lineage, history, checks
+
+
+def verify_local(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[LocalMerge, list[Check]]:
+    """Check a directory that `fedmerge merge --key` wrote, as `verify_directory` does a federation's."""
+    merge, _, checks = _check_directory(directory, LocalMerge, trusted)
+    _require_version(directory, merge.model_digest, checks)
+    return merge, checks
+
+
+def is_local(directory: Path) -> bool:
+    """Whether a directory says it was merged locally; its signature must then be one over such a statement."""
+    return f"{PREDICATE_ROOT}/{LocalMerge.kind}/".encode() in _read(directory / LINEAGE)
 
 
 def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
@@ -114,17 +127,40 @@ def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
     return Check("replay", True, f"merging the deltas of {len(history.records)} rounds again gives the same bits")
 
 
-def _require_files(directory: Path, lineage: Lineage) -> None:
+def _check_directory(
+    directory: Path, kind: type[Published], trusted: Mapping[str, PublicKey]
+) -> tuple[Published, PublicKey, list[Check]]:
+    payload, envelope = _read(directory / LINEAGE), _read(directory / SIGNATURE)
+    lineage, signed = kind.open(envelope, trusted, where=str(directory / SIGNATURE))
+    if signed.payload != payload:
+        raise DigestMismatch(f"{directory / LINEAGE}: differs from what was signed")
+    _require_files(directory, lineage.files)
+    num_files = len(lineage.files)
+    checks = [
+        Check("signature", True, f"{LINEAGE} is signed by key {signed.signer.short}"),
+        Check("files", True, f"all {num_files} files have their signed SHA-256, and no other file is there"),
+    ]
+    return lineage, signed.signer, checks
+
+
+def _require_version(directory: Path, expected: str, checks: list[Check]) -> None:
+    found = model_digest(Checkpoint(directory))
+    if found != expected:
+        raise DigestMismatch(f"{directory}: the weights are version {found[:12]}, not {expected[:12]}")
+    checks.append(Check("version", True, f"the weights are version {found[:12]}"))
+
+
+def _require_files(directory: Path, signed_files: Mapping[str, str]) -> None:
     for path in directory.iterdir():
         if path.is_symlink() or not path.is_file():
             raise VerificationError(f"{path}: only plain files belong in a published model")
     found = file_digests(directory)
-    for name in sorted(lineage.files.keys() | found.keys()):
+    for name in sorted(signed_files.keys() | found.keys()):
         if name not in found:
             raise DigestMismatch(f"{directory / name}: is missing")
-        if name not in lineage.files:
+        if name not in signed_files:
             raise DigestMismatch(f"{directory / name}: is not part of what was signed")
-        if found[name] != lineage.files[name]:
+        if found[name] != signed_files[name]:
             raise DigestMismatch(
                 f"{directory / name}: was changed after it was signed",
                 hint="fetch the model again; do not use this copy",

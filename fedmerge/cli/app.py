@@ -12,12 +12,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 from cyclopts import App, CycloptsError, Group, MissingArgumentError, UnknownCommandError, UnusedCliTokensError
 
 from fedmerge.cli.output import configure_logging, print_problem, stderr
-from fedmerge.errors import FedmergeError, MissingExtra
+from fedmerge.errors import FedmergeError, MissingExtra, did_you_mean
 
 TRACEBACK_VARIABLE = "FEDMERGE_TRACEBACK"
 EXIT_BUG = 1
@@ -160,9 +159,8 @@ def _usage(err: CycloptsError) -> tuple[str, str]:
     if isinstance(err, UnknownCommandError):
         # Not the exception's own text, which would import every command to list them.
         names = [name for name in (err.app or app) if name.startswith("-") == unused.startswith("-")]
-        close = get_close_matches(unused, names, n=1)
         kind = "option" if unused.startswith("-") else "command"
-        return f"unknown {kind} {unused!r}" + (f"; did you mean {close[0]!r}?" if close else ""), hint
+        return f"unknown {kind} {unused!r}{did_you_mean(unused, names)}", hint
     if isinstance(err, UnusedCliTokensError):
         return f"unexpected argument {unused!r}", hint
     text = " ".join(str(err).split()).removesuffix(".")

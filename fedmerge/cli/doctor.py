@@ -24,7 +24,7 @@ from fedmerge.config import Config, load_config
 from fedmerge.errors import FedmergeError, InputError
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-PACKAGES = ("torch", "numpy", "safetensors", "grpcio", "protobuf", "cryptography", "pydantic")
+PACKAGES = ("torch", "safetensors", "grpcio", "protobuf", "cryptography")
 FREE_BYTES = 2 * 10**9
 VALID_DAYS = 30
 
@@ -171,7 +171,7 @@ def _key(config: Config) -> Check:
 
     path = config.federation.key
     if not path.exists():
-        return Check("key", "ok", f"{path}: not there yet, the coordinator makes it on its first start")
+        return Check("key", "ok", f"{path}: not there yet; made on first start")
     return Check("key", "ok", f"{path}: key id {SigningKey.load(path).public.short}, readable by its owner alone")
 
 

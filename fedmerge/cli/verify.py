@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.markup import escape
@@ -12,6 +12,9 @@ from rich.markup import escape
 from fedmerge.cli.output import JsonFlag, print_json, stdout
 from fedmerge.errors import ConfigError
 from fedmerge.sign import PublicKey, TrustStore
+
+if TYPE_CHECKING:
+    from fedmerge.verify import Check
 
 
 def verify(
@@ -38,7 +41,7 @@ def verify(
         )
     from fedmerge.store import BlobStore
     from fedmerge.tensors import Checkpoint
-    from fedmerge.verify import Check, verify_directory
+    from fedmerge.verify import Check, is_local, verify_directory, verify_local
     from fedmerge.verify import replay as replay_history
 
     if trusted is not None:
@@ -47,15 +50,23 @@ def verify(
         assert key is not None
         public = PublicKey.load(key)
         keys = {public.key_id: public}
+    if is_local(directory):
+        local, checks = verify_local(directory, keys)
+        _report(local.model_digest, checks, json=json)
+        return
     lineage, history, checks = verify_directory(directory, keys)
     if replay is None:
         checks.append(Check("replay", None, "not asked for; --replay STATE merges the stored deltas again"))
     else:
         checks.append(replay_history(history, Checkpoint(base or replay / "base"), BlobStore(replay / "blobs")))
+    _report(lineage.model.digest, checks, json=json)
+
+
+def _report(version: str, checks: list[Check], *, json: bool) -> None:
     if json:
-        print_json({"version": lineage.model.digest, "verified": True, "checks": [asdict(check) for check in checks]})
+        print_json({"version": version, "verified": True, "checks": [asdict(check) for check in checks]})
         return
     for check in checks:
-        mark = "[green]ok[/]     " if check.passed else "[yellow]not checked[/]"
-        stdout.print(f"{mark:<11} {check.name:<10} {escape(check.detail)}")
-    stdout.print(f"[bold green]verified[/]: version {lineage.model.digest}")
+        mark = "[green]ok[/]" if check.passed else "[yellow]--[/]"
+        stdout.print(f"{mark}  {check.name:<10} {escape(check.detail)}{'' if check.passed else ' (not checked)'}")
+    stdout.print(f"[bold green]verified[/]: version {version}")

@@ -5,7 +5,6 @@ Values come from the file and, over it, from environment variables `FEDMERGE_<SE
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from fedmerge.config.locate import KeyPath, key_lines, line_of
 from fedmerge.config.sections import Config, Section
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, did_you_mean
 
 ENV_PREFIX = "FEDMERGE_"
 SECTIONS: dict[str, type[Section]] = {
@@ -109,8 +108,8 @@ def _merge_problems(section: Any) -> list[_Problem]:
     problems: list[_Problem] = []
     for key in section.keys() - {"method", "seed"}:
         if key not in known:
-            takes = f"{method} takes {', '.join(known) or 'no parameters'}"
-            problems.append(_Problem(("merge", key), f"unknown key; {_did_you_mean(key, known) or takes}"))
+            suggestion = did_you_mean(key, known) or f"; {method} takes {', '.join(known) or 'no parameters'}"
+            problems.append(_Problem(("merge", key), f"unknown key{suggestion}"))
             continue
         adapter = TypeAdapter[Any](known[key].type, config=ConfigDict(strict=True, allow_inf_nan=False))
         try:
@@ -129,8 +128,7 @@ def _read_environment(environ: Mapping[str, str], data: dict[str, Any]) -> tuple
         if not variable.startswith(ENV_PREFIX) or not separator:
             continue
         if section not in SECTIONS:
-            suggestion = _did_you_mean(section, SECTIONS) or _listed(SECTIONS)
-            problem = f"unknown section {section!r}; {suggestion}"
+            problem = f"unknown section {section!r}{_suggestion(section, SECTIONS)}"
             if section == "nodes":
                 problem = "[[nodes]] can't be set from the environment"
             problems.append(_Problem((), f"{variable}: {problem}"))
@@ -194,28 +192,21 @@ def _explain(error: ErrorDetails) -> str:
 def _unknown_key(path: KeyPath, value: object) -> str:
     key = str(path[-1])
     if len(path) == 1 and isinstance(value, dict):
-        return f"unknown section; {_did_you_mean(key, Config.model_fields) or _listed(Config.model_fields)}"
-    section = SECTIONS.get(str(path[0])) if len(path) > 1 else None
-    own = section.model_fields if section else ()
-    elsewhere = [name for name, other in SECTIONS.items() if key in other.model_fields]
-    if suggestion := _did_you_mean(key, own):
-        return f"unknown key; {suggestion}"
-    return f"unknown key; it belongs in [{elsewhere[0]}]" if elsewhere else f"unknown key; {_listed(own or SECTIONS)}"
+        return f"unknown section{_suggestion(key, Config.model_fields)}"
+    own = SECTIONS[str(path[0])].model_fields if path[0] in SECTIONS and len(path) > 1 else SECTIONS
+    home = next((name for name, section in SECTIONS.items() if key in section.model_fields), None)
+    if home is not None and not did_you_mean(key, own):
+        return f"unknown key; it belongs in [{home}]"
+    return f"unknown key{_suggestion(key, own)}"
 
 
 def _one_of(value: object, choices: Iterable[str]) -> str:
-    suggestion = _did_you_mean(value, choices) if isinstance(value, str) else ""
     allowed = ", ".join(repr(choice) for choice in choices)
-    return f"should be one of {allowed}, not {_shown(value)}" + (f"; {suggestion}" if suggestion else "")
+    return f"should be one of {allowed}, not {_shown(value)}{did_you_mean(str(value), choices)}"
 
 
-def _did_you_mean(word: str, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word.lower(), list(choices), n=1)
-    return f"did you mean {close[0]!r}?" if close else ""
-
-
-def _listed(choices: Iterable[str]) -> str:
-    return f"known are {', '.join(choices)}"
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    return did_you_mean(word, known) or f"; known are {', '.join(known)}"
 
 
 def _shown(value: object) -> str:

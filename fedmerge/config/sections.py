@@ -249,8 +249,8 @@ class Merge(OpenSection):
 class Screen(Section):
     """Which deltas count, and for how much."""
 
-    max_norm_ratio: float = Field(default=10.0, gt=1)
-    """Leaves out a delta whose norm is over so many times the median norm."""
+    max_norm_ratio: float = Field(default=10.0, ge=1)
+    """Leaves out a delta whose norm is over so many times the median norm, where there are three or more."""
     clip_norm_ratio: float | None = Field(default=None, gt=0, examples=[2.0])
     """Scales a delta down to so many times the median norm when it is longer."""
     weighting: Literal["examples", "equal"] = "examples"
@@ -265,7 +265,7 @@ class Outer(Section):
     name: Literal["sgd", "nesterov"] = "sgd"
     """The step: lr times the merged task vector ("sgd"), or with momentum across rounds, as in DiLoCo ("nesterov")."""
     lr: float = Field(default=1.0, gt=0)
-    """Learning rate; sgd with 1.0 adds the merged task vector as it is."""
+    """Learning rate. 1.0 with "sgd" adds the merged task vector as it is; DiLoCo takes 0.7 with "nesterov"."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of "nesterov"."""
 

@@ -6,7 +6,7 @@ same two parts, so its memory does not grow with the number of nodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmerge.delta import working_dtype
 from fedmerge.errors import InputError
 from fedmerge.merge.parameters import Lambda, Normalize
-from fedmerge.merge.stack import blocks, require_floats, row_weights, shares
+from fedmerge.merge.stack import BLOCK_ELEMENTS, blocks, require_floats, row_weights, shares
 
 
 def fedavg(deltas: Tensor, weights: Tensor, *, base: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -23,8 +23,7 @@ def fedavg(deltas: Tensor, weights: Tensor, *, base: Tensor | None = None, seed:
     Federated averaging, arXiv 1602.05629; with equal weights a uniform model soup, arXiv 2203.05482. Raises
     `InputError` when the weights sum to less than 1e-8 in magnitude.
     """
-    values = row_weights(weights, len(deltas), working_dtype(deltas))
-    return fold(zip(deltas, fedavg_coefficients(values), strict=True))
+    return fold(deltas, lambda dtype: fedavg_coefficients(row_weights(weights, len(deltas), dtype)))
 
 
 def fedavg_coefficients(weights: list[float]) -> list[float]:
@@ -47,9 +46,12 @@ def task_arithmetic(
     0.3 to 0.4 for eight tasks), weights that sum to 1 give the mean, negative ones unlearn. Raises `InputError` when
     `normalize` is set and the weights sum to less than 1e-8 in magnitude.
     """
-    values = row_weights(weights, len(deltas), working_dtype(deltas))
-    coefficients = task_arithmetic_coefficients(values, lambda_=lambda_, normalize=normalize)
-    return fold(zip(deltas, coefficients, strict=True))
+
+    def coefficients(dtype: torch.dtype) -> list[float]:
+        values = row_weights(weights, len(deltas), dtype)
+        return task_arithmetic_coefficients(values, lambda_=lambda_, normalize=normalize)
+
+    return fold(deltas, coefficients)
 
 
 def task_arithmetic_coefficients(weights: list[float], *, lambda_: float, normalize: bool) -> list[float]:
@@ -57,20 +59,23 @@ def task_arithmetic_coefficients(weights: list[float], *, lambda_: float, normal
     return [lambda_ * weight for weight in (shares(weights) if normalize else weights)]
 
 
-def fold(terms: Iterable[tuple[Tensor, float]]) -> Tensor:
-    """Return the sum of `coefficient * delta` over `terms`, in their order, holding one delta at a time.
+def fold(deltas: Iterable[Tensor], coefficients: Callable[[torch.dtype], Sequence[float]]) -> Tensor:
+    """Return the sum of coefficient * delta over `deltas`, in their order, holding one delta at a time.
 
-    The deltas have one shape and any floating dtype; the result is fp32, or fp64 as soon as one of them is. Raises
-    `InputError` when there are no terms or a delta is not floating-point.
+    The deltas have one shape and any floating dtype. `coefficients` is told the dtype that the merge runs in: fp32, or
+    fp64 if the first delta is fp64; the result is fp64 if any is. Raises `InputError` when there are no deltas or one
+    is not floating-point.
     """
     total: Tensor | None = None
-    for delta, coefficient in terms:
+    factors: Sequence[float] = ()
+    for index, delta in enumerate(deltas):
         require_floats(delta)
         dtype = working_dtype(delta)
         if total is None:
             total = torch.zeros(delta.shape, dtype=dtype, device=delta.device)
+            factors = coefficients(dtype)
         total = total.to(torch.promote_types(total.dtype, dtype))
-        add_scaled_(total.view(-1), delta.detach().reshape(-1), coefficient)
+        add_scaled_(total.view(-1), delta.detach().reshape(-1), factors[index])
     if total is None:
         raise InputError("nothing to merge: no task vectors")
     return total
@@ -81,8 +86,7 @@ def add_scaled_(total: Tensor, row: Tensor, coefficient: float) -> None:
 
     The product is rounded before it is added: whether `add_(alpha=)` fuses the two depends on the processor.
     """
-    scratch = torch.empty_like(total[next(blocks(total.numel()), slice(0))])
+    scratch = total.new_empty(min(BLOCK_ELEMENTS, total.numel()))
     for block in blocks(total.numel()):
         part = total[block]
-        product = scratch[: part.numel()].copy_(row[block]).mul_(coefficient)
-        part.add_(product)
+        part.add_(scratch[: part.numel()].copy_(row[block]).mul_(coefficient))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from fedmerge.merge.average import task_arithmetic
 from fedmerge.merge.consensus import Consensus, elect_and_merge
 from fedmerge.merge.parameters import Aggregation, Density, Election, Lambda, Normalize, Normalizer, Rescale, ZeroSum
-from fedmerge.merge.stack import as_rows, row_weights
+from fedmerge.merge.stack import as_rows, blocks, row_weights
 from fedmerge.seeds import bernoulli_mask, derive_seed
 
 
@@ -90,5 +91,10 @@ def _draw(rows: Tensor, seed: int, density: float) -> Iterator[Tensor]:
 
 def _l1_ratio(row: Tensor, kept: Tensor) -> float:
     """Return the ratio of the sums of magnitudes, 1 where nothing is left to scale."""
-    before, after = row.abs().sum(dtype=torch.float64).item(), kept.abs().sum(dtype=torch.float64).item()
+    before, after = _l1_norm(row), _l1_norm(kept)
     return before / after if after > 0 else 1.0
+
+
+def _l1_norm(row: Tensor) -> float:
+    """Return the sum of magnitudes in fp64, added by numpy, whose order does not depend on the number of threads."""
+    return math.fsum(row[block].abs().to(torch.float64).cpu().numpy().sum() for block in blocks(row.numel()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -53,12 +52,13 @@ def merge_deltas(
     stack = _Stack(len(deltas))
     weight = torch.tensor(list(weights), dtype=torch.float64)
 
+    def coefficients(dtype: torch.dtype) -> list[float]:
+        return LINEAR[recipe.method](row_weights(weight, len(deltas), dtype), **recipe.params)
+
     def merge_one(name: str) -> Tensor:
         tensors = _read(name, deltas, scales)
         if recipe.method in LINEAR:
-            first = next(tensors)
-            values = row_weights(weight, len(deltas), working_dtype(first))
-            return fold(zip(chain([first], tensors), LINEAR[recipe.method](values, **recipe.params), strict=True))
+            return fold(tensors, coefficients)
         return METHODS[recipe.method](
             stack.fill(tensors),
             weight,
