@@ -391,9 +391,9 @@ class DeltaFile(Mapping[str, Tensor]):
             expected = self._quantizer.section_bytes(num_kept, self.codec.block_size)
         else:
             raise _invalid(self.path, f"{name}: encoding is {frame.encoding!r}, not {self.codec.encoding(spec)!r}")
-        found = {section.kind: section.raw_bytes for section in frame.sections}
-        if len(found) != len(frame.sections) or found != expected:
-            raise _invalid(self.path, f"{name}: sections are {found}, expected {expected}")
+        found = [(section.kind, section.raw_bytes) for section in frame.sections]
+        if found != list(expected.items()):
+            raise _invalid(self.path, f"{name}: sections are {found!r:.200}, expected {list(expected.items())}")
         for kind, raw_bytes, coded_bytes, coder in frame.sections:
             # A section that coding does not make smaller travels raw, so no frame is longer than its values.
             lengths_agree = coded_bytes == raw_bytes if coder == "raw" else coded_bytes < raw_bytes

@@ -93,7 +93,8 @@ class Node:
     """A partner site: takes part in rounds until the federation has finished.
 
     `home` is the node's folder, `base` a directory with the base model (fetched from the coordinator when None),
-    `coordinator` the key that round specs must be signed with.
+    `coordinator` the key that round specs must be signed with. A round's own fine-tune is deleted once its delta is
+    signed, unless `keep_tuned`.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Node:
         home: Path,
         *,
         base: Path | None = None,
+        keep_tuned: bool = False,
         on_event: Callable[[NodeEvent], None] = lambda event: None,
     ) -> None:
         self.link = link
@@ -115,6 +117,7 @@ class Node:
         self._coordinator = {coordinator.key_id: coordinator}
         self._base_dir = base
         self._base: Checkpoint | None = None
+        self._keep_tuned = keep_tuned
         self._on_event = on_event
         self._taken: set[str] = set()
 
@@ -206,6 +209,8 @@ class Node:
         with reporting_os_errors(outbox):
             partial.write_bytes(statement.sign(self.key))
             partial.rename(outbox / "statement.json")
+            if not self._keep_tuned:
+                shutil.rmtree(result.model_dir)
 
     # 6 stream
 

@@ -47,7 +47,7 @@ Answer = TypeVar("Answer")
 CALL_TIMEOUT_S = 60.0
 COMMIT_TIMEOUT_S = 3600.0
 FIRST_DELAY_S = 0.1
-LONGEST_DELAY_S = 30.0
+LONGEST_DELAY_S = 10.0
 # The slowest link a transfer may have before it is cut and resumed.
 MIN_BYTES_PER_S = 256 * 1024
 

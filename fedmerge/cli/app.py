@@ -13,7 +13,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, Group, MissingArgumentError, UnknownCommandError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CycloptsError,
+    Group,
+    MissingArgumentError,
+    Parameter,
+    UnknownCommandError,
+    UnusedCliTokensError,
+)
 
 from fedmerge.cli.output import configure_logging, print_problem, stderr
 from fedmerge.errors import FedmergeError, MissingExtra, did_you_mean
@@ -52,6 +60,7 @@ app = App(
     help_epilogue=EPILOGUE,
     version=version,
     help_format="plaintext",
+    default_parameter=Parameter(negative=()),  # one way to say a thing: no --no-json beside --json
     result_action="return_value",
     exit_on_error=False,
     print_error=False,

@@ -18,7 +18,7 @@ FILE_NAME = "fedmerge.toml"
 HEADER = """\
 # Configuration of a fedmerge federation. Relative paths start from this file's folder.
 # Environment variables FEDMERGE_<SECTION>__<KEY> override what stands here.
-# For completion in an editor: run `fedmerge schema > fedmerge.schema.json`, uncomment the next line.
+# For completion in an editor, run: fedmerge schema > fedmerge.schema.json, and uncomment this line:
 # #:schema ./fedmerge.schema.json
 """
 

@@ -34,6 +34,7 @@ def join(
     option: Annotated[
         tuple[str, ...], Parameter(help="A setting of the trainer, KEY=VALUE, such as text_column=body. Repeatable.")
     ] = (),
+    keep_tuned: Annotated[bool, Parameter(negative=(), help="Keep each round's own fine-tune in HOME/rounds.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Train here, send signed deltas, and end with the merged model; started again, it goes on where it was."""
@@ -57,6 +58,7 @@ def join(
                 link.coordinator,
                 home,
                 base=base,
+                keep_tuned=keep_tuned,
                 on_event=lambda event: show(shown_as, event),
             )
             model_dir = node.run()

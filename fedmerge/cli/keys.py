@@ -9,7 +9,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fedmerge.cli.output import JsonFlag, print_json, stderr
-from fedmerge.config import load_config
 from fedmerge.errors import ConfigError, InputError, ResourceError
 from fedmerge.sign import PublicKey, SigningKey, TrustStore, read_text
 
@@ -68,6 +67,8 @@ def trust(
     into: Annotated[Path | None, Parameter(help="The folder of trusted keys, instead of --config.")] = None,
 ) -> None:
     """Add a node's public key to a federation. Compare the key id with its owner over another channel first."""
+    from fedmerge.config import load_config
+
     if config is not None and into is not None:
         raise ConfigError("--config and --into exclude each other", hint="give the one that names the folder you mean")
     if _is_private(public_file):

@@ -22,9 +22,7 @@ LOG_LEVEL_VARIABLE = "FEDMERGE_LOG_LEVEL"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 PACKAGES = ("fedmerge", "fedmerge_server", "fedmerge_client")
 
-JsonFlag: TypeAlias = Annotated[
-    bool, Parameter(name="--json", negative=(), help="Print one JSON object on stdout instead of text.")
-]
+JsonFlag: TypeAlias = Annotated[bool, Parameter(name="--json", help="Print one JSON object on stdout instead of text.")]
 
 # Lines are left whole: a terminal wraps them itself, and whatever reads a pipe wants them as they are.
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)

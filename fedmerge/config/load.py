@@ -95,25 +95,26 @@ def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[_
 
 def _merge_problems(section: Any) -> list[_Problem]:
     """Check the merge method and its parameters against the method's signature."""
-    if not isinstance(section, dict) or not section.keys() - {"seed"}:
-        return []  # the default method, without parameters: no need to import torch
+    default = SECTIONS["merge"].model_fields["method"].default
+    method = section.get("method", default) if isinstance(section, dict) else None
+    if not isinstance(method, str) or not method or (method == default and section.keys() <= {"method", "seed"}):
+        return []  # nothing to look up, which would load torch
     from fedmerge.merge import METHODS, parameters
 
-    method = section.get("method", "fedavg")
-    if not isinstance(method, str) or not method:
-        return []
     if method not in METHODS:
         return [_Problem(("merge", "method"), _one_of(method, METHODS))]
     known = {name.removesuffix("_"): parameter for name, parameter in parameters(method).items()}
     problems: list[_Problem] = []
-    for key in section.keys() - {"method", "seed"}:
+    for key, value in section.items():
+        if key in SECTIONS["merge"].model_fields:
+            continue
         if key not in known:
             suggestion = did_you_mean(key, known) or f"; {method} takes {', '.join(known) or 'no parameters'}"
             problems.append(_Problem(("merge", key), f"unknown key{suggestion}"))
             continue
         adapter = TypeAdapter[Any](known[key].type, config=ConfigDict(strict=True, allow_inf_nan=False))
         try:
-            adapter.validate_python(section[key])
+            adapter.validate_python(value)
         except ValidationError as err:
             problems.append(_Problem(("merge", key), _explain(err.errors(include_url=False)[0])))
     return problems

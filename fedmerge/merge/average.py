@@ -70,23 +70,32 @@ def fold(deltas: Iterable[Tensor], coefficients: Callable[[torch.dtype], Sequenc
     factors: Sequence[float] = ()
     for index, delta in enumerate(deltas):
         require_floats(delta)
-        dtype = working_dtype(delta)
+        dtype, row = working_dtype(delta), delta.detach().reshape(-1)
         if total is None:
-            total = torch.zeros(delta.shape, dtype=dtype, device=delta.device)
             factors = coefficients(dtype)
-        total = total.to(torch.promote_types(total.dtype, dtype))
-        add_scaled_(total.view(-1), delta.detach().reshape(-1), factors[index])
+            total = torch.empty(delta.shape, dtype=dtype, device=delta.device)
+            _scale(row, factors[index], out=total.view(-1))
+        else:
+            total = total.to(torch.promote_types(total.dtype, dtype))
+            _add_scaled(row, factors[index], out=total.view(-1))
     if total is None:
         raise InputError("nothing to merge: no task vectors")
     return total
 
 
-def add_scaled_(total: Tensor, row: Tensor, coefficient: float) -> None:
-    """Add `coefficient * row` to `total`, both (N,), in the dtype of `total`.
+def _scale(row: Tensor, coefficient: float, *, out: Tensor) -> Tensor:
+    """Set `out` (N,) to `coefficient * row`, multiplied and rounded in the dtype of `out`; return it."""
+    if row.dtype == out.dtype:
+        return torch.mul(row, coefficient, out=out)
+    return out.copy_(row).mul_(coefficient)
+
+
+def _add_scaled(row: Tensor, coefficient: float, *, out: Tensor) -> None:
+    """Add `coefficient * row` to `out`, both (N,).
 
     The product is rounded before it is added: whether `add_(alpha=)` fuses the two depends on the processor.
     """
-    scratch = total.new_empty(min(BLOCK_ELEMENTS, total.numel()))
-    for block in blocks(total.numel()):
-        part = total[block]
-        part.add_(scratch[: part.numel()].copy_(row[block]).mul_(coefficient))
+    scratch = out.new_empty(min(BLOCK_ELEMENTS, out.numel()))
+    for block in blocks(out.numel()):
+        part = out[block]
+        part.add_(_scale(row[block], coefficient, out=scratch[: part.numel()]))

@@ -24,7 +24,11 @@ EVENT_FIELD = "node_event"
 
 
 def simulate_processes(
-    config: Config, config_path: Path, *, on_event: Callable[[str, NodeEvent], None] = lambda name, event: None
+    config: Config,
+    config_path: Path,
+    *,
+    keep_tuned: bool = False,
+    on_event: Callable[[str, NodeEvent], None] = lambda name, event: None,
 ) -> FederationResult:
     """Run a federation to its end, one process for the coordinator and one for each of the configuration's nodes.
 
@@ -41,6 +45,8 @@ def simulate_processes(
                 arguments = ["join", "--coordinator", ready["address"], "--trust", ready["bundle"], "--name", node.name]
                 arguments += ["--home", str(home), "--key", str(home / "node.key"), "--data", str(node.data)]
                 arguments += ["--trainer", config.train.trainer, "--json"]
+                if keep_tuned:
+                    arguments.append("--keep-tuned")
                 if node.test is not None:
                     arguments += ["--test", str(node.test)]
                 for key, value in node.extras.items():

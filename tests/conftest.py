@@ -1,0 +1,166 @@
+"""A small federation for tests: a model of 600,000 numbers, and a trainer that moves it by a known step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedmerge.config import Config, parse_config
+from fedmerge.sign import SigningKey, TrustStore
+from fedmerge.tensors import Checkpoint
+from fedmerge.training import TrainResult, TrainTask
+
+
+def make_base(directory: Path) -> Path:
+    """Write a model with a matrix of 2.4 MB (so that payloads have several leaves), a vector, and an integer buffer."""
+    generator = torch.Generator().manual_seed(0)
+    directory.mkdir(parents=True)
+    tensors = {
+        "matrix": torch.randn(300, 2000, generator=generator),
+        "vector": torch.randn(300, generator=generator),
+        "ids": torch.arange(5),
+    }
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text('{"model_type": "made-up"}')
+    return directory
+
+
+@dataclass
+class StepTrainer:
+    """Adds noise drawn from `seed` to every float tensor; its metric is a norm that a test can compute itself."""
+
+    seed: int
+    num_examples: int = 10
+    scale: float = 0.01
+
+    def check(self) -> None:
+        """Accept anything."""
+
+    def step(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed + len(name))
+        return self.scale * torch.randn(like.shape, generator=generator)
+
+    def train(self, task: TrainTask) -> TrainResult:
+        before = Checkpoint(task.model_dir)
+        out = task.workspace / "tuned"
+        out.mkdir(exist_ok=True)
+        tuned = {}
+        for name in before:
+            tensor = before[name]
+            tuned[name] = tensor + self.step(name, tensor) if tensor.is_floating_point() else tensor
+        save_file(tuned, out / "model.safetensors")
+        return TrainResult(out, self.num_examples)
+
+    def evaluate(self, model_dir: Path) -> dict[str, float]:
+        return {"norm": float(Checkpoint(model_dir)["matrix"].norm())}
+
+
+TOML = """
+[federation]
+name = "test"
+[model]
+base = "base"
+[server]
+listen = "127.0.0.1:0"
+[rounds]
+num_rounds = {num_rounds}
+min_nodes = {min_nodes}
+grace_s = {grace_s}
+[train]
+trainer = "text-classification"
+{extra}
+"""
+
+
+def make_config(
+    folder: Path, *, num_rounds: int = 1, min_nodes: int = 2, grace_s: float = 60.0, extra: str = ""
+) -> tuple[Config, Path]:
+    """Write a fedmerge.toml beside a base model and return it, loaded, with its path."""
+    if not (folder / "base").exists():
+        make_base(folder / "base")
+    text = TOML.format(num_rounds=num_rounds, min_nodes=min_nodes, grace_s=grace_s, extra=extra)
+    path = folder / "fedmerge.toml"
+    path.write_text(text)
+    return parse_config(text, folder=folder, where="fedmerge.toml"), path
+
+
+class ServerProcess:
+    """`fedmerge serve` as a child process; `address` and `bundle` are what it announced."""
+
+    def __init__(self, config_path: Path, *, listen: str = "127.0.0.1:0") -> None:
+        self._log = (config_path.parent / "serve.log").open("ab")
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "fedmerge", "serve", str(config_path), "--json"],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, "FEDMERGE_SERVER__LISTEN": listen, "OMP_NUM_THREADS": "1"},
+        )
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        assert line, (config_path.parent / "serve.log").read_text()
+        ready = json.loads(line)
+        self.address: str = ready["address"]
+        self.bundle = Path(ready["bundle"])
+
+    def kill(self) -> None:
+        """End it at once, as a power cut would."""
+        self.child.send_signal(signal.SIGKILL)
+        self._reap()
+
+    def stop(self) -> int:
+        """Ask it to end, and return its exit code."""
+        self.child.terminate()
+        return self._reap()
+
+    def _reap(self) -> int:
+        code = self.child.wait(30)
+        assert self.child.stdout is not None
+        self.child.stdout.close()
+        self._log.close()
+        return code
+
+
+@dataclass
+class Federation:
+    """A federation's folder and the keys of its nodes, which the coordinator trusts."""
+
+    folder: Path
+    config: Config
+    config_path: Path
+    keys: dict[str, SigningKey]
+
+    def serve(self, *, listen: str = "127.0.0.1:0") -> ServerProcess:
+        return ServerProcess(self.config_path, listen=listen)
+
+
+def make_federation(folder: Path, names: tuple[str, ...] = ("north", "south"), **settings: object) -> Federation:
+    """Make a federation whose coordinator trusts a new key for each of `names`."""
+    config, path = make_config(folder, **settings)  # type: ignore[arg-type]
+    keys = {name: SigningKey.generate() for name in names}
+    for name, key in keys.items():
+        TrustStore(config.federation.trusted).add(key.public, name)
+    return Federation(folder, config, path, keys)
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Federation:
+    # fp32, so that a payload has several leaves.
+    return make_federation(tmp_path, extra="[delta]\nvalues = 'fp32'")
+
+
+@pytest.fixture
+def server(federation: Federation) -> Iterator[ServerProcess]:
+    process = federation.serve()
+    yield process
+    if process.child.poll() is None:
+        process.stop()
