@@ -1,0 +1,38 @@
+"""Running the command line as a person does: as a process, in a folder, with no FEDMERGE_ variable set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def clean_environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FEDMERGE_")}
+    return kept | {"COLUMNS": "80", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+
+@pytest.fixture
+def run(tmp_path: Path, clean_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run("keys", "show", path)` runs `fedmerge keys show PATH` in `tmp_path`; `python=` runs a program instead."""
+
+    def run(
+        *arguments: str | Path, env: Mapping[str, str] | None = None, python: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        program = ["-m", "fedmerge"] if python is None else ["-c", python]
+        return subprocess.run(
+            [sys.executable, *program, *map(str, arguments)],
+            cwd=tmp_path,
+            env=clean_environment | dict(env or {}),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
