@@ -139,8 +139,10 @@ class Ledger:
         with self._reported(), self._engine.connect() as connection:
             rows = connection.execute(select(_events).order_by(_events.c.number)).all()
         for expected, row in enumerate(rows):
-            head = _chain(head, row.number, row.at_s, row.body)
-            if row.number != expected or row.hash != head:
+            # SQLite columns hold whatever type was written, so an altered row may hold anything.
+            well_formed = row.number == expected and isinstance(row.at_s, float) and isinstance(row.body, bytes)
+            head = _chain(head, expected, row.at_s, row.body) if well_formed else ""
+            if row.hash != head:
                 raise DigestMismatch(
                     f"{self._path}: event {expected} does not continue the hash chain; the ledger was altered",
                     hint="restore the folder from a backup; do not start a coordinator on it",

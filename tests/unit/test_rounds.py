@@ -1,0 +1,138 @@
+"""The state machine: when a round closes, and that no order of events can break it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmerge.errors import DigestMismatch
+from fedmerge.events import (
+    DeltaAccepted,
+    Event,
+    FederationCreated,
+    MergeFinished,
+    MergeStarted,
+    RoundFailed,
+    RoundOpened,
+    RoundPublished,
+    RoundSealed,
+)
+from fedmerge.rounds import Action, FederationState, Phase, RoundPolicy, after, next_action, replay
+from fedmerge.store import LedgerEntry
+
+NODES = [letter * 64 for letter in "abcd"]
+ZERO = "0" * 64
+POLICY = RoundPolicy(num_rounds=2, min_nodes=2, deadline_s=100.0, grace_s=10.0)
+CREATED = FederationCreated(federation="f", run="r", base_digest=ZERO, schema_digest=ZERO, coordinator_key="pem")
+
+
+def opened(number: int = 1) -> RoundOpened:
+    return RoundOpened(round=number, spec_digest=ZERO, spec_envelope="{}")
+
+
+def delta(node_id: str, number: int = 1) -> DeltaAccepted:
+    return DeltaAccepted(
+        round=number,
+        node_id=node_id,
+        node_key="pem",
+        statement_digest=ZERO,
+        payload_root=ZERO,
+        payload_bytes=1,
+        num_examples=1,
+        statement_envelope="{}",
+    )
+
+
+def finished(number: int = 1) -> MergeFinished:
+    return MergeFinished(round=number, version=ZERO, update_root=ZERO, record_envelope="{}")
+
+
+def history(*facts: tuple[float, Event]) -> FederationState:
+    return replay(LedgerEntry(i, at_s, fact, ZERO) for i, (at_s, fact) in enumerate(facts))
+
+
+def test_a_round_seals_once_every_trusted_node_has_delivered() -> None:
+    state = history((0, CREATED), (0, opened()), (1, delta(NODES[0])), (2, delta(NODES[1])))
+    assert next_action(state, POLICY, NODES[:2], 2.0) == Action.SEAL
+    assert next_action(state, POLICY, NODES[:3], 2.0) == Action.WAIT
+
+
+def test_grace_runs_from_the_delta_that_made_the_quorum() -> None:
+    state = history((0, CREATED), (0, opened()), (1, delta(NODES[0])), (20, delta(NODES[1])), (25, delta(NODES[2])))
+    assert next_action(state, POLICY, NODES, 29.9) == Action.WAIT
+    assert next_action(state, POLICY, NODES, 30.0) == Action.SEAL
+
+
+@pytest.mark.parametrize(("num_deltas", "expected"), [(0, Action.FAIL), (1, Action.FAIL), (2, Action.SEAL)])
+def test_at_the_deadline_a_round_seals_with_a_quorum_and_fails_without(num_deltas: int, expected: Action) -> None:
+    deltas = [(99.0, delta(node)) for node in NODES[:num_deltas]]
+    state = history((0, CREATED), (0, opened()), *deltas)
+    assert next_action(state, POLICY, NODES, 99.9) == Action.WAIT
+    assert next_action(state, POLICY, NODES, 100.0) == expected
+
+
+def test_a_round_that_nobody_is_trusted_for_waits_for_its_quorum() -> None:
+    state = history((0, CREATED), (0, opened()))
+    assert next_action(state, POLICY, [], 1.0) == Action.WAIT
+
+
+def test_rounds_follow_each_other_to_the_last() -> None:
+    one = [(0, CREATED), (0, opened()), (1, delta(NODES[0])), (1, delta(NODES[1]))]
+    merged = [(2, RoundSealed(round=1, node_ids=NODES[:2])), (2, MergeStarted(round=1)), (3, finished())]
+    published = [(4, RoundPublished(round=1, version=ZERO))]
+    expected = [
+        (one + merged[:1], Action.MERGE),
+        (one + merged[:2], Action.MERGE),
+        (one + merged, Action.PUBLISH),
+        (one + merged + published, Action.OPEN),
+        (one + merged + published + [(5, opened(2))], Action.WAIT),
+    ]
+    for facts, action in expected:
+        assert next_action(history(*facts), POLICY, NODES, 5.0) == action
+    last = RoundPolicy(num_rounds=1, min_nodes=2, deadline_s=100.0, grace_s=10.0)
+    assert next_action(history(*one, *merged, *published), last, NODES, 5.0) == Action.FINISH
+
+
+def test_a_new_round_starts_without_the_last_ones_deltas() -> None:
+    state = history(
+        (0, CREATED), (0, opened()), (1, delta(NODES[0])), (2, RoundFailed(round=1, reason="x")), (3, opened())
+    )
+    assert (state.phase, dict(state.deltas), state.failure) == (Phase.OPEN, {}, "")
+
+
+facts = st.sampled_from(
+    [
+        CREATED,
+        opened(),
+        *map(delta, NODES),
+        RoundSealed(round=1, node_ids=NODES[:1]),
+        MergeStarted(round=1),
+        finished(),
+        RoundPublished(round=1, version=ZERO),
+        RoundFailed(round=1, reason="x"),
+    ]
+)
+NEXT = {
+    Phase.PLANNED: {Phase.PLANNED, Phase.OPEN},
+    Phase.OPEN: {Phase.OPEN, Phase.SEALED, Phase.FAILED},
+    Phase.SEALED: {Phase.MERGING},
+    Phase.MERGING: {Phase.PUBLISHING, Phase.FAILED},
+    Phase.PUBLISHING: {Phase.PUBLISHED},
+    Phase.PUBLISHED: {Phase.OPEN},
+    Phase.FAILED: {Phase.OPEN},
+}
+
+
+@given(st.lists(facts, max_size=30))
+def test_no_order_of_events_takes_a_forbidden_step(order: list[Event]) -> None:
+    state = FederationState()
+    for number, fact in enumerate(order):
+        before = state
+        try:
+            state = after(state, LedgerEntry(number, float(number), fact, ZERO))
+        except DigestMismatch:
+            assert state is before
+            continue
+        assert state.phase in NEXT[before.phase]
+        assert before.phase == Phase.OPEN or not isinstance(fact, DeltaAccepted)

@@ -1,0 +1,165 @@
+"""Envelopes against the DSSE specification, computed by hand, and against everything that must not verify."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmerge.errors import BadSignature, FedmergeError, InputError, ResourceError, UntrustedKey
+from fedmerge.sign import PublicKey, SigningKey, TrustStore, open_envelope
+
+KEY = SigningKey.generate()
+TRUSTED = {KEY.public.key_id: KEY.public}
+TYPE = "application/vnd.test+json"
+
+
+def pae(payload_type: str, payload: bytes) -> bytes:
+    """Pre-authentication encoding, as DSSE 1.0 writes it."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+
+
+@given(st.binary(max_size=2000), st.text("abcdefghij/.+", min_size=1, max_size=60))
+def test_the_signature_is_ed25519_over_the_specifications_encoding(payload: bytes, payload_type: str) -> None:
+    envelope = json.loads(KEY.sign(payload_type, payload))
+    assert base64.b64decode(envelope["payload"]) == payload
+    assert envelope["payloadType"] == payload_type
+    (signature,) = envelope["signatures"]
+    assert signature["keyid"] == KEY.public.key_id
+    KEY.private.public_key().verify(base64.b64decode(signature["sig"]), pae(payload_type, payload))
+    with pytest.raises(InvalidSignature):
+        KEY.private.public_key().verify(base64.b64decode(signature["sig"]), payload)
+
+
+@given(st.binary(max_size=500))
+def test_what_was_signed_comes_back(payload: bytes) -> None:
+    signed = open_envelope(KEY.sign(TYPE, payload), TYPE, TRUSTED, where="test")
+    assert (signed.payload, signed.signer) == (payload, KEY.public)
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_no_change_of_an_envelope_gives_another_payload(data: st.DataObject) -> None:
+    payload = b'{"round": 1}'
+    envelope = bytearray(KEY.sign(TYPE, payload))
+    for _ in range(data.draw(st.integers(1, 3))):
+        position = data.draw(st.integers(0, len(envelope) - 1))
+        envelope[position] = data.draw(st.integers(0, 255))
+    try:
+        assert open_envelope(bytes(envelope), TYPE, TRUSTED, where="test").payload == payload
+    except (BadSignature, UntrustedKey):
+        return
+
+
+@given(
+    st.one_of(st.binary(max_size=300), st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
+)
+def test_what_is_no_envelope_is_refused(junk: bytes | str) -> None:
+    data = junk.encode() if isinstance(junk, str) else junk
+    with pytest.raises(BadSignature):
+        open_envelope(data, TYPE, TRUSTED, where="test")
+
+
+def test_one_kind_of_statement_does_not_pass_for_another() -> None:
+    envelope = KEY.sign("application/vnd.receipt+json", b"{}")
+    with pytest.raises(BadSignature, match="signed as"):
+        open_envelope(envelope, TYPE, TRUSTED, where="test")
+    relabelled = envelope.replace(b"application/vnd.receipt+json", TYPE.encode())
+    with pytest.raises(BadSignature, match="does not verify"):
+        open_envelope(relabelled, TYPE, TRUSTED, where="test")
+
+
+def test_the_key_id_in_an_envelope_decides_nothing() -> None:
+    stranger = SigningKey.generate()
+    claimed = stranger.sign(TYPE, b"{}").replace(stranger.public.key_id.encode(), KEY.public.key_id.encode())
+    with pytest.raises(BadSignature, match="does not verify"):
+        open_envelope(claimed, TYPE, TRUSTED, where="test")
+    with pytest.raises(UntrustedKey):
+        open_envelope(stranger.sign(TYPE, b"{}"), TYPE, TRUSTED, where="test")
+
+
+@pytest.mark.parametrize("num_signatures", [0, 2])
+def test_an_envelope_has_exactly_one_signature(num_signatures: int) -> None:
+    envelope = json.loads(KEY.sign(TYPE, b"{}"))
+    other = json.loads(SigningKey.generate().sign(TYPE, b"{}"))
+    envelope["signatures"] = (envelope["signatures"] + other["signatures"])[:num_signatures]
+    with pytest.raises(BadSignature, match=f"{num_signatures} signatures"):
+        open_envelope(json.dumps(envelope).encode(), TYPE, TRUSTED, where="test")
+
+
+def test_a_p256_key_may_sign(tmp_path: Path) -> None:
+    private = ec.generate_private_key(ec.SECP256R1())
+    spki = private.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    public = PublicKey.from_spki(spki, where="test")
+    signature = private.sign(pae(TYPE, b"{}"), ec.ECDSA(hashes.SHA256()))
+    envelope = {
+        "payload": base64.b64encode(b"{}").decode(),
+        "payloadType": TYPE,
+        "signatures": [{"keyid": public.key_id, "sig": base64.b64encode(signature).decode()}],
+    }
+    opened = open_envelope(json.dumps(envelope).encode(), TYPE, {public.key_id: public}, where="test")
+    assert opened.payload == b"{}"
+
+
+def test_key_files_are_private_and_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "keys" / "node.key"
+    KEY.save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert SigningKey.load(path).public == KEY.public
+    with pytest.raises(ResourceError, match="already exists"):
+        SigningKey.generate().save(path)
+    path.chmod(0o640)
+    with pytest.raises(InputError, match="other users"):
+        SigningKey.load(path)
+
+
+def test_a_key_id_is_the_hash_of_the_public_key_info() -> None:
+    assert KEY.public.key_id == hashlib.sha256(KEY.public.spki).hexdigest()
+    assert PublicKey.from_pem(KEY.public.pem(), where="test") == KEY.public
+    loaded = serialization.load_pem_public_key(KEY.public.pem().encode())
+    assert loaded == KEY.private.public_key()
+
+
+@pytest.mark.parametrize("text", ["", "hello", "-----BEGIN PUBLIC KEY-----\n!!!\n-----END PUBLIC KEY-----\n"])
+def test_a_file_without_a_key_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "some.pem"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"some\.pem"):
+        PublicKey.load(path)
+
+
+def test_other_algorithms_are_refused() -> None:
+    key = rsa.generate_private_key(65537, 2048).public_key()
+    pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
+    with pytest.raises(InputError, match="Ed25519"):
+        PublicKey.from_pem(pem, where="test")
+
+
+def test_a_trust_store_is_a_folder_of_keys(tmp_path: Path) -> None:
+    store = TrustStore(tmp_path / "trusted")
+    assert store.keys() == {}
+    store.add(KEY.public, "north")
+    store.add(KEY.public, "north")
+    assert store.keys() == TRUSTED
+    assert store.names() == {KEY.public.key_id: "north"}
+    with pytest.raises(InputError, match="another key"):
+        store.add(SigningKey.generate().public, "north")
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a b", os.sep])
+def test_a_name_is_never_a_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FedmergeError):
+        TrustStore(tmp_path / "trusted").add(KEY.public, name)
+    assert not (tmp_path / "trusted").exists()
