@@ -115,7 +115,7 @@ class Codec:
 
 def _require_known(where: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
+        close = difflib.get_close_matches(str(name)[:50], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(known)}"
         raise ConfigError(f"{where}: unknown name {name!r}", hint=hint)
 
@@ -273,7 +273,7 @@ def write_delta(path: Path, delta: TensorMap, schema: Schema, codec: Codec, *, s
 
 def _invalid(path: Path, problem: str) -> InvalidDelta:
     return InvalidDelta(
-        f"{path.name}: {problem}", hint="it is damaged, or was not written for this round's plan; encode it again"
+        f"{path.name}: {problem:.400}", hint="it is damaged, or was not written for this round's plan; encode it again"
     )
 
 

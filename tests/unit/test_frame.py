@@ -1,0 +1,775 @@
+"""Delta files: round trips, a second decoder written from the format, and every way a file can lie."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import resource
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from safetensors.numpy import load_file, save_file
+
+from fedmerge.errors import ConfigError, InputError, InvalidDelta, ModelMismatch, ResourceError
+from fedmerge.frame import MAX_VALUE, Codec, DeltaFile, inspect_delta, write_delta
+from fedmerge.seeds import bernoulli_mask, derive_seed
+from fedmerge.tensors import Schema, TensorSpec, schema_of
+
+SEED = 2**40 + 7
+CODECS = {
+    "int8": Codec(),
+    "bf16": Codec(values="bf16"),
+    "fp32": Codec(values="fp32"),
+    "seeded int8": Codec(sparsify="seeded", density=0.25, small_elements=8, block_size=64),
+    "seeded bf16": Codec(sparsify="seeded", density=0.25, values="bf16", small_elements=0),
+    "seeded fp32": Codec(sparsify="seeded", density=0.25, values="fp32", small_elements=0),
+}
+each_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
+
+# Half of the absmax step for int8, half of an ulp for bf16, nothing for fp32.
+RELATIVE_ERROR = {"int8": 1 / 254 + 2**-22, "bf16": 2**-8, "fp32": 0.0}
+
+
+def a_delta() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "embed.weight": torch.zeros(40, 16),
+        "h.0.bias": torch.randn(7, generator=generator) * 1e-3,
+        "h.0.weight": torch.randn(48, 33, generator=generator) * 1e-3,
+        "scale": torch.tensor(0.25),
+        "unused": torch.zeros(0, 5),
+    }
+
+
+class Written:
+    """A delta file in parts, to be changed and put together again."""
+
+    def __init__(self, path: Path, codec: Codec, delta: dict[str, torch.Tensor] | None = None) -> None:
+        self.path, self.codec = path, codec
+        self.delta = a_delta() if delta is None else delta
+        self.schema = schema_of(self.delta)
+        write_delta(path, self.delta, self.schema, codec, seed=SEED)
+        self.frames: dict[str, npt.NDArray[Any]] = dict(load_file(path))
+        self.header: dict[str, Any] = json.loads(metadata_of(path))
+
+    def rewrite(self, header_text: str | None = None, extra_metadata: dict[str, str] | None = None) -> None:
+        text = json.dumps(self.header) if header_text is None else header_text
+        save_file(self.frames, self.path, metadata={"fedmerge": text, **(extra_metadata or {})})
+
+    def decode(self) -> dict[str, torch.Tensor]:
+        return dict(DeltaFile(self.path, self.schema, self.codec, seed=SEED))
+
+
+def metadata_of(path: Path) -> str:
+    data = path.read_bytes()
+    (header_bytes,) = struct.unpack("<Q", data[:8])
+    text: str = json.loads(data[8 : 8 + header_bytes])["__metadata__"]["fedmerge"]
+    return text
+
+
+def assert_refused_or_sound(written: Written) -> bool:
+    """Return whether the file decoded; anything but InvalidDelta, or a tensor out of order, is a failure."""
+    try:
+        decoded = written.decode()
+    except InvalidDelta:
+        return False
+    assert decoded.keys() == written.schema.keys()
+    for name, tensor in decoded.items():
+        assert tensor.dtype == torch.float32
+        assert tuple(tensor.shape) == written.schema[name].shape
+        assert torch.isfinite(tensor).all()
+    return True
+
+
+# Round trips
+
+
+@each_codec
+def test_a_delta_comes_back_within_the_error_of_its_codec(codec: Codec, tmp_path: Path) -> None:
+    delta = a_delta()
+    write_delta(tmp_path / "d", delta, schema_of(delta), codec, seed=SEED)
+    decoded = DeltaFile(tmp_path / "d", schema_of(delta), codec, seed=SEED)
+    assert list(decoded) == sorted(delta)
+    for name, tensor in delta.items():
+        expected = tensor
+        dense = codec.sparsify == "none" or (tensor.ndim < 2 and tensor.numel() < codec.small_elements)
+        if not dense and tensor.ndim > 0:
+            mask = bernoulli_mask(derive_seed(SEED, name), tensor.numel(), codec.density).reshape(tensor.shape)
+            expected = torch.where(mask, tensor / codec.density, 0)
+        bound = RELATIVE_ERROR[codec.values] * expected.abs().max().item() if expected.numel() else 0
+        assert decoded[name].shape == tensor.shape
+        assert (decoded[name] - expected).abs().le(bound).all()
+
+
+EDGES = [0.0, -0.0, 2.0**-149, -(2.0**-130), 1e-30, MAX_VALUE, -MAX_VALUE, 1.0]
+ELEMENTS = st.floats(-MAX_VALUE, MAX_VALUE, width=32, allow_subnormal=True) | st.sampled_from(EDGES)
+
+
+@given(
+    array=arrays(np.float32, array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=5), elements=ELEMENTS),
+    values=st.sampled_from(["fp32", "bf16", "int8"]),
+    block_size=st.integers(8, 40),
+)
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape_and_any_value_comes_back(
+    array: npt.NDArray[np.float32], values: str, block_size: int, tmp_path: Path
+) -> None:
+    codec = Codec(values=values, block_size=block_size)
+    delta = {"w": torch.from_numpy(array.copy())}
+    write_delta(tmp_path / "d", delta, schema_of(delta), codec, seed=SEED)
+    decoded = DeltaFile(tmp_path / "d", schema_of(delta), codec, seed=SEED)["w"].numpy()
+    assert decoded.shape == array.shape
+    assert decoded.dtype == np.float32
+    if values == "fp32":
+        np.testing.assert_array_equal(decoded, array)
+    elif array.size:
+        wide = array.astype(np.float64)
+        scale = np.abs(wide) if values == "bf16" else np.abs(wide).max()
+        smallest = 2.0**-133 if values == "bf16" else 2.0**-149
+        assert (np.abs(decoded - wide) <= RELATIVE_ERROR[values] * scale + smallest).all()
+
+
+@given(
+    array=arrays(np.float32, array_shapes(min_dims=1, max_dims=4, max_side=7), elements=ELEMENTS),
+    values=st.sampled_from(["fp32", "bf16", "int8"]),
+    density=st.floats(0.01, 0.999) | st.just(1.0),
+    seed=st.integers(0, 2**64 - 1),
+)
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_seeded_delta_is_finite_or_refused_by_its_sender(
+    array: npt.NDArray[np.float32], values: str, density: float, seed: int, tmp_path: Path
+) -> None:
+    codec = Codec(sparsify="seeded", density=density, values=values, small_elements=0)
+    delta = {"w": torch.from_numpy(array.copy())}
+    if np.abs(array).max() > MAX_VALUE * density:
+        with pytest.raises(InputError, match=r"w: .* beyond"):
+            write_delta(tmp_path / "d", delta, schema_of(delta), codec, seed=seed)
+        return
+    write_delta(tmp_path / "d", delta, schema_of(delta), codec, seed=seed)
+    decoded = DeltaFile(tmp_path / "d", schema_of(delta), codec, seed=seed)["w"]
+    assert torch.isfinite(decoded).all()
+    mask = bernoulli_mask(derive_seed(seed, "w"), array.size, density).reshape(array.shape)
+    assert not decoded[~mask].any()
+
+
+def decode_from_the_format(path: Path, schema: Schema, codec: Codec) -> dict[str, npt.NDArray[np.float64]]:
+    """The decoder again, in plain numpy and fp64, from the description of the format."""
+    header, frames = json.loads(metadata_of(path)), load_file(path)
+    result = {}
+    for name, spec in schema.items():
+        claim, data = header["frames"][name], frames[name].tobytes()
+        parts: dict[str, npt.NDArray[np.uint64]] = {}
+        for kind, _, coded_bytes, coder in claim["sections"]:
+            coded, data = data[:coded_bytes], data[coded_bytes:]
+            raw = zstandard.ZstdDecompressor().decompress(coded) if coder == "zstd" else coded
+            parts[kind] = np.frombuffer(raw, np.uint8).astype(np.uint64)
+        dense = np.zeros(spec.num_elements)
+        if claim["encoding"] != "zero":
+            kept = values_from_the_format(parts, codec)
+            if claim["encoding"].startswith("seeded+"):
+                words = np.random.Philox(key=derive_seed(SEED, name)).random_raw(spec.num_elements // 2 + 1)
+                draws = np.stack([words & 0xFFFFFFFF, words >> 32], axis=1).reshape(-1)[: spec.num_elements]
+                dense[draws < round(codec.density * 2**32)] = kept / codec.density
+            else:
+                dense[:] = kept
+        result[name] = dense.reshape(spec.shape)
+    return result
+
+
+def values_from_the_format(parts: dict[str, npt.NDArray[np.uint64]], codec: Codec) -> npt.NDArray[np.float64]:
+    def floats(planes: list[npt.NDArray[np.uint64]], width: int) -> npt.NDArray[np.float64]:
+        rotated = np.zeros(planes[0].size, np.uint64)
+        for i, plane in enumerate(planes):
+            rotated |= plane << np.uint64(8 * i)
+        bits = (rotated >> 1) | ((rotated & 1) << np.uint64(8 * width - 1))
+        return (bits << np.uint64(32 - 8 * width)).astype(np.uint32).view(np.float32).astype(np.float64)
+
+    if codec.values == "int8":
+        scales = floats(list(parts["scales"].reshape(4, -1)), 4)
+        codes: npt.NDArray[np.int8] = parts["codes"].astype(np.uint8).view(np.int8)
+        values: npt.NDArray[np.float64] = codes * np.repeat(scales, codec.block_size)[: codes.size]
+        return values
+    return floats([parts[f"plane{i}"] for i in range(len(parts))], len(parts))
+
+
+@each_codec
+def test_a_second_decoder_written_from_the_format_agrees(codec: Codec, tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", codec)
+    reference = decode_from_the_format(written.path, written.schema, codec)
+    for name, tensor in written.decode().items():
+        np.testing.assert_allclose(tensor.double().numpy(), reference[name], rtol=2.0**-22)
+
+
+@each_codec
+def test_the_same_delta_gives_the_same_bytes(codec: Codec, tmp_path: Path) -> None:
+    delta = a_delta()
+    write_delta(tmp_path / "a", delta, schema_of(delta), codec, seed=SEED)
+    write_delta(tmp_path / "b", dict(reversed(delta.items())), schema_of(delta), codec, seed=SEED)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_stats_count_what_is_there(tmp_path: Path) -> None:
+    delta = a_delta()
+    codec = CODECS["seeded int8"]
+    stats = write_delta(tmp_path / "d", delta, schema_of(delta), codec, seed=SEED)
+    assert stats.num_elements == 40 * 16 + 7 + 48 * 33 + 1
+    assert stats.dense_bytes == 4 * stats.num_elements
+    assert stats.payload_bytes == (tmp_path / "d").stat().st_size
+    assert stats.bits_per_parameter == 8 * stats.payload_bytes / stats.num_elements
+    # h.0.bias has fewer than small_elements elements, and the scalar has none of the dimensions it would take.
+    assert stats.encodings == {"zero": 2, "int8": 2, "seeded+int8": 1}
+    assert DeltaFile(tmp_path / "d", schema_of(delta), codec, seed=SEED).stats == stats
+
+
+def test_frozen_layers_cost_nothing(tmp_path: Path) -> None:
+    delta = {"a": torch.zeros(1000, 1000), "b": -torch.zeros(10)}
+    stats = write_delta(tmp_path / "d", delta, schema_of(delta), Codec(), seed=SEED)
+    assert stats.payload_bytes < 1000
+    assert stats.encodings == {"zero": 2}
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_gaussian_values_come_close_to_their_entropy(values: str, tmp_path: Path) -> None:
+    delta = {"w": torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))}
+    stats = write_delta(tmp_path / "d", delta, schema_of(delta), Codec(values=values), seed=SEED)
+    if values == "int8":
+        scale = delta["w"].view(-1, 1024).abs().amax(dim=1, keepdim=True) / 127
+        symbols, rest = (delta["w"].view(-1, 1024) / scale).round().numpy(), 0.0
+    else:
+        symbols, rest = np.frexp(delta["w"].to(torch.bfloat16).float().numpy())[1], 8.0
+    counts = np.unique(symbols, return_counts=True)[1] / symbols.size
+    bound = float(-(counts * np.log2(counts)).sum()) + rest
+    assert bound - 0.01 < stats.bits_per_parameter < bound * 1.02
+
+
+def test_integer_tensors_of_the_schema_have_no_frame(tmp_path: Path) -> None:
+    schema = {"w": TensorSpec((3,), "BF16"), "position_ids": TensorSpec((5,), "I64")}
+    delta = {"w": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
+    codec = Codec(values="fp32")
+    write_delta(tmp_path / "d", delta, schema, codec, seed=SEED)
+    decoded = DeltaFile(tmp_path / "d", schema, codec, seed=SEED)
+    assert {name: tensor.tolist() for name, tensor in decoded.items()} == {"w": [1.0, 2.0, 3.0]}
+    assert decoded["w"].dtype == torch.float32
+
+
+def test_a_delta_in_another_memory_layout_is_the_same_delta(tmp_path: Path) -> None:
+    base = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    for name, tensor in {"a": base.T, "b": base.T.contiguous()}.items():
+        write_delta(tmp_path / name, {"w": tensor}, schema_of({"w": tensor}), Codec(), seed=SEED)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+# What the writer refuses
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda d: d.pop("scale"), "misses scale"),
+        (lambda d: d.update(extra=torch.zeros(2)), "has unknown extra"),
+        (lambda d: d.update(scale=torch.zeros(1)), r"scale has shape \[1\], not \[\]"),
+    ],
+)
+def test_write_refuses_a_delta_of_another_model(
+    change: Callable[[dict[str, torch.Tensor]], Any], match: str, tmp_path: Path
+) -> None:
+    delta = a_delta()
+    schema = schema_of(delta)
+    change(delta)
+    with pytest.raises(ModelMismatch, match=match):
+        write_delta(tmp_path / "d", delta, schema, Codec(), seed=SEED)
+    assert list(tmp_path.iterdir()) == []
+
+
+@each_codec
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3.4e38])
+def test_write_refuses_values_that_can_not_travel(codec: Codec, value: float, tmp_path: Path) -> None:
+    delta = a_delta()
+    delta["h.0.weight"][3, 5] = value
+    with pytest.raises(InputError, match=r"h\.0\.weight: 1 values"):
+        write_delta(tmp_path / "d", delta, schema_of(delta), codec, seed=SEED)
+
+
+def test_write_reports_a_disk_that_does_not_take_it(tmp_path: Path) -> None:
+    delta = {"w": torch.randn(100_000, generator=torch.Generator().manual_seed(0))}
+    write_delta(tmp_path / "d", {"w": torch.zeros(100_000)}, schema_of(delta), Codec(), seed=SEED)
+    before = (tmp_path / "d").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # the same EFBIG/ENOSPC path as a full disk
+    try:
+        with pytest.raises(ResourceError, match="could not write the delta"):
+            write_delta(tmp_path / "d", delta, schema_of(delta), Codec(), seed=SEED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert (tmp_path / "d").read_bytes() == before
+
+
+def test_write_reports_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    delta = a_delta()
+    with pytest.raises(ResourceError):
+        write_delta(tmp_path / "nowhere" / "d", delta, schema_of(delta), Codec(), seed=SEED)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ResourceError):
+        write_delta(tmp_path / "folder", delta, schema_of(delta), Codec(), seed=SEED)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+# What the reader refuses: the plan comes from outside the file
+
+
+def test_the_file_must_agree_with_the_plan(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", CODECS["seeded int8"])
+    for other in (Codec(), Codec(sparsify="seeded", density=0.25, small_elements=8, block_size=128)):
+        with pytest.raises(InvalidDelta, match="the plan's is"):
+            DeltaFile(written.path, written.schema, other, seed=SEED)
+    with pytest.raises(InvalidDelta, match=r"h\.0\.weight: sections are"):
+        DeltaFile(written.path, written.schema, written.codec, seed=SEED + 1)
+    larger = {**written.schema, "more": TensorSpec((2,), "F32")}
+    with pytest.raises(InvalidDelta, match="more: missing"):
+        DeltaFile(written.path, larger, written.codec, seed=SEED)
+    smaller = {name: spec for name, spec in written.schema.items() if name != "scale"}
+    with pytest.raises(InvalidDelta, match="scale: not a tensor of this model"):
+        DeltaFile(written.path, smaller, written.codec, seed=SEED)
+    turned = {**written.schema, "h.0.weight": TensorSpec((33, 48), "F32")}
+    with pytest.raises(InvalidDelta, match=r"h\.0\.weight: shape is \[48, 33\], not \[33, 48\]"):
+        DeltaFile(written.path, turned, written.codec, seed=SEED)
+
+
+def test_a_missing_file_and_an_unknown_name(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec())
+    with pytest.raises(KeyError):
+        DeltaFile(written.path, written.schema, written.codec, seed=SEED)["nothing"]
+    for read in (inspect_delta, lambda path: DeltaFile(path, written.schema, Codec(), seed=SEED)):
+        with pytest.raises(InputError, match="could not read"):
+            read(tmp_path / "nowhere")
+
+
+W = "h.0.weight"
+
+
+def _set(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(header: dict[str, Any]) -> None:
+        node: Any = header
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = to
+
+    return change
+
+
+LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "format": (_set("format", to="fedmerge.checkpoint"), "header: format"),
+    "version": (_set("version", to=2), "header: version"),
+    "version true": (_set("version", to=True), "header: version"),
+    "version as text": (_set("version", to="1"), "header: version"),
+    "codec value": (_set("codec", "block_size", to=512), "the plan's is"),
+    "codec type": (_set("codec", "block_size", to="1024"), "block_size"),
+    "codec key": (_set("codec", "levels", to=1), "levels"),
+    "codec name": (_set("codec", "values", to="int3"), "int3"),
+    "codec name of a megabyte": (_set("codec", "values", to="x" * 1_000_000), "codec.values: unknown name"),
+    "codec gone": (lambda h: h.pop("codec"), "codec"),
+    "unknown key": (_set("note", to="hello"), "note"),
+    "unknown frame key": (_set("frames", W, "note", to=1), W),
+    "shape": (_set("frames", W, "shape", to=[48, 34]), W),
+    "shape transposed": (_set("frames", W, "shape", to=[33, 48]), W),
+    "shape negative": (_set("frames", W, "shape", to=[-48, -33]), W),
+    "shape of huge numbers": (_set("frames", W, "shape", to=[10**4000]), W),
+    "shape of floats": (_set("frames", W, "shape", to=[48.0, 33.0]), W),
+    "shape of many sizes": (_set("frames", W, "shape", to=[1 << 47] * 100_000), W),
+    "dtype": (_set("frames", W, "dtype", to="F64"), W),
+    "encoding unknown": (_set("frames", W, "encoding", to="pickle"), f"{W}: encoding"),
+    "encoding of another codec": (_set("frames", W, "encoding", to="bf16"), f"{W}: encoding"),
+    "encoding seeded": (_set("frames", W, "encoding", to="seeded+int8"), f"{W}: encoding"),
+    "encoding zero with sections": (_set("frames", W, "encoding", to="zero"), f"{W}: sections"),
+    "zero tensor as int8": (_set("frames", "embed.weight", "encoding", to="int8"), "embed.weight: sections"),
+    "raw bytes fewer": (_set("frames", W, "sections", 1, 1, to=1583), f"{W}: sections"),
+    "raw bytes huge": (_set("frames", W, "sections", 1, 1, to=1 << 47), f"{W}: sections"),
+    "raw bytes true": (_set("frames", W, "sections", 0, 1, to=True), W),
+    "version gone": (lambda h: h.pop("version"), "header: version"),
+    "dtype gone": (lambda h: h["frames"][W].pop("dtype"), W),
+    "codec key gone": (lambda h: h["codec"].pop("zstd_level"), "the plan's is"),
+    "coded bytes fewer": (_set("frames", W, "sections", 1, 2, to=3), f"{W}: frame"),
+    "coded bytes negative": (_set("frames", W, "sections", 1, 2, to=-3), W),
+    "coder unknown": (_set("frames", W, "sections", 1, 3, to="lzma"), "lzma"),
+    "coder raw": (_set("frames", W, "sections", 1, 3, to="raw"), f"{W}: section codes"),
+    "coder zstd": (_set("frames", W, "sections", 0, 3, to="zstd"), f"{W}: section scales"),
+    "section kind": (_set("frames", W, "sections", 0, 0, to="indices"), f"{W}: sections"),
+    "sections exchanged": (lambda h: h["frames"][W]["sections"].reverse(), f"{W}: sections"),
+    "section too short": (lambda h: h["frames"][W]["sections"][0].pop(), W),
+    "section missing": (lambda h: h["frames"][W]["sections"].pop(0), W),
+    "section twice": (lambda h: h["frames"][W]["sections"].insert(0, ["scales", 8, 0, "raw"]), f"{W}: sections"),
+    "sections none": (_set("frames", W, "sections", to=None), W),
+    "frame missing": (lambda h: h["frames"].pop(W), W),
+    "frame extra": (lambda h: h["frames"].update(more=h["frames"]["unused"]), "more"),
+    "frames a list": (lambda h: h.update(frames=list(h["frames"])), "frames"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies_is_refused_by_name(lie: str, tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec())
+    change, expected = LIES[lie]
+    change(written.header)
+    written.rewrite()
+    with pytest.raises(InvalidDelta) as caught:
+        written.decode()
+    assert expected in caught.value.message
+    assert len(caught.value.message) < 1000
+
+
+def test_sections_that_move_bytes_between_them_are_refused(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec())
+    sections = written.header["frames"][W]["sections"]
+    sections[0][2] += 1
+    sections[1][2] -= 1
+    written.rewrite()
+    with pytest.raises(InvalidDelta, match=r"h\.0\.weight: section scales"):
+        written.decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", "{", "1" * 5000, "[" * 100_000, '{"format": "fedmerge.delta"}', '"\\ud800"', '{"\\ud800": 1}'],
+)
+def test_a_header_that_is_no_header_is_refused(text: str, tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec())
+    written.rewrite(header_text=text)
+    with pytest.raises(InvalidDelta):
+        written.decode()
+    with pytest.raises(InvalidDelta):
+        inspect_delta(written.path)
+
+
+def test_a_key_that_appears_twice_is_refused(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec())
+    text = json.dumps(written.header)
+    written.rewrite(header_text='{"version": 2, ' + text[1:])
+    with pytest.raises(InvalidDelta, match="appears twice"):
+        written.decode()
+
+
+def test_other_metadata_and_other_tensors_are_refused(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec())
+    written.rewrite(extra_metadata={"format": "pt"})
+    with pytest.raises(InvalidDelta, match="metadata keys"):
+        written.decode()
+    save_file(written.frames, written.path)
+    with pytest.raises(InvalidDelta, match="metadata keys"):
+        written.decode()
+    frame = written.frames[W]
+    for changed in (frame.view(np.int8), frame.reshape(1, -1), frame[:-1], np.append(frame, frame[:1])):
+        written.frames[W] = changed
+        written.rewrite()
+        with pytest.raises(InvalidDelta, match=r"h\.0\.weight: frame is|more than this model"):
+            written.decode()
+    written.frames[W] = frame
+    written.frames["more"] = np.zeros(0, np.uint8)
+    written.rewrite()
+    with pytest.raises(InvalidDelta, match="more: is not both"):
+        written.decode()
+
+
+def test_sizes_are_checked_before_the_file_is_opened(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec())
+    data = written.path.read_bytes()
+    written.path.write_bytes(((16 << 20) + 1).to_bytes(8, "little") + data[8:])
+    with pytest.raises(InvalidDelta, match="header is over the limit"):
+        written.decode()
+    written.path.write_bytes(data)
+    with written.path.open("r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(InvalidDelta, match="more than this model can need"):
+        written.decode()
+
+
+def replace_section(written: Written, section: int, coded: bytes) -> None:
+    """Put `coded` in the place of a section's bytes, with a header that agrees."""
+    sections = written.header["frames"][W]["sections"]
+    ends = np.cumsum([0, *(entry[2] for entry in sections)])
+    frame = written.frames[W].tobytes()
+    frame = frame[: ends[section]] + coded + frame[ends[section + 1] :]
+    sections[section][2:] = [len(coded), "zstd"]
+    written.frames[W] = np.frombuffer(frame, np.uint8)
+    written.rewrite()
+
+
+NUM_VALUES = 256 * 256
+GOOD = bytes(range(100)) + bytes(NUM_VALUES - 100)
+MIB = 1 << 20
+
+
+def zstd(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(data)
+
+
+def zstd_without_size(data: bytes) -> bytes:
+    compressor = zstandard.ZstdCompressor().compressobj()
+    return compressor.compress(data) + compressor.flush()
+
+
+def declaring(size: int, coded: bytes, descriptor: bytes = b"\xe0") -> bytes:
+    """The blocks of a zstd frame behind a header that declares `size` bytes (RFC 8878, section 3.1.1.1)."""
+    return b"\x28\xb5\x2f\xfd" + descriptor + size.to_bytes(8, "little") + coded[zstandard.frame_header_size(coded) :]
+
+
+def skippable(size: int) -> bytes:
+    return b"\x50\x2a\x4d\x18" + size.to_bytes(4, "little") + bytes(size)
+
+
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "expands to 64 MiB": lambda: zstd(bytes(64 * MIB)),
+    "expands to 64 MiB, size not declared": lambda: zstd_without_size(bytes(64 * MIB)),
+    "expands to 64 MiB, declares the right size": lambda: declaring(NUM_VALUES, zstd(bytes(64 * MIB))),
+    "declares a petabyte": lambda: declaring(1 << 50, zstd(GOOD)),
+    "declares the right size, holds less": lambda: declaring(NUM_VALUES, zstd(bytes(200))),
+    "right size, not declared": lambda: zstd_without_size(GOOD),
+    "a window of two terabytes": lambda: declaring(NUM_VALUES, zstd(GOOD), b"\xc0\xf8"),
+    "a second frame after it": lambda: zstd(GOOD) + zstd(GOOD),
+    "a skippable frame after it": lambda: zstd(GOOD) + skippable(4),
+    "a skippable frame before it": lambda: skippable(4) + zstd(GOOD),
+    "only a skippable frame": lambda: skippable(NUM_VALUES - 100),
+    "bytes after it": lambda: zstd(GOOD) + b"\0",
+    "cut short": lambda: zstd(GOOD)[:-1],
+    "cut to its header": lambda: zstd(GOOD)[:9],
+    "too short": lambda: zstd(GOOD)[:3],
+    "empty": lambda: b"",
+    "not zstd": lambda: b"\x1f\x8b" + bytes(100),
+    "one value too many": lambda: zstd(GOOD + b"\0"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_frame_does_not_expand_past_its_tensor(bomb: str, tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec(), {W: torch.ones(256, 256)})
+    replace_section(written, 1, BOMBS[bomb]())
+    tracemalloc.start()
+    with pytest.raises(InvalidDelta, match=r"h\.0\.weight: section codes"):
+        written.decode()
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 2 * MIB
+
+
+@pytest.mark.parametrize("coded", [zstd(GOOD), declaring(NUM_VALUES, zstd(GOOD))])
+def test_a_replaced_section_that_is_right_is_taken(coded: bytes, tmp_path: Path) -> None:
+    """Guards the test above: what it replaces is where the values are, and its headers can be right."""
+    written = Written(tmp_path / "d", Codec(), {W: torch.ones(256, 256)})
+    replace_section(written, 1, coded)
+    assert written.decode()[W].reshape(-1).nonzero().reshape(-1).tolist() == list(range(1, 100))
+
+
+def test_a_header_that_declares_a_huge_tensor_allocates_nothing(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec())
+    huge = 1 << 46
+    frame = written.header["frames"]["embed.weight"]
+    frame["shape"], frame["encoding"] = [huge], "int8"
+    frame["sections"] = [["scales", huge >> 8, 0, "raw"], ["codes", huge, 0, "raw"]]
+    written.rewrite()
+    tracemalloc.start()
+    with pytest.raises(InvalidDelta, match=r"embed\.weight: shape"):
+        written.decode()
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert inspect_delta(written.path)["claims"]["tensors"]["embed.weight"]["shape"] == [huge]
+
+
+@pytest.mark.parametrize(
+    ("values", "exponents"),
+    [("fp32", 3), ("bf16", 1)],
+)
+def test_values_must_be_finite(values: str, exponents: int, tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec(values=values))
+    replace_section(written, exponents, zstd(b"\xff" * 48 * 33))
+    with pytest.raises(InvalidDelta, match=r"h\.0\.weight: 1584 values are NaN or infinite"):
+        written.decode()
+
+
+def test_rescaling_must_not_overflow(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", CODECS["seeded fp32"])
+    num_kept = written.header["frames"][W]["sections"][3][1]
+    replace_section(written, 3, zstd(b"\xfe" * num_kept))
+    with pytest.raises(InvalidDelta, match=f"{num_kept} values are NaN or infinite"):
+        written.decode()
+
+
+def test_scales_must_be_finite(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec(block_size=8))
+    num_blocks = 48 * 33 // 8
+    replace_section(written, 0, zstd(bytes(3 * num_blocks) + b"\xff" * num_blocks))
+    with pytest.raises(InvalidDelta, match=f"{num_blocks} of {num_blocks} scales"):
+        written.decode()
+
+
+# Mutations
+
+
+@pytest.mark.parametrize("name", ["int8", "bf16", "seeded int8", "seeded fp32"])
+def test_mutated_files_are_refused_or_decode_to_finite_tensors(name: str, tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", CODECS[name])
+    data = written.path.read_bytes()
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    rng = random.Random(name)
+    outcomes = {True: 0, False: 0}
+    for trial in range(1500):
+        mutated = bytearray(data)
+        match trial % 5:
+            case 0:  # flip bits anywhere
+                for _ in range(rng.randint(1, 4)):
+                    mutated[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            case 1:  # replace bytes of the header
+                mutated[rng.randrange(header_end)] = rng.choice(b'0123456789{}[]",:-.eaz\x00\xff')
+            case 2:  # replace bytes of the frames
+                for _ in range(rng.randint(1, 8)):
+                    mutated[rng.randrange(header_end, len(data))] = rng.randrange(256)
+            case 3:  # truncate or extend
+                cut = rng.randrange(len(data))
+                mutated = mutated[:cut] if rng.random() < 0.5 else mutated + rng.randbytes(1 + cut)
+            case _:  # move a piece
+                start, length, to = rng.randrange(len(data)), rng.randint(1, 40), rng.randrange(len(data))
+                mutated[to : to + length] = data[start : start + length]
+        written.path.write_bytes(mutated)
+        outcomes[assert_refused_or_sound(written)] += 1
+    assert outcomes[False] > 500
+    assert outcomes[True] > 20  # some flips only change values, so both branches were reached
+
+
+JUNK: list[Any] = [None, True, -1, 0, 1, 7, 1 << 47, 10**30, 0.5, float("inf"), "", "zero", "raw", [], {}, [[]]]
+
+
+@pytest.mark.parametrize("name", ["int8", "seeded bf16"])
+def test_mutated_headers_are_refused_or_decode_to_finite_tensors(name: str, tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", CODECS[name])
+    pristine = written.header
+    rng = random.Random(name)
+    for _ in range(1000):
+        written.header = copy.deepcopy(pristine)
+        for _ in range(rng.randint(1, 2)):
+            mutate_json(written.header, rng)
+        written.rewrite()
+        # The plan leaves no freedom in the header: only mutations that cancelled out are taken.
+        assert assert_refused_or_sound(written) == (spelled(written.header) == spelled(pristine))
+
+
+def spelled(header: dict[str, Any]) -> str:
+    # As text, because 1 == True; with every number a float, because JSON has one kind.
+    return json.dumps(json.loads(json.dumps(header), parse_int=float), sort_keys=True)
+
+
+def mutate_json(root: Any, rng: random.Random) -> None:
+    """Change, remove, add or exchange one value somewhere below `root`."""
+    node: Any = root
+    while isinstance(node, dict | list) and node:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key = rng.choice(keys)
+        if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.8:
+            node = node[key]
+            continue
+        match rng.randrange(4):
+            case 0:
+                node[key] = rng.choice(JUNK)
+            case 1:
+                del node[key]
+            case 2 if isinstance(node, dict):
+                node[rng.choice(["x", "", "zero", "shape"])] = rng.choice(JUNK)
+            case 2 if isinstance(node, list):
+                node.insert(rng.randint(0, len(node)), rng.choice(JUNK))
+            case _:
+                other = rng.choice(keys)
+                node[key], node[other] = node[other], node[key]
+        return
+
+
+# Codec
+
+
+def test_codec_is_its_dictionary() -> None:
+    for codec in CODECS.values():
+        assert Codec.from_dict(json.loads(json.dumps(codec.to_dict()))) == codec
+    assert Codec.from_dict({}) == Codec()
+    assert Codec.from_dict({"sparsify": "seeded", "density": 1}).density == 1.0
+
+
+@pytest.mark.parametrize(
+    ("table", "message", "hint"),
+    [
+        ({"value": "int8"}, "unknown name 'value'", "did you mean 'values'?"),
+        ({"values": "int9"}, "codec.values: unknown name 'int9'", "did you mean 'int8'?"),
+        ({"values": "q"}, "codec.values: unknown name 'q'", "one of: fp32, bf16, int8"),
+        ({"sparsify": "seed"}, "codec.sparsify: unknown name 'seed'", "did you mean 'seeded'?"),
+        ({"values": 8}, "codec.values: 8 is not of type str", None),
+        ({"block_size": "1024"}, "codec.block_size: '1024' is not of type int", None),
+        ({"block_size": True}, "codec.block_size: True is not of type int", None),
+        ({"block_size": 64.0}, "codec.block_size: 64.0 is not of type int", None),
+        ({"block_size": 0}, "codec.block_size: 0 is not between", None),
+        ({"zstd_level": 22}, "codec.zstd_level: 22 is not between 1 and 19", None),
+        ({"small_elements": -1}, "codec.small_elements: -1 is not between", None),
+        ({"sparsify": "seeded", "density": 0.0}, "codec.density: 0.0 is not between", None),
+        ({"sparsify": "seeded", "density": 1.5}, "codec.density: 1.5 is not between", None),
+        ({"sparsify": "seeded", "density": float("nan")}, "codec.density: nan is not between", None),
+        ({"sparsify": "seeded", "density": None}, "codec.density: None is not of type float", None),
+        ({"density": 0.5}, "codec.density: 0.5 has no effect", 'set sparsify = "seeded", or leave density out'),
+    ],
+)
+def test_codec_refuses_what_it_can_not_do(table: dict[str, Any], message: str, hint: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Codec.from_dict(table)
+    assert message in caught.value.message
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize("level", range(1, 20))
+def test_every_level_writes_what_a_reader_takes(level: int, tmp_path: Path) -> None:
+    delta = {"w": torch.randn(300, 100, generator=torch.Generator().manual_seed(0))}
+    delta["w"][::3] = 0
+    codec = Codec(values="bf16", zstd_level=level)
+    write_delta(tmp_path / "d", delta, schema_of(delta), codec, seed=SEED)
+    decoded = DeltaFile(tmp_path / "d", schema_of(delta), codec, seed=SEED)["w"]
+    assert torch.equal(decoded, delta["w"].to(torch.bfloat16).float())
+
+
+# Inspect
+
+
+def test_inspect_reports_the_claims(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", CODECS["seeded int8"])
+    report = inspect_delta(written.path)
+    json.dumps(report)
+    assert report["file_bytes"] == written.path.stat().st_size
+    claims = report["claims"]
+    assert (claims["format"], claims["version"]) == ("fedmerge.delta", 1)
+    assert Codec.from_dict(claims["codec"]) == written.codec
+    assert claims["totals"]["num_elements"] == sum(tensor.numel() for tensor in written.delta.values())
+    assert claims["totals"]["bits_per_parameter"] == 8 * report["file_bytes"] / claims["totals"]["num_elements"]
+    assert claims["tensors"][W]["encoding"] == "seeded+int8"
+    assert claims["tensors"][W]["shape"] == [48, 33]
+    assert claims["tensors"][W]["coded_bytes"] == written.frames[W].size
+
+
+def test_inspect_refuses_other_files(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").write_bytes(b"")
+    save_file({"w": np.zeros(3)}, tmp_path / "weights.safetensors", metadata={"format": "pt"})
+    for path in tmp_path.iterdir():
+        with pytest.raises(InvalidDelta):
+            inspect_delta(path)
+
+
+def test_inspect_refuses_a_codec_that_is_none(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", Codec())
+    written.header["codec"]["values"] = "int3"
+    written.rewrite()
+    with pytest.raises(InvalidDelta, match=r"codec\.values: unknown name 'int3'"):
+        inspect_delta(written.path)
