@@ -27,8 +27,9 @@ import numpy as np
 import torch
 import zstandard
 
+from fedmerge.codec import Codec
 from fedmerge.delta import subtract
-from fedmerge.frame import Codec, DeltaFile, write_delta
+from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.quantize import QUANTIZERS
 from fedmerge.seeds import derive_seed
 from fedmerge.sparsify import SPARSIFIERS

@@ -12,8 +12,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedmerge.codec import Codec
 from fedmerge.errors import RoundFailed
-from fedmerge.frame import Codec, write_delta
+from fedmerge.frame import write_delta
 from fedmerge.merge import Recipe, merge_deltas
 from fedmerge.outer import OUTER
 from fedmerge.screen import ScreenPolicy, Verdict, screen

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedmerge.aggregate import RoundUpdate, screen_round
+from fedmerge.codec import Codec
 from fedmerge.config import Config
 from fedmerge.delta import delta_schema
 from fedmerge.errors import BadSignature, ConfigError, RoundFailed, UnknownVersion
@@ -29,7 +30,7 @@ from fedmerge.events import (
     RoundSealed,
 )
 from fedmerge.events import RoundFailed as RoundFailedEvent
-from fedmerge.frame import Codec, DeltaFile
+from fedmerge.frame import DeltaFile
 from fedmerge.intake import Intake
 from fedmerge.journal import Journal
 from fedmerge.merkle import leaves_of, merkle_root

@@ -34,10 +34,11 @@ class TaskVector(Mapping[str, Tensor]):
     def __init__(self, tuned: TensorMap, base: TensorMap, *, where: str) -> None:
         self._tuned, self._base, self._where = tuned, base, where
         schema = schema_of(base)
-        require_same_schema(schema, schema_of(tuned), where=where)
         self._names = list(delta_schema(schema))
-        for name, spec in schema.items():
-            if not spec.is_float and not torch.equal(tuned[name], base[name]):
+        require_same_schema(delta_schema(schema), delta_schema(schema_of(tuned)), where=where)
+        # Libraries differ on whether constant buffers, such as position ids, are saved: absent ones stay the base's.
+        for name in schema.keys() & tuned.keys() - set(self._names):
+            if not torch.equal(tuned[name], base[name]):
                 raise InputError(f"{where}: integer tensor {name} differs from the base's and can't be merged")
 
     def __getitem__(self, name: str) -> Tensor:

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema, subtract
 from fedmerge.errors import (
     DigestMismatch,
@@ -27,7 +28,7 @@ from fedmerge.errors import (
     UnknownRound,
     reporting_os_errors,
 )
-from fedmerge.frame import Codec, write_delta
+from fedmerge.frame import write_delta
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import (

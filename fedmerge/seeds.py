@@ -34,7 +34,7 @@ def bernoulli_mask(seed: int, num_elements: int, density: float) -> Tensor:
     """
     if density >= 1.0:
         return torch.ones(num_elements, dtype=torch.bool)
-    threshold = np.uint32(max(0, round(density * 2**32)) & 0xFFFFFFFF)
+    threshold = np.uint32(min(max(0, round(density * 2**32)), 2**32 - 1))
     raw = np.random.Philox(key=seed & (2**64 - 1)).random_raw((num_elements + 1) // 2)
     draws = raw.astype("<u8", copy=False).view("<u4")[:num_elements]
     return torch.from_numpy(draws < threshold)

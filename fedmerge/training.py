@@ -52,7 +52,7 @@ class Trainer(Protocol):
     """A way to fine-tune; made from a node's own options (data paths and the like) by `load_trainer`."""
 
     def check(self) -> None:
-        """Raise `InputError` or `ConfigError` now if the node's data can't be trained on, not in the middle of a round."""
+        """Raise `InputError` or `ConfigError` now if the data can't be trained on, and not in the middle of a round."""
         ...
 
     def train(self, task: TrainTask) -> TrainResult:

@@ -17,9 +17,10 @@ from typing import TypeVar
 from torch import Tensor
 
 from fedmerge.aggregate import RoundUpdate, screen_round
+from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import BadSignature, DigestMismatch, InputError, VerificationError
-from fedmerge.frame import Codec, DeltaFile
+from fedmerge.frame import DeltaFile
 from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
 from fedmerge.sign import PublicKey
 from fedmerge.statements import (

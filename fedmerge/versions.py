@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import DigestMismatch, reporting_os_errors
-from fedmerge.frame import Codec, DeltaFile
+from fedmerge.frame import DeltaFile
 from fedmerge.statements import ModelRef, UpdateRef
 from fedmerge.tensors import Checkpoint, copy_side_files, model_digest, write_weights
 

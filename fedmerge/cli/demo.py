@@ -168,7 +168,7 @@ def _relative(path: Path, out: Path) -> str:
 def _score_everywhere(
     out: Path, config: Config, result: FederationResult, corpus: Corpus
 ) -> dict[str, dict[str, float]]:
-    """Return accuracy on the tests of all organisations together: of each own fine-tune, the base and the merged model."""
+    """Return accuracy on everybody's tests together: of each own fine-tune, the base and the merged model."""
     from fedmerge_client.train.text_classification import TextClassification
 
     everyone = out / "data" / "test.jsonl"

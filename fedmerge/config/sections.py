@@ -25,7 +25,7 @@ from pydantic import (
 from fedmerge.errors import InputError
 
 if TYPE_CHECKING:
-    from fedmerge.frame import Codec
+    from fedmerge.codec import Codec
     from fedmerge.merge import Recipe
     from fedmerge.screen import ScreenPolicy
 
@@ -317,13 +317,13 @@ class Config(Section):
 
     def codec(self) -> Codec:
         """Return how nodes encode their task vectors."""
-        from fedmerge.frame import Codec
+        from fedmerge.codec import Codec
 
         return Codec(**self.delta.model_dump(exclude={"downlink"}))
 
     def downlink_codec(self) -> Codec:
         """Return how the published update is encoded: every element, in `delta.downlink` numbers."""
-        from fedmerge.frame import Codec
+        from fedmerge.codec import Codec
 
         whole = {"sparsify": "none", "density": 1.0, "values": self.delta.downlink}
         return Codec(**self.delta.model_dump(exclude={"downlink"}) | whole)

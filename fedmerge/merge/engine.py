@@ -29,9 +29,10 @@ def merge_deltas(
     """Yield `(name, merged task vector)` for every parameter, sorted by name, in fp32 (fp64 where a delta is fp64).
 
     `deltas` are K task vectors with the same names and shapes; each tensor is asked for once, one parameter after the
-    other, so maps may decode lazily. `weights` are K numbers, `scales` K factors on the deltas (norm clipping). Linear
-    methods hold one delta tensor at a time, the others a stack of K. The outcome is `METHODS[recipe.method]` on each
-    stack, with the seed `derive_seed(seed, method, name)`, and depends on the order of the deltas: sort them first.
+    other, and used up before the next is asked for, so maps may decode lazily and into one buffer. `weights` are K
+    numbers, `scales` K factors on the deltas (norm clipping). Linear methods hold one tensor at a time, the others a
+    stack of K. The outcome is `METHODS[recipe.method]` on each stack, with the seed `derive_seed(seed, method, name)`,
+    and depends on the order of the deltas: sort them first.
 
     Raises `InputError` when the numbers of deltas, weights and scales differ, and `ModelMismatch` when names (at once)
     or shapes (when reached) do.

@@ -24,7 +24,7 @@ from fedmerge.config import (
 from fedmerge.config.load import SECTIONS
 from fedmerge.config.locate import key_lines, line_of
 from fedmerge.errors import ConfigError, InputError
-from fedmerge.frame import Codec
+from fedmerge.codec import Codec
 from fedmerge.merge import METHODS, Recipe, parameters
 from fedmerge.outer import OUTER
 from fedmerge.outer import parameters as outer_parameters

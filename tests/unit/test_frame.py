@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors.numpy import load_file, save_file
 
+from fedmerge.codec import Codec
 from fedmerge.errors import ConfigError, InputError, InvalidDelta, ModelMismatch, ResourceError
-from fedmerge.frame import MAX_VALUE, Codec, DeltaFile, inspect_delta, write_delta
+from fedmerge.frame import MAX_VALUE, DeltaFile, inspect_delta, write_delta
 from fedmerge.seeds import bernoulli_mask, derive_seed
 from fedmerge.tensors import Schema, TensorSpec, schema_of
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fedmerge.codec import Codec
 from fedmerge.delta import delta_schema
 from fedmerge.errors import (
     BadOffset,
@@ -30,7 +31,7 @@ from fedmerge.errors import (
     UnknownVersion,
     UntrustedKey,
 )
-from fedmerge.frame import Codec, write_delta
+from fedmerge.frame import write_delta
 from fedmerge.merkle import LEAF_BYTES, leaves_of, merkle_root
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import DeltaStatement, MetricsStatement, Receipt, RoundSpec, digest_of
