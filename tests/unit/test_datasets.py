@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from fedmerge.errors import InputError
+from fedmerge_client.train.datasets import label_ids, read_rows
+
+RECORDS = [{"text": "one two", "label": "a"}, {"text": 'say "three, four"\nfive', "label": "b"}]
+
+
+def write(path: Path, text: str) -> Path:
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.jsonl.gz"])
+def test_json_lines_and_their_line_numbers(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, "\n\n".join(json.dumps(record) for record in RECORDS) + "\n")
+    rows = read_rows(path)
+    assert [(row.text, row.label, row.line) for row in rows] == [
+        ("one two", "a", 1),
+        ('say "three, four"\nfive', "b", 3),
+    ]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz"])
+def test_csv_with_quotes_other_columns_and_a_byte_order_mark(tmp_path: Path, name: str) -> None:
+    content = '\ufeffid,text,label\r\n1,one two,a\r\n2,"say ""three, four""\nfive",b\r\n'
+    rows = read_rows(write(tmp_path / name, content))
+    assert [(row.text, row.label) for row in rows] == [(record["text"], record["label"]) for record in RECORDS]
+
+
+def test_columns_can_be_named_and_labels_may_be_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"body": "x y", "class": 3}\n{"body": "z", "class": false}\n')
+    rows = read_rows(path, text_column="body", label_column="class")
+    assert [(row.text, row.label) for row in rows] == [("x y", "3"), ("z", "false")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", '{"text": "x", "label": "a"}\n{"text": \n', r"rows\.jsonl:2: not JSON"),
+        ("rows.jsonl", '["x", "a"]\n', r"rows\.jsonl:1: not a JSON object"),
+        ("rows.jsonl", '{"body": "x", "label": "a"}\n', r"rows\.jsonl:1: no column 'text'; there are 'body', 'label'"),
+        ("rows.jsonl", '{"text": " ", "label": "a"}\n', r"rows\.jsonl:1: column 'text' is empty"),
+        ("rows.jsonl", '{"text": "x", "label": null}\n', r"rows\.jsonl:1: column 'label' is empty"),
+        ("rows.jsonl", "\n", "no rows"),
+        ("rows.jsonl", "[" * 100_000, r"rows\.jsonl:1: not JSON"),
+        ("rows.csv", "text,label\n", "no rows"),
+        ("rows.csv", "", "no rows"),
+        ("rows.csv", "text,label\nx,a\ny\n", r"rows\.csv:3: column 'label' is empty"),
+        ("rows.csv", "text,label\nx,a,b\n", r"rows\.csv:2: more fields"),
+        ("rows.csv", "text,kind\nx,a\n", r"rows\.csv:2: no column 'label'; there are 'text', 'kind'"),
+        ("rows.csv", 'text,label\n"x"y,a\n', r"rows\.csv:2: not CSV"),
+        ("rows.parquet", "PAR1", "don't know how to read"),
+    ],
+)
+def test_mistakes_are_reported_with_file_and_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_rows(write(tmp_path / name, content))
+
+
+def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read_rows(tmp_path / "missing.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="can't be read as text"):
+        read_rows(tmp_path / "binary.jsonl")
+    whole = gzip.compress(b'{"text": "x", "label": "a"}\n' * 100)
+    for broken in (whole[:-12], b"plain", whole[:20] + b"\xff" * 20):
+        (tmp_path / "broken.jsonl.gz").write_bytes(broken)
+        with pytest.raises(InputError, match="can't be read as text"):
+            read_rows(tmp_path / "broken.jsonl.gz")
+
+
+def test_labels_become_the_models_class_indices(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"text": "x", "label": "spam"}\n{"text": "y", "label": "han"}\n')
+    rows = read_rows(path)
+    assert label_ids(path, rows, {"ham": 0, "spam": 1, "han": 2}) == [1, 2]
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: the model has no label 'han'; did you mean 'ham'") as caught:
+        label_ids(path, rows, {"ham": 0, "spam": 1})
+    assert "ham, spam" in (caught.value.hint or "")
