@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fedmerge.statements import LocalInput, MergeRecord
 
 
-def model_card(record: MergeRecord, base_dir: Path) -> str:
+def model_card(record: MergeRecord, base_name: str) -> str:
     """Return the card of the model that `record` describes: what it is, who contributed, how to check it."""
     method = record.merge["method"]
-    base_name = _base_name(base_dir)
     header = _header(base_name, ["merge", "fedmerge", "federated", method])
     rows = [
         f"| `{c.node_id[:12]}` | {c.num_examples:,} | {'-' if c.norm is None else f'{c.norm:.4g}'} "
@@ -55,10 +53,9 @@ fedmerge verify . --key coordinator.pem
 
 
 def local_card(
-    base_dir: Path, inputs: Sequence[LocalInput], recipe: Mapping[str, Any], seed: int, model_digest: str
+    base_name: str, inputs: Sequence[LocalInput], recipe: Mapping[str, Any], seed: int, model_digest: str
 ) -> str:
     """Return the card of a model that was merged from local checkpoints."""
-    base_name = _base_name(base_dir)
     rows = [f"| {item.name} | `{item.digest[:12]}` | {item.weight:g} |" for item in inputs]
     return f"""{_header(base_name, ["merge", "fedmerge", recipe["method"]])}
 # Merge of {len(inputs)} fine-tunes of {base_name}
@@ -85,13 +82,3 @@ def _header(base_name: str, tags: list[str]) -> str:
         "---",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _base_name(base_dir: Path) -> str:
-    """Return the base model's public name, if its config tells one, else the directory's name."""
-    try:
-        name = json.loads((base_dir / "config.json").read_text()).get("_name_or_path", "")
-    except (OSError, ValueError, AttributeError):
-        name = ""
-    is_hub_name = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/"))
-    return name if is_hub_name else base_dir.name

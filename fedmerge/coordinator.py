@@ -274,6 +274,7 @@ class Coordinator:
             self.base,
             record,
             target,
+            base_name=self.config.model.name or self.config.model.base.name,
             key=self.key,
             provenance=self._provenance(),
             node_keys=self._node_keys(),

@@ -39,20 +39,22 @@ def publish(
     record: MergeRecord,
     target: Path,
     *,
+    base_name: str,
     key: SigningKey,
     provenance: Sequence[tuple[str, str]],
     node_keys: Mapping[str, str],
 ) -> None:
     """Write and sign the published directory of a model version at `target`.
 
-    `provenance` holds (statement kind, envelope) pairs in order, `node_keys` the PEM public key by key id of each node
-    that signed one of them. Repeating it replaces the directory by an equal one. Raises `ResourceError`.
+    `base_name` is what the card calls the base model. `provenance` holds (statement kind, envelope) pairs in order,
+    `node_keys` the PEM public key by key id of each node that signed one of them. Repeating it replaces the directory
+    by an equal one. Raises `ResourceError`.
     """
     with appearing_whole(target) as partial:
         write_model(model, base, partial)
         lines = [json.dumps({"kind": kind, "envelope": envelope}) for kind, envelope in provenance]
         (partial / PROVENANCE).write_text("\n".join(lines) + "\n")
-        (partial / CARD).write_text(model_card(record, base.directory))
+        (partial / CARD).write_text(model_card(record, base_name))
         lineage = Lineage(
             federation=record.federation,
             run=record.run,
@@ -83,7 +85,7 @@ def publish_local(
         copy_side_files(base.directory, partial)
         write_weights(merged, partial, base.shards())
         digest = model_digest(Checkpoint(partial))
-        (partial / CARD).write_text(local_card(base.directory, inputs, recipe, seed, digest))
+        (partial / CARD).write_text(local_card(base.directory.name, inputs, recipe, seed, digest))
         statement = LocalMerge(
             files=file_digests(partial),
             model_digest=digest,

@@ -192,3 +192,12 @@ def _is_prose(text: str) -> bool:
 def _names_itself(text: str) -> bool:
     """Whether the sentence gives its software away by name instead of by what it says."""
     return _OWN_NAMES.search(text) is not None
+
+
+if __name__ == "__main__":
+    import sys
+
+    # `python -m fedmerge_client.docstrings FOLDER` writes sample data to try fedmerge with.
+    folder = Path(sys.argv[1])
+    corpus = build_corpus(folder)
+    (folder / "labels.txt").write_text("\n".join(corpus.labels) + "\n")

