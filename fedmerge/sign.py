@@ -197,15 +197,16 @@ class TrustStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        # A coordinator looks a key up for every chunk; a file is read again only when it has changed.
+        self._read: dict[Path, tuple[int, PublicKey]] = {}
 
     def names(self) -> dict[str, str]:
         """Return the party's name by key id."""
-        return {PublicKey.load(path).key_id: path.stem for path in self._files()}
+        return {key.key_id: path.stem for path, key in self._load().items()}
 
     def keys(self) -> dict[str, PublicKey]:
         """Return the trusted keys by key id; raise `InputError` when a file in the folder is not a public key."""
-        loaded = [PublicKey.load(path) for path in self._files()]
-        return {key.key_id: key for key in loaded}
+        return {key.key_id: key for key in self._load().values()}
 
     def add(self, key: PublicKey, name: str) -> Path:
         """Trust `key` under `name`; raise `InputError` when the name is unusable or stands for another key."""
@@ -221,8 +222,14 @@ class TrustStore:
             raise ResourceError(f"{path}: could not write the key ({err.strerror})") from err
         return path
 
-    def _files(self) -> list[Path]:
-        return sorted(self.directory.glob("*.pem")) if self.directory.is_dir() else []
+    def _load(self) -> dict[Path, PublicKey]:
+        read: dict[Path, tuple[int, PublicKey]] = {}
+        for path in sorted(self.directory.glob("*.pem")) if self.directory.is_dir() else []:
+            changed_ns = path.stat().st_mtime_ns
+            known = self._read.get(path)
+            read[path] = known if known and known[0] == changed_ns else (changed_ns, PublicKey.load(path))
+        self._read = read
+        return {path: key for path, (_, key) in read.items()}
 
 
 def read_text(path: Path) -> str:

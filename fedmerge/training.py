@@ -7,16 +7,15 @@ trainers are imported when they are asked for.
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from fedmerge.errors import ConfigError, MissingExtra
+from fedmerge.errors import ConfigError, MissingExtra, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +109,3 @@ def validated(model: type[ModelT], values: Mapping[str, Any], *, where: str) -> 
                 problems.append(f"{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
         known = ", ".join(model.model_fields)
         raise ConfigError(f"{where}: {'; '.join(problems)}", hint=f"known keys: {known}") from err
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the nearest of the `known` words, or "" when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fedmerge.errors import InputError
-from fedmerge.training import did_you_mean
+from fedmerge.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
