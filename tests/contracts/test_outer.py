@@ -1,0 +1,106 @@
+"""What every outer optimizer promises, and that each is what torch.optim calls by that name."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedmerge.errors import ConfigError, InputError
+from fedmerge.outer import OUTER, parameters
+
+each_optimizer = pytest.mark.parametrize("name", OUTER)
+
+
+def gradients(num_steps: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(6, 4, generator=generator, dtype=torch.float64).to(dtype) for _ in range(num_steps)]
+
+
+def run(name: str, start: Tensor, pseudo_gradients: list[Tensor], **params: Any) -> Tensor:
+    """Return the parameter after a round per pseudo-gradient."""
+    parameter, state = start, OUTER[name].init(start)
+    for pseudo_gradient in pseudo_gradients:
+        step, state = OUTER[name].update(pseudo_gradient, state, **params)
+        parameter = parameter + step
+    return parameter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "params", "torch_params"),
+    [
+        ("sgd", {"lr": 0.3}, {"lr": 0.3}),
+        ("nesterov", {"lr": 0.7, "momentum": 0.9}, {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
+        ("nesterov", {"lr": 0.4, "momentum": 0.5}, {"lr": 0.4, "momentum": 0.5, "nesterov": True}),
+    ],
+)
+def test_agrees_with_torch(name: str, params: dict[str, Any], torch_params: dict[str, Any], dtype: torch.dtype) -> None:
+    start = torch.linspace(-1, 1, 24, dtype=dtype).view(6, 4)
+    theirs = start.clone().requires_grad_()
+    optimizer = torch.optim.SGD([theirs], **torch_params)
+    for gradient in gradients(6, dtype):
+        theirs.grad = gradient.clone()
+        optimizer.step()
+    torch.testing.assert_close(run(name, start, gradients(6, dtype), **params), theirs.detach())
+
+
+def test_plain_sgd_adds_the_merged_task_vector() -> None:
+    base, merged = torch.zeros(3), torch.tensor([1.0, -2.0, 3.0])
+    assert torch.equal(run("sgd", base, [-merged]), merged)
+
+
+def test_nesterov_accumulates_a_constant_update_to_its_known_gain() -> None:
+    merged = torch.ones(1, dtype=torch.float64)
+    state = OUTER["nesterov"].init(merged)
+    first, state = OUTER["nesterov"].update(-merged, state, lr=0.7, momentum=0.9)
+    assert first.item() == pytest.approx(0.7 * 1.9)
+    for _ in range(500):
+        last, state = OUTER["nesterov"].update(-merged, state, lr=0.7, momentum=0.9)
+    assert last.item() == pytest.approx(0.7 / 0.1)
+
+
+@each_optimizer
+def test_updates_are_pure(name: str) -> None:
+    parameter, gradient = torch.ones(6, 4), gradients(1)[0]
+    _, state = OUTER[name].update(gradient, OUTER[name].init(parameter))
+    kept_gradient, kept_state = gradient.clone(), {key: tensor.clone() for key, tensor in state.items()}
+    once, _ = OUTER[name].update(gradient, state)
+    again, _ = OUTER[name].update(gradient, state)
+    assert torch.equal(once, again)
+    assert torch.equal(gradient, kept_gradient)
+    assert state.keys() == kept_state.keys()
+    assert all(torch.equal(state[key], kept_state[key]) for key in state)
+    assert torch.equal(parameter, torch.ones(6, 4))
+
+
+@each_optimizer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_steps_and_state_are_in_working_precision(name: str, dtype: torch.dtype) -> None:
+    state = OUTER[name].init(torch.ones(6, 4, dtype=dtype))
+    step, state = OUTER[name].update(gradients(1, dtype)[0], state)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {step.dtype, *(tensor.dtype for tensor in state.values())} == {expected}
+    assert step.shape == (6, 4)
+
+
+@each_optimizer
+def test_no_update_from_rest_is_no_step(name: str) -> None:
+    step, _ = OUTER[name].update(torch.zeros(4), OUTER[name].init(torch.ones(4)))
+    assert not step.any()
+
+
+@each_optimizer
+def test_the_signature_is_the_configuration(name: str) -> None:
+    arguments = inspect.signature(OUTER[name].update).parameters
+    assert list(parameters(name)) == list(arguments)[2:]
+    assert all(parameter.doc.endswith(".") for parameter in parameters(name).values())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'nesterov'"):
+        parameters("nestrov")
+    for state in ({}, OUTER["nesterov"].init(torch.ones(5))):
+        with pytest.raises(InputError, match="momentum"):
+            OUTER["nesterov"].update(torch.ones(4), state)
