@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedmerge.delta import apply_one
+from fedmerge.delta import UpdatedModel, subtract
 from fedmerge.merge import METHODS, Recipe, merge_deltas
-from fedmerge.merge.stack import blocks
 from fedmerge.tensors import DTYPES, WEIGHTS, Checkpoint, write_weights
 
 NUM_NODES = 4
@@ -108,52 +107,15 @@ def write_models(folder: Path, sizes: dict[str, int], dtype: torch.dtype) -> lis
 # --- fedmerge
 
 
-class Differences:
-    """The task vectors of fine-tunes, made tensor by tensor in a buffer that the next one overwrites."""
-
-    def __init__(self, base: Checkpoint) -> None:
-        self.base = base
-        self.name = ""
-        self.before, self.difference = torch.empty(0), torch.empty(0)
-
-    def of(self, tuned: Checkpoint, name: str) -> Tensor:
-        """Return `tuned - base` in fp32, valid until the next call; the base is read once per name."""
-        after = tuned[name].view(-1)
-        if self.name != name:
-            self.name, self.before = name, self.base[name].float().view(-1)
-        if self.difference.numel() < after.numel():
-            self.difference = torch.empty(after.numel())
-        for block in blocks(after.numel()):
-            self.difference[block].copy_(after[block]).sub_(self.before[block])
-        return self.difference[: after.numel()].view(tuned.schema[name].shape)
-
-
-class Difference(Mapping[str, Tensor]):
-    """One fine-tune as a task vector."""
-
-    def __init__(self, tuned: Checkpoint, differences: Differences) -> None:
-        self.tuned, self.differences = tuned, differences
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.differences.of(self.tuned, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tuned)
-
-    def __len__(self) -> int:
-        return len(self.tuned)
-
-
 def recipe_of(method: str) -> Recipe:
     return Recipe(method, {"density": DENSITY[method]} if method in DENSITY else {})
 
 
 def merge_models(directories: list[Path], out: Path, method: str) -> None:
     base, *tuned = map(Checkpoint, directories)
-    differences = Differences(base)
-    deltas = [Difference(one, differences) for one in tuned]
-    merged = merge_deltas(deltas, [1 / NUM_NODES] * NUM_NODES, recipe_of(method), seed=1)
-    write_weights({name: apply_one(base[name], update) for name, update in merged}, out, {WEIGHTS: list(base)})
+    deltas = [subtract(model, base) for model in tuned]
+    merged = dict(merge_deltas(deltas, [1 / NUM_NODES] * NUM_NODES, recipe_of(method), seed=1))
+    write_weights(UpdatedModel(base, [merged]), out, {WEIGHTS: list(base)})
 
 
 def merge_task_vectors(directories: list[Path], out: Path, method: str) -> None:

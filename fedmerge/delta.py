@@ -14,6 +14,8 @@ from torch import Tensor
 from fedmerge.errors import InputError
 from fedmerge.tensors import Schema, TensorMap, require_same_schema, schema_of
 
+BLOCK_ELEMENTS = 1 << 16
+
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype that arithmetic on `tensors` runs in: fp32, or fp64 if any of them is fp64."""
@@ -42,13 +44,12 @@ class TaskVector(Mapping[str, Tensor]):
                 raise InputError(f"{where}: integer tensor {name} differs from the base's and can't be merged")
 
     def __getitem__(self, name: str) -> Tensor:
-        after, before = self._tuned[name], self._base[name]
-        dtype = working_dtype(after, before)
-        difference = after.to(dtype) - before.to(dtype)
-        finite = torch.isfinite(difference)
-        if not finite.all():
+        difference = _difference(self._tuned[name], self._base[name])
+        # The sum is finite if all its terms are, but for sums beyond the range of the dtype: look closer only then.
+        if not torch.isfinite(difference.sum()) and not torch.isfinite(difference).all():
+            num_bad = int((~torch.isfinite(difference)).sum())
             raise InputError(
-                f"{self._where}: {name} holds {int((~finite).sum())} NaN or infinite values",
+                f"{self._where}: {name} holds {num_bad} NaN or infinite values",
                 hint="training diverged; lower the learning rate",
             )
         return difference
@@ -72,7 +73,26 @@ def subtract(tuned: TensorMap, base: TensorMap, *, where: str = "fine-tuned mode
 def apply_one(base: Tensor, update: Tensor) -> Tensor:
     """Return `base + update` for one tensor, added in fp32 (or fp64) and rounded once to the base's dtype."""
     dtype = working_dtype(base, update)
-    return (base.to(dtype) + update.to(dtype)).to(base.dtype)
+    result = torch.empty_like(base, memory_format=torch.contiguous_format)
+    flat, before, change = result.view(-1), base.reshape(-1), update.reshape(-1)
+    for block in _blocks(flat):
+        flat[block] = before[block].to(dtype) + change[block]
+    return result
+
+
+def _difference(after: Tensor, before: Tensor) -> Tensor:
+    dtype = working_dtype(after, before)
+    difference = torch.empty(after.shape, dtype=dtype, device=after.device)
+    flat, tuned, base = difference.view(-1), after.reshape(-1), before.reshape(-1)
+    for block in _blocks(flat):
+        flat[block].copy_(tuned[block]).sub_(base[block].to(dtype))
+    return difference
+
+
+def _blocks(flat: Tensor) -> Iterator[slice]:
+    """Yield slices whose upcast copies stay in the cache, instead of taking memory of a tensor's size."""
+    for start in range(0, flat.numel(), BLOCK_ELEMENTS):
+        yield slice(start, start + BLOCK_ELEMENTS)
 
 
 class UpdatedModel(Mapping[str, Tensor]):

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,22 +70,25 @@ Schema: TypeAlias = dict[str, TensorSpec]
 class Checkpoint(Mapping[str, Tensor]):
     """The weights of a Hugging Face model directory, sorted by name and read on demand.
 
-    Reads `model.safetensors`, or the shards that `model.safetensors.index.json` names. Raises `InputError` when the
-    directory has no safetensors weights or a file can't be parsed.
+    Reads `model.safetensors`, or the shards that `model.safetensors.index.json` names. Tensors may share memory with
+    the file: never change one in place. Raises `InputError` when the directory has no safetensors weights or a file
+    can't be parsed.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._file_of: dict[str, Path] = {}
+        self._files: dict[Path, Any] = {}
         self.schema: Schema = {}
         for path in _weight_files(directory):
             try:
-                # The handle is opened per read as well: a map held open would pin the file on some platforms.
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - not a mapping
-                        view = file.get_slice(name)
-                        self.schema[name] = TensorSpec(tuple(view.get_shape()), view.get_dtype())
-                        self._file_of[name] = path
+                # Kept open: parsing a header again for every tensor would cost more than reading the tensor.
+                file: Any = safe_open(path, framework="pt")
+                self._files[path] = file
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    view = file.get_slice(name)
+                    self.schema[name] = TensorSpec(tuple(view.get_shape()), view.get_dtype())
+                    self._file_of[name] = path
             except (SafetensorError, OSError) as err:
                 raise InputError(f"{path}: not a readable safetensors file ({err})") from err
         self.schema = dict(sorted(self.schema.items()))
@@ -97,8 +100,7 @@ class Checkpoint(Mapping[str, Tensor]):
             )
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

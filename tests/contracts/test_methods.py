@@ -267,6 +267,13 @@ def test_the_switches_of_the_disjoint_merge(params: dict[str, Any], expected: li
     torch.testing.assert_close(merged, torch.tensor(expected, dtype=torch.float32))
 
 
+def test_a_negative_weight_turns_a_node_around_where_votes_are_weighted() -> None:
+    deltas, weights = torch.tensor([[3.0], [1.0]]), torch.tensor([-1.0, 1.0])
+    merge = METHODS["ties"]
+    assert merge(deltas, weights, density=1.0, normalize=False, election="weighted").tolist() == [-3]
+    assert merge(deltas, weights, density=1.0, normalize=False).tolist() == [-2]
+
+
 def test_a_draw_may_follow_the_majority() -> None:
     deltas = torch.tensor([[-1.0, -1.0, 2.0], [-1.0, -1.0, -2.0]])
     assert METHODS["ties"](deltas, torch.ones(2), density=1.0).tolist() == [-1, -1, 2]

@@ -15,7 +15,8 @@ from fedmerge.merge.methods import LINEAR
 from fedmerge.seeds import derive_seed
 
 SHAPES = {"embed": (300, 16), "a.bias": (16,), "a.weight": (16, 16), "scalar": ()}
-WEIGHTS = [0.2, 0.1, 0.7]
+# Their shares of the sum round differently in fp32 when they are rounded to it first.
+WEIGHTS = [0.393, 0.427, 0.196]
 
 each_method = pytest.mark.parametrize("method", METHODS)
 

@@ -122,10 +122,14 @@ def test_exactly_at_the_limit_is_accepted() -> None:
 
 
 def test_two_norms_are_too_few_to_compare() -> None:
-    assert all(verdict.accepted for verdict in run({"a": delta(1), "b": delta(1000)}).values())
+    strict = ScreenPolicy(max_norm_ratio=1.5)
+    deltas = {"a": delta(1), "b": delta(1000)}
+    assert all(verdict.accepted for verdict in run(deltas, strict).values())
     # A third that is rejected for something else does not make them three.
     broken = delta(1) | {"a": torch.full((3, 2), math.nan)}
-    assert run({"a": delta(1), "b": delta(1000), "c": broken})["b"].accepted
+    assert run(deltas | {"c": broken}, strict)["b"].accepted
+    assert run(deltas | {"c": delta(1)}, strict, {"a": 1, "b": 1, "c": 0})["b"].accepted
+    assert not run(deltas | {"c": delta(1)}, strict)["b"].accepted
 
 
 def test_zero_deltas_are_accepted_and_set_no_measure() -> None:
