@@ -72,7 +72,8 @@ class DeltaServiceServicer:
 
         Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
         UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE` or `ROUND_CLOSED`, NOT_FOUND `UNKNOWN_ROUND`,
-        ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`, INVALID_ARGUMENT `INVALID_DELTA`.
+        ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
+        INVALID_ARGUMENT `INVALID_DELTA`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,8 @@ class DeltaServiceStub:
 
     Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
     UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE` or `ROUND_CLOSED`, NOT_FOUND `UNKNOWN_ROUND`,
-    ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`, INVALID_ARGUMENT `INVALID_DELTA`.
+    ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
+    INVALID_ARGUMENT `INVALID_DELTA`.
     """
     UploadDelta: _grpc.StreamUnaryMultiCallable[_delta_pb2.UploadDeltaRequest, _delta_pb2.UploadDeltaResponse]
     """Send chunks in order. May end anywhere; returns how far the payload got.
@@ -76,7 +77,8 @@ class DeltaServiceAsyncStub(DeltaServiceStub):
 
     Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
     UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE` or `ROUND_CLOSED`, NOT_FOUND `UNKNOWN_ROUND`,
-    ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`, INVALID_ARGUMENT `INVALID_DELTA`.
+    ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
+    INVALID_ARGUMENT `INVALID_DELTA`.
     """
     UploadDelta: _aio.StreamUnaryMultiCallable[_delta_pb2.UploadDeltaRequest, _delta_pb2.UploadDeltaResponse]  # type: ignore[assignment]
     """Send chunks in order. May end anywhere; returns how far the payload got.
@@ -113,7 +115,8 @@ class DeltaServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
         UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE` or `ROUND_CLOSED`, NOT_FOUND `UNKNOWN_ROUND`,
-        ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`, INVALID_ARGUMENT `INVALID_DELTA`.
+        ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
+        INVALID_ARGUMENT `INVALID_DELTA`.
         """
 
     @_abc_1.abstractmethod
