@@ -31,7 +31,7 @@ lint: setup check-protos
 	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --exit-code --diff
 
 protos: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
 	  protos/fedmerge/v1/*.proto
 
 check-protos: protos
