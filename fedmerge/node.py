@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema, subtract
 from fedmerge.errors import (
+    ConflictingSubmission,
     DigestMismatch,
     InputError,
     RoundClosed,
@@ -148,8 +149,8 @@ class Node:
     def _take_part(self, spec: RoundSpec, spec_digest: str) -> None:
         try:
             self.contribute(spec, spec_digest)
-        except (RoundClosed, UnknownRound, StaleBase) as err:
-            # The round went on without this site; the next one is another chance.
+        except (RoundClosed, UnknownRound, StaleBase, ConflictingSubmission) as err:
+            # The round went on without this delta; the next one is another chance.
             log.warning("round %d: %s", spec.round, err.message)
             self._emit("missed", spec.round, reason=err.message)
 
@@ -290,7 +291,9 @@ class Node:
             raise InputError(
                 f"{directory}: is not the base model of federation {spec.federation!r} "
                 f"(version {found[:12]}, expected {spec.model.base_digest[:12]})",
-                hint="leave out --base to fetch the right one from the coordinator",
+                hint="leave out --base to fetch the right one from the coordinator"
+                if self._base_dir
+                else "a node's folder serves one federation: give another --home",
             )
         self._base = base
         return base

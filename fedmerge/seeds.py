@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -35,6 +36,19 @@ def bernoulli_mask(seed: int, num_elements: int, density: float) -> Tensor:
     if density >= 1.0:
         return torch.ones(num_elements, dtype=torch.bool)
     threshold = np.uint32(min(max(0, round(density * 2**32)), 2**32 - 1))
+    return torch.from_numpy(_draws(seed, num_elements) < threshold)
+
+
+def uniform(seed: int, num_elements: int) -> Tensor:
+    """Return `num_elements` numbers in [0, 1), multiples of 2^-32 in fp64, determined by `seed`.
+
+    Element i depends only on `seed` and i. These are the draws behind `bernoulli_mask`, for masks in which every
+    element has a probability of its own: it is kept where its draw is below that.
+    """
+    return torch.from_numpy(_draws(seed, num_elements) * 2.0**-32)
+
+
+def _draws(seed: int, num_elements: int) -> npt.NDArray[np.uint32]:
+    """Return `num_elements` 32-bit words of the Philox stream of `seed`."""
     raw = np.random.Philox(key=seed & (2**64 - 1)).random_raw((num_elements + 1) // 2)
-    draws = raw.astype("<u8", copy=False).view("<u4")[:num_elements]
-    return torch.from_numpy(draws < threshold)
+    return raw.astype("<u8", copy=False).view("<u4")[:num_elements]

@@ -2,11 +2,23 @@
 
 METHODS[name](deltas, weights, *, base=None, seed=0, **params) -> Tensor
 merge_deltas(deltas, weights, Recipe(name, params)) -> (name, Tensor), one parameter at a time
+emr_site(delta, unified).recover(name, unified[name]) -> Tensor, a site's own model out of METHODS["emr"]
 """
 
 from fedmerge.merge.engine import merge_deltas
+from fedmerge.merge.masks import EmrSite, emr_site, tall_mask
 from fedmerge.merge.methods import METHODS, MergeMethod
 from fedmerge.merge.parameters import Parameter
 from fedmerge.merge.recipe import Recipe, parameters
 
-__all__ = ["METHODS", "MergeMethod", "Parameter", "Recipe", "merge_deltas", "parameters"]
+__all__ = [
+    "METHODS",
+    "EmrSite",
+    "MergeMethod",
+    "Parameter",
+    "Recipe",
+    "emr_site",
+    "merge_deltas",
+    "parameters",
+    "tall_mask",
+]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from fedmerge.merge.average import task_arithmetic
 from fedmerge.merge.consensus import Consensus, elect_and_merge
 from fedmerge.merge.parameters import Aggregation, Density, Election, Lambda, Normalize, Normalizer, Rescale, ZeroSum
-from fedmerge.merge.stack import as_rows, blocks, row_weights
+from fedmerge.merge.stack import as_rows, l1_norm, row_weights
 from fedmerge.seeds import bernoulli_mask, derive_seed
 
 
@@ -74,13 +73,18 @@ def drop(rows: Tensor, masks: Iterable[Tensor], *, density: float, rescale: Resc
     """
     thinned = torch.empty_like(rows)
     for row, mask, kept in zip(rows, masks, thinned, strict=True):
-        # The mask is read as bytes: torch converts those to floats several times faster than booleans.
-        torch.mul(row, mask.view(torch.uint8).to(row.dtype), out=kept)
-        if rescale == "paper":
-            kept.mul_(1 / density)
-        elif rescale == "l1":
-            kept.mul_(_l1_ratio(row, kept))
+        thin(row, mask, density=density, rescale=rescale, out=kept)
     return thinned
+
+
+def thin(row: Tensor, mask: Tensor, *, density: float | Tensor, rescale: Rescale, out: Tensor) -> None:
+    """Set `out` to one `row` (N,) as `drop` returns it; `density` may be a probability for each element, (N,)."""
+    # The mask is read as bytes: torch converts those to floats several times faster than booleans.
+    torch.mul(row, mask.view(torch.uint8).to(row.dtype), out=out)
+    if rescale == "paper":
+        out.mul_(1 / density)
+    elif rescale == "l1":
+        out.mul_(_l1_ratio(row, out))
 
 
 def _draw(rows: Tensor, seed: int, density: float) -> Iterator[Tensor]:
@@ -91,10 +95,5 @@ def _draw(rows: Tensor, seed: int, density: float) -> Iterator[Tensor]:
 
 def _l1_ratio(row: Tensor, kept: Tensor) -> float:
     """Return the ratio of the sums of magnitudes, 1 where nothing is left to scale."""
-    before, after = _l1_norm(row), _l1_norm(kept)
+    before, after = l1_norm(row), l1_norm(kept)
     return before / after if after > 0 else 1.0
-
-
-def _l1_norm(row: Tensor) -> float:
-    """Return the sum of magnitudes in fp64, added by numpy, whose order does not depend on the number of threads."""
-    return math.fsum(row[block].abs().to(torch.float64).numpy().sum() for block in blocks(row.numel()))

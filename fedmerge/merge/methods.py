@@ -8,7 +8,16 @@ from typing import Concatenate, TypeAlias
 from torch import Tensor
 
 from fedmerge.merge.average import fedavg, fedavg_coefficients, task_arithmetic, task_arithmetic_coefficients
+from fedmerge.merge.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from fedmerge.merge.dare import dare_linear, dare_ties
+from fedmerge.merge.della import della, della_linear
+from fedmerge.merge.geometric import geometric_median, model_stock
+from fedmerge.merge.masks import consensus, emr
+from fedmerge.merge.pcb import pcb
+from fedmerge.merge.robust import median, trimmed_mean
+from fedmerge.merge.selection import cabs, magmax, sce
+from fedmerge.merge.spectral import iso_c, iso_cts, subspace_boosting, tsv
+from fedmerge.merge.spherical import karcher, multislerp, nuslerp, rda, slerp
 from fedmerge.merge.ties import ties
 
 # METHODS[name](deltas, weights, *, base=None, seed=0, **params): a pure function of one parameter's task vectors
@@ -21,10 +30,36 @@ METHODS: dict[str, MergeMethod] = {
     "ties": ties,
     "dare_linear": dare_linear,
     "dare_ties": dare_ties,
+    "della": della,
+    "della_linear": della_linear,
+    "breadcrumbs": breadcrumbs,
+    "breadcrumbs_ties": breadcrumbs_ties,
+    "magmax": magmax,
+    "sce": sce,
+    "cabs": cabs,
+    "pcb": pcb,
+    "consensus": consensus,
+    "emr": emr,
+    "median": median,
+    "trimmed_mean": trimmed_mean,
+    "slerp": slerp,
+    "nuslerp": nuslerp,
+    "multislerp": multislerp,
+    "rda": rda,
+    "karcher": karcher,
+    "model_stock": model_stock,
+    "geometric_median": geometric_median,
+    "tsv": tsv,
+    "iso_c": iso_c,
+    "iso_cts": iso_cts,
+    "subspace_boosting": subspace_boosting,
 }
 
 # Methods that look at the base: the engine reads it for these only, since base tensors may have to be computed.
-NEEDS_BASE: frozenset[str] = frozenset()
+NEEDS_BASE: frozenset[str] = frozenset({"slerp", "nuslerp", "multislerp", "karcher"})
+
+# Methods that merge two task vectors (or one) and refuse more.
+PAIRWISE: frozenset[str] = frozenset({"slerp", "nuslerp"})
 
 # Methods that are sum_i c_i * delta_i, with the function from weights to c_i: the engine folds these delta by delta.
 LINEAR: dict[str, Callable[Concatenate[list[float], ...], list[float]]] = {

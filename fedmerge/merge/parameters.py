@@ -52,9 +52,63 @@ Aggregation: TypeAlias = Annotated[
 Rescale: TypeAlias = Annotated[
     Literal["paper", "l1", "none"],
     Field(
-        description="How kept entries make up for dropped ones: paper: divide by density; "
+        description="How kept entries make up for dropped ones: paper: divide by the probability of being kept; "
         "l1: restore each tensor's sum of magnitudes; none: leave them."
     ),
+]
+Epsilon: TypeAlias = Annotated[
+    float,
+    Field(
+        ge=0,
+        lt=0.5,
+        description="An entry of the smallest magnitude is kept with probability density - epsilon, one of the largest "
+        "with density + epsilon.",
+    ),
+]
+Outliers: TypeAlias = Annotated[
+    float, Field(ge=0, lt=1, description="Share of the entries of each tensor that is left out for being the largest.")
+]
+Selected: TypeAlias = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        description="Share of the entries of each tensor that is kept, those in which nodes differ most; 1 keeps all.",
+    ),
+]
+Guard: TypeAlias = Annotated[
+    Literal["relative", "absolute"],
+    Field(
+        description="Against division by zero. relative: only where it is zero; absolute: mean squares that sum to "
+        "less than 1e-6 count as equal, and a smaller sum of weights as 1e-6."
+    ),
+]
+NumKept: TypeAlias = Annotated[int, Field(ge=1, description="Entries of each block that a node keeps: the n of n:m.")]
+BlockLength: TypeAlias = Annotated[int, Field(ge=1, description="Entries of a block: the m of n:m.")]
+Tail: TypeAlias = Annotated[
+    Literal["share", "drop"],
+    Field(description="An incomplete last block. share: keep its share, rounded down; drop: keep nothing of it."),
+]
+Overlap: TypeAlias = Annotated[
+    bool, Field(description="Where a block has too few entries that no other node took, take the largest taken ones.")
+]
+PcbRatio: TypeAlias = Annotated[
+    float, Field(gt=0, le=1, description="Share of the entries of each tensor that a node has a say in.")
+]
+MaskThreshold: TypeAlias = Annotated[
+    float,
+    Field(
+        ge=0,
+        description="An entry matters to a node if it is larger than this times its distance to the merged entry.",
+    ),
+]
+MinNodes: TypeAlias = Annotated[int, Field(ge=1, description="Keep the entries that matter to so many nodes or more.")]
+Multitask: TypeAlias = Annotated[
+    Literal["task_arithmetic", "ties"],
+    Field(description="What is masked: the weighted sum of the task vectors, or their TIES sum at density 0.2."),
+]
+Trimmed: TypeAlias = Annotated[
+    float, Field(ge=0, lt=0.5, description="Share of the nodes left out at either end of each entry, rounded down.")
 ]
 
 

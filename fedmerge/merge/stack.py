@@ -71,3 +71,8 @@ def blocks(num_elements: int) -> Iterator[slice]:
     """Yield the slices that cover `num_elements` columns."""
     for start in range(0, num_elements, BLOCK_ELEMENTS):
         yield slice(start, min(start + BLOCK_ELEMENTS, num_elements))
+
+
+def l1_norm(row: Tensor) -> float:
+    """Return the sum of magnitudes in fp64, added by numpy, whose order does not depend on the number of threads."""
+    return math.fsum(row[block].abs().to(torch.float64).numpy().sum() for block in blocks(row.numel()))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmerge.errors import ConfigError, InputError, ModelMismatch
 from fedmerge.merge import METHODS, Recipe, merge_deltas, parameters
-from fedmerge.merge.methods import LINEAR
+from fedmerge.merge.methods import LINEAR, PAIRWISE
 from fedmerge.seeds import derive_seed
 
 SHAPES = {"embed": (300, 16), "a.bias": (16,), "a.weight": (16, 16), "scalar": ()}
@@ -19,6 +19,8 @@ SHAPES = {"embed": (300, 16), "a.bias": (16,), "a.weight": (16, 16), "scalar": (
 WEIGHTS = [0.393, 0.427, 0.196]
 
 each_method = pytest.mark.parametrize("method", METHODS)
+# The engine treats a method of two nodes like any other; the tests below merge three and more.
+each_method_of_many = pytest.mark.parametrize("method", [method for method in METHODS if method not in PAIRWISE])
 
 
 def delta(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -49,7 +51,7 @@ class Decoded(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-@each_method
+@each_method_of_many
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_yields_the_method_on_each_stack_to_the_bit(method: str, dtype: torch.dtype) -> None:
     deltas = [delta(seed, dtype) for seed in range(3)]
@@ -63,7 +65,7 @@ def test_yields_the_method_on_each_stack_to_the_bit(method: str, dtype: torch.dt
                 assert torch.equal(tensor, METHODS[method](stack, weights, seed=seed))
 
 
-@each_method
+@each_method_of_many
 def test_asks_for_one_tensor_at_a_time_and_once(method: str) -> None:
     alive: set[int] = set()
     log: list[str] = []
@@ -84,7 +86,7 @@ def test_nothing_is_read_before_the_first_parameter_is_asked_for(method: str) ->
     assert set(log) == {"a.bias"}
 
 
-@each_method
+@each_method_of_many
 def test_merged_tensors_do_not_share_memory(method: str) -> None:
     deltas = [delta(seed) for seed in range(3)]
     kept = dict(merge_deltas(deltas, WEIGHTS, Recipe(method)))
@@ -93,7 +95,7 @@ def test_merged_tensors_do_not_share_memory(method: str) -> None:
     assert all(torch.equal(deltas[seed][name], delta(seed)[name]) for seed in range(3) for name in SHAPES)
 
 
-@each_method
+@each_method_of_many
 def test_scales_multiply_the_deltas(method: str) -> None:
     deltas, scales = [delta(seed) for seed in range(3)], [1.0, 0.3, 0.55]
     scaled = [{name: tensor * scale for name, tensor in one.items()} for one, scale in zip(deltas, scales, strict=True)]
@@ -163,6 +165,18 @@ def test_numbers_that_do_not_match_are_refused(method: str) -> None:
 def test_a_base_without_a_parameter_is_refused() -> None:
     with pytest.raises(ModelMismatch, match=r"misses a\.weight"):
         merge_deltas([delta(0)], [1.0], Recipe("fedavg"), base={"embed": torch.ones(1), "a.bias": torch.ones(1)})
+
+
+def test_a_method_in_the_space_of_weights_gets_the_base() -> None:
+    deltas, base = [delta(0), delta(1)], delta(2)
+    recipe = Recipe("karcher", {"space": "weights"})
+    merged = dict(merge_deltas(deltas, [0.5, 0.5], recipe, base=base))
+    for name in SHAPES:
+        pair = torch.stack([one[name] for one in deltas])
+        expected = METHODS["karcher"](pair, torch.tensor([0.5, 0.5]), base=base[name], space="weights")
+        assert torch.equal(merged[name], expected)
+    with pytest.raises(InputError, match="needs the base"):
+        list(merge_deltas(deltas, [0.5, 0.5], recipe))
 
 
 def test_every_linear_method_is_a_method() -> None:

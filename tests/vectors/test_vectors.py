@@ -15,6 +15,9 @@ from fedmerge.delta import apply_one
 from fedmerge.merge import METHODS
 from fedmerge.merge.consensus import Consensus, elect_and_merge
 from fedmerge.merge.dare import drop
+from tests.vectors.runs_elementwise import RUNS_ELEMENTWISE, WHOLE_MODEL_ELEMENTWISE
+
+from .runs_geometric import RUNS_GEOMETRIC
 
 HERE = Path(__file__).parent
 MANIFEST = json.loads((HERE / "manifest.json").read_text())
@@ -62,10 +65,11 @@ RUNS: dict[str, Run] = {
     "mergekit_dare_linear_d30": dare_linear(0.3, "l1"),
     "peft_dare_linear_d30": dare_linear(0.3, "paper"),
     "mergekit_dare_ties_d50": dare_ties(0.5, "l1", Consensus(election="weighted", normalize=False)),
+    **RUNS_ELEMENTWISE,
 }
 
 # The TIES authors trim and elect over the whole model, its tensors sorted by name and flattened into one.
-WHOLE_MODEL = {"ties_authors_K20_sum", "ties_authors_K20_max"}
+WHOLE_MODEL = {"ties_authors_K20_sum", "ties_authors_K20_max"} | WHOLE_MODEL_ELEMENTWISE
 
 
 def load_inputs(file_name: str) -> dict[str, dict[str, Tensor]]:
@@ -88,11 +92,13 @@ def test_reproduces_the_recorded_output(name: str) -> None:
     recorded = load_file(HERE / case["file"])
     models = load_inputs(case["inputs"])
     base = models.pop("base")
-    names = sorted(base)
-    deltas = {key: torch.stack([models[m][key].float() - base[key].float() for m in sorted(models)]) for key in names}
+    names = sorted(key for key in base if f"out.{key}" in recorded)
+    dtype = torch.float64 if case["dtype"] == "float64" else torch.float32
+    base_values = {key: base[key].to(dtype) for key in names}
+    deltas = {key: torch.stack([models[m][key].to(dtype) - base_values[key] for m in sorted(models)]) for key in names}
     no_masks = torch.empty(0)
     masks = {
-        key: torch.stack([recorded[f"mask.{key}.{m}"] for m in sorted(models)])
+        key: torch.stack([recorded[f"mask.{key}.{m}"] for m in sorted(models) if f"mask.{key}.{m}" in recorded])
         if f"mask.{key}.ft0" in recorded
         else no_masks
         for key in names
@@ -103,6 +109,8 @@ def test_reproduces_the_recorded_output(name: str) -> None:
         flat = RUNS[name](torch.cat([deltas[key].flatten(1) for key in names], dim=1), weights, no_masks)
         parts = flat.split([base[key].numel() for key in names])
         merged = {key: part.view(base[key].shape) for key, part in zip(names, parts, strict=True)}
+    elif name in RUNS_GEOMETRIC:
+        merged = {key: RUNS_GEOMETRIC[name](deltas[key], weights, base_values[key]) for key in names}
     else:
         merged = {key: RUNS[name](deltas[key], weights, masks[key]) for key in names}
 
@@ -121,4 +129,4 @@ def test_files_are_the_ones_that_were_recorded() -> None:
 def test_every_recorded_file_is_in_the_manifest() -> None:
     listed = {case["file"] for case in CASES.values()} | set(MANIFEST["inputs"])
     assert {path.name for path in HERE.glob("*.safetensors")} == listed
-    assert set(RUNS) == set(CASES)
+    assert RUNS.keys() | RUNS_GEOMETRIC.keys() == CASES.keys()
