@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from fedmerge.errors import ConfigError, did_you_mean
 from fedmerge.merge.methods import METHODS
 from fedmerge.merge.parameters import Parameter, config_key, parameters_of, resolve
+
+_TRIAL = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
 
 
 def parameters(method: str) -> dict[str, Parameter]:
@@ -42,6 +46,8 @@ class Recipe:
     def __post_init__(self) -> None:
         resolved = resolve(f"merge method {self.method}", parameters(self.method), self.params)
         object.__setattr__(self, "params", resolved)
+        # Some values make no sense together, and only the method knows: it says so now, not when a round is merged.
+        METHODS[self.method](_TRIAL, torch.tensor([0.5, 0.5]), base=_TRIAL[0], **resolved)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON types, parameters named as in configuration files."""

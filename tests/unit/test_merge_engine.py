@@ -228,3 +228,12 @@ def test_recipes_that_can_not_be_cooked(method: str, params: dict[str, Any], pro
 def test_json_that_is_no_recipe(data: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="not a merge recipe"):
         Recipe.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [("della", {"density": 0.05, "epsilon": 0.3}), ("cabs", {"num_kept": 9, "block_length": 4})],
+)
+def test_values_that_make_no_sense_together_are_refused_before_any_round(method: str, params: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Recipe(method, params)
