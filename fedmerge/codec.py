@@ -25,8 +25,8 @@ class Codec:
 
     `sparsify` names one of `SPARSIFIERS` and `density` is the fraction of elements that it keeps; tensors with at most
     one dimension and fewer than `small_elements` elements are always sent dense. `values` names one of `QUANTIZERS`,
-    `block_size` is the number of values that share an int8 scale. `zstd_level` is 1 (fast) to 19. Raises `ConfigError`
-    for an unknown name, a wrong type or a value out of range.
+    `block_size` is the number of values that share a scale, in the types that have scales. `zstd_level` is 1 (fast) to
+    19. Raises `ConfigError` for an unknown name, a wrong type or a value out of range.
     """
 
     sparsify: str = "none"
@@ -51,7 +51,7 @@ class Codec:
         if self.sparsify == "none" and self.density != 1.0:
             raise ConfigError(
                 f"codec.density: {self.density} has no effect without a sparsifier",
-                hint='set sparsify = "seeded", or leave density out',
+                hint='set sparsify = "seeded" or "topk", or leave density out',
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A *delta file* holds a uint8 tensor per parameter, its frame, and one metadata key, `fedmerge`, whose JSON says what
 the frames are: format, version, codec, and for each frame its shape, encoding and sections. A frame is its sections one
 after another, each entropy-coded on its own. Encodings are `zero` (no bytes: a frozen layer costs nothing), a value
-type such as `int8`, or a sparsifier and a value type, such as `seeded+int8`.
+type such as `int8`, or a sparsifier and a value type, such as `seeded+int8`; a sparsifier that sends indices has their
+sections first.
 
 A reader knows the schema and the codec from the round's plan and takes neither from the file: the header has to say
 what the plan implies, length for length, before anything is decoded or allocated. The same format carries the update
@@ -31,9 +32,10 @@ from torch import Tensor
 from fedmerge.codec import Codec
 from fedmerge.delta import delta_schema
 from fedmerge.errors import ConfigError, InputError, InvalidDelta, ResourceError
-from fedmerge.quantize import QUANTIZERS, Bytes, Sections
+from fedmerge.planes import Bytes, Sections
+from fedmerge.quantize import QUANTIZERS
 from fedmerge.seeds import derive_seed
-from fedmerge.sparsify import SPARSIFIERS
+from fedmerge.sparsify import SPARSIFIERS, Kept
 from fedmerge.tensors import Schema, TensorMap, TensorSpec, require_same_schema, schema_of
 
 FORMAT: Final = "fedmerge.delta"
@@ -43,8 +45,9 @@ ZERO = "zero"
 MAX_HEADER_BYTES = 16 << 20
 MAX_WINDOW_BYTES = 1 << 23
 
-# Values up to here, divided by the density, are finite in every value type and after every rounding.
-MAX_VALUE = torch.finfo(torch.bfloat16).max
+# Values up to here, divided by the density, are finite in every value type and after every rounding: what comes back is
+# at most 2.2 times the largest value (the outermost level of lloyd3).
+MAX_VALUE = 2.0**126
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,7 @@ def _encode(
         raise InputError(f"{num_bad} values are NaN, infinite or beyond {limit:.3g}", hint="training diverged")
     kept = SPARSIFIERS[codec.sparsifier(spec)].sparsify(values, seed, codec.density)
     sections, stored = [], []
-    for kind, raw in QUANTIZERS[codec.values].quantize(kept, codec.block_size).items():
+    for kind, raw in {**kept.indices, **QUANTIZERS[codec.values].quantize(kept.values, codec.block_size)}.items():
         coded = np.frombuffer(compressor.compress(raw.data), dtype=np.uint8)
         coder = "zstd" if coded.size < raw.size else "raw"
         stored.append(coded if coder == "zstd" else raw)
@@ -270,8 +273,8 @@ class DeltaFile(Mapping[str, Tensor]):
         self.codec = codec
         self._seed = seed
         self._quantizer = QUANTIZERS[codec.values]
-        most = [self._quantizer.section_bytes(spec.num_elements, codec.block_size) for spec in self.schema.values()]
-        self._file, self._header = _open(path, sum(sum(sizes.values()) for sizes in most))
+        self._file, self._header = _open(path, sum(map(self._most_bytes, self.schema.values())))
+        self._num_kept: dict[str, int] = {}  # of each frame that is not all zero
         if self._header.codec != codec.to_dict():
             raise _invalid(path, f"codec is {self._header.codec!r:.200}, the plan's is {codec.to_dict()}")
         if self._header.frames.keys() != self.schema.keys():
@@ -286,9 +289,9 @@ class DeltaFile(Mapping[str, Tensor]):
             return torch.zeros(spec.shape)
         try:
             sections = _decode_sections(memoryview(self._file.get_tensor(name)), frame.sections)
-            kept = self._quantizer.dequantize(sections, self.codec.block_size)
-            sparsifier = SPARSIFIERS[self.codec.sparsifier(spec)]
-            dense = sparsifier.scatter(kept, spec.num_elements, derive_seed(self._seed, name), self.codec.density)
+            sparsifier, seed = SPARSIFIERS[self.codec.sparsifier(spec)], derive_seed(self._seed, name)
+            values = self._quantizer.dequantize(sections, self._num_kept[name], self.codec.block_size)
+            dense = sparsifier.scatter(Kept(sections, values), spec.num_elements, seed, self.codec.density)
             if dense.numel() and not all(map(torch.isfinite, torch.aminmax(dense))):
                 raise InvalidDelta(f"{int((~torch.isfinite(dense)).sum())} values are NaN or infinite")
         except InvalidDelta as err:
@@ -306,6 +309,12 @@ class DeltaFile(Mapping[str, Tensor]):
         """What the file costs."""
         return self._header.stats(self.path.stat().st_size)
 
+    def _most_bytes(self, spec: TensorSpec) -> int:
+        """Return how long a frame of this `spec` can be, whatever its sender kept."""
+        index_sizes = SPARSIFIERS[self.codec.sparsifier(spec)].index_bytes(spec.num_elements, self.codec.density)
+        value_sizes = self._quantizer.section_bytes(spec.num_elements, self.codec.block_size)
+        return sum(index_sizes.values()) + sum(value_sizes.values())
+
     def _check(self, name: str, spec: TensorSpec, frame: _Frame) -> None:
         """Raise `InvalidDelta` unless `frame` is one that the plan allows for a tensor of this `spec`."""
         if frame.shape != spec.shape:
@@ -315,7 +324,9 @@ class DeltaFile(Mapping[str, Tensor]):
         elif frame.encoding == self.codec.encoding(spec):
             sparsifier = SPARSIFIERS[self.codec.sparsifier(spec)]
             num_kept = sparsifier.num_kept(spec.num_elements, derive_seed(self._seed, name), self.codec.density)
-            expected = self._quantizer.section_bytes(num_kept, self.codec.block_size)
+            expected = sparsifier.index_bytes(spec.num_elements, self.codec.density)
+            expected |= self._quantizer.section_bytes(num_kept, self.codec.block_size)
+            self._num_kept[name] = num_kept
         else:
             raise _invalid(self.path, f"{name}: encoding is {frame.encoding!r}, not {self.codec.encoding(spec)!r}")
         found = [(section.kind, section.raw_bytes) for section in frame.sections]

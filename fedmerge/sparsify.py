@@ -2,7 +2,8 @@
 
 A sparsifier is a pure function of one flat tensor and of what both ends know already (a seed and a density). `seeded`
 is DARE ("Language models are super Mario", arXiv 2311.03099) put on the wire: both ends draw the same Bernoulli mask,
-so the kept values travel without a byte of index, and dividing them by the density makes the result unbiased.
+so the kept values travel without a byte of index, and dividing them by the density makes the result unbiased. `topk`
+sends the largest elements and where they are (`fedmerge.indices`); what it leaves out is lost, so it is biased.
 
 Shapes: N elements of the tensor, M of them kept.
 """
@@ -16,21 +17,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmerge.indices import decode_indices, encode_indices, index_bytes, largest_of_chunks, num_indices
+from fedmerge.planes import Sections
 from fedmerge.seeds import bernoulli_mask
+
+
+class Kept(NamedTuple):
+    """What a sparsifier keeps: the sections that say where, none if both ends know, and the values (M,), in order."""
+
+    indices: Sections
+    values: Tensor
 
 
 class Sparsifier(NamedTuple):
     """A way to choose elements.
 
-    `sparsify(values, seed, density)` returns the kept values (M,) of `values` (N,), in order;
-    `scatter(kept, num_elements, seed, density)` returns the dense tensor (N,) that stands for them;
-    `num_kept(num_elements, seed, density)` returns M, which follows from what both ends know and is never read from
-    a file. All tensors are fp32.
+    `sparsify(values, seed, density)` returns what is kept of `values` (N,);
+    `scatter(kept, num_elements, seed, density)` returns the dense tensor (N,) that stands for it, and raises
+    `InvalidDelta` for index sections that no `sparsify` makes;
+    `num_kept(num_elements, seed, density)` and `index_bytes(num_elements, density)` return M and the length of each
+    index section, which follow from what both ends know and are never read from a file. All tensors are fp32.
     """
 
-    sparsify: Callable[[Tensor, int, float], Tensor]
-    scatter: Callable[[Tensor, int, int, float], Tensor]
+    sparsify: Callable[[Tensor, int, float], Kept]
+    scatter: Callable[[Kept, int, int, float], Tensor]
     num_kept: Callable[[int, int, float], int]
+    index_bytes: Callable[[int, float], dict[str, int]]
 
 
 def travels_dense(shape: tuple[int, ...], small_elements: int) -> bool:
@@ -41,14 +53,19 @@ def travels_dense(shape: tuple[int, ...], small_elements: int) -> bool:
     return len(shape) == 0 or (len(shape) == 1 and shape[0] < small_elements)
 
 
-def keep_all(values: Tensor, seed: int, density: float) -> Tensor:
-    """Return all of `values` (N,)."""
-    return values
+def no_index_bytes(num_elements: int, density: float) -> dict[str, int]:
+    """Return no sections: both ends know which elements travel."""
+    return {}
 
 
-def scatter_all(kept: Tensor, num_elements: int, seed: int, density: float) -> Tensor:
-    """Return `kept` (N,), which is dense already."""
-    return kept
+def keep_all(values: Tensor, seed: int, density: float) -> Kept:
+    """Keep all of `values` (N,)."""
+    return Kept({}, values)
+
+
+def scatter_all(kept: Kept, num_elements: int, seed: int, density: float) -> Tensor:
+    """Return the values of `kept` (N,), which are dense already."""
+    return kept.values
 
 
 def count_all(num_elements: int, seed: int, density: float) -> int:
@@ -56,19 +73,19 @@ def count_all(num_elements: int, seed: int, density: float) -> int:
     return num_elements
 
 
-def keep_seeded(values: Tensor, seed: int, density: float) -> Tensor:
-    """Return the elements of `values` (N,) under the mask of `seed`, each kept with probability `density`."""
-    return values[bernoulli_mask(seed, values.numel(), density)]
+def keep_seeded(values: Tensor, seed: int, density: float) -> Kept:
+    """Keep the elements of `values` (N,) under the mask of `seed`, each with probability `density`."""
+    return Kept({}, values[bernoulli_mask(seed, values.numel(), density)])
 
 
-def scatter_seeded(kept: Tensor, num_elements: int, seed: int, density: float) -> Tensor:
-    """Return a tensor (N,) with `kept` / `density` under the mask of `seed` and zero elsewhere.
+def scatter_seeded(kept: Kept, num_elements: int, seed: int, density: float) -> Tensor:
+    """Return a tensor (N,) with the values of `kept` / `density` under the mask of `seed` and zero elsewhere.
 
-    `kept` has one element for each that the mask keeps. The expectation over seeds is the tensor it was drawn from.
+    There is one value for each element that the mask keeps. The expectation over seeds is the tensor it was drawn from.
     """
     mask = bernoulli_mask(seed, num_elements, density)
     # Multiplying by the rounded reciprocal gives the same bits on every device; scalar division does not.
-    return torch.zeros(num_elements).masked_scatter_(mask, kept * (1.0 / density))
+    return torch.zeros(num_elements).masked_scatter_(mask, kept.values * (1.0 / density))
 
 
 def count_seeded(num_elements: int, seed: int, density: float) -> int:
@@ -76,7 +93,28 @@ def count_seeded(num_elements: int, seed: int, density: float) -> int:
     return int(np.count_nonzero(bernoulli_mask(seed, num_elements, density).numpy()))
 
 
+def keep_topk(values: Tensor, seed: int, density: float) -> Kept:
+    """Keep the largest magnitudes of each 4096 elements of `values` (N,), ties to the lower index."""
+    indices = largest_of_chunks(values.numpy(), density)
+    return Kept(encode_indices(indices, density), values[torch.from_numpy(indices)])
+
+
+def scatter_topk(kept: Kept, num_elements: int, seed: int, density: float) -> Tensor:
+    """Return a tensor (N,) with the values of `kept` at its indices and zero elsewhere, without rescaling.
+
+    Raises `InvalidDelta` for indices outside of their chunk.
+    """
+    indices = torch.from_numpy(decode_indices(kept.indices, num_elements, density))
+    return torch.zeros(num_elements).index_copy_(0, indices, kept.values)
+
+
+def count_topk(num_elements: int, seed: int, density: float) -> int:
+    """Return the number of elements that are kept: `density` of each 4096, at least 1, and of a shorter last chunk."""
+    return num_indices(num_elements, density)
+
+
 SPARSIFIERS: dict[str, Sparsifier] = {
-    "none": Sparsifier(keep_all, scatter_all, count_all),
-    "seeded": Sparsifier(keep_seeded, scatter_seeded, count_seeded),
+    "none": Sparsifier(keep_all, scatter_all, count_all, no_index_bytes),
+    "seeded": Sparsifier(keep_seeded, scatter_seeded, count_seeded, no_index_bytes),
+    "topk": Sparsifier(keep_topk, scatter_topk, count_topk, index_bytes),
 }

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,8 @@ def parse_config(text: str, *, folder: Path, where: str, environ: Mapping[str, s
     except (ValueError, RecursionError) as err:  # ValueError: also an integer of thousands of digits
         raise ConfigError(_syntax_error(str(err), text, where)) from err
     overrides, problems = _read_environment(environ or {}, data)
-    config, found = _validate(data, folder)
+    huge = [_Problem(path, "should be a number of 64 bits at most") for path in _huge_numbers(data)]
+    config, found = (None, huge) if huge else _validate(data, folder)
     problems += found
     if config is not None and not problems:
         return config
@@ -91,6 +92,18 @@ def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[_
     except ValidationError as err:
         problems = [_Problem(error["loc"], _explain(error)) for error in err.errors(include_url=False)]
     return config, problems + _merge_problems(filled["merge"])
+
+
+def _huge_numbers(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """Yield where an integer is beyond TOML's range; Python refuses to print some of them."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _huge_numbers(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _huge_numbers(item, (*path, index))
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        yield path
 
 
 def _merge_problems(section: Any) -> list[_Problem]:

@@ -101,7 +101,7 @@ Labels: TypeAlias = Annotated[
     WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 2}, {"type": "string"}]}),
 ]
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
-ValueType: TypeAlias = Literal["fp32", "bf16", "int8"]
+ValueType: TypeAlias = Literal["fp32", "bf16", "int8", "int4", "lloyd3", "lloyd2", "sign"]
 
 
 class Section(BaseModel):
@@ -215,27 +215,29 @@ class Train(OpenSection):
 class Delta(Section):
     """How task vectors, and the update that is published, are encoded on their way."""
 
-    sparsify: Literal["none", "seeded"] = "none"
+    sparsify: Literal["none", "seeded", "topk"] = "none"
     """Elements that travel: all ("none"), or a random part that sender and receiver draw from the same seed, rescaled
-    to keep its mean, so that no index travels ("seeded")."""
+    to keep its mean, so that no index travels ("seeded"), or the largest of every 4096 and their indices ("topk")."""
     density: float = Field(default=1.0, ge=1e-6, le=1)
-    """Share of the elements that "seeded" keeps, at most 1."""
+    """Share of the elements that "seeded" or "topk" keeps, at most 1."""
     values: ValueType = "int8"
-    """Number format of the elements that travel: "fp32", "bf16", or "int8" with one scale per block."""
+    """Number format of the elements that travel: "fp32", "bf16", or a few bits and one scale per block: evenly spaced
+    ("int8", or "int4", which wants a block_size of 64), 8 or 4 levels made for Gaussian values ("lloyd3", "lloyd2"), or
+    the sign alone ("sign", the match for "topk")."""
     block_size: int = Field(default=1024, ge=8, le=1 << 20)
-    """Elements that share a scale under "int8"."""
+    """Elements that share a scale, in number formats that have scales."""
     small_elements: int = Field(default=4096, ge=0, le=1 << 31)
     """Vectors (biases, norms) of fewer elements than this are never thinned."""
     zstd_level: int = Field(default=3, ge=1, le=19)
     """Effort of the final compression, from 1 (fast) to 19 (small)."""
     downlink: ValueType = "fp32"
-    """Number format of the update that nodes fetch after a round."""
+    """Number format of the update that nodes fetch after a round; the same choices as values."""
 
     @field_validator("density")
     @classmethod
     def _has_effect(cls, value: float, info: ValidationInfo) -> float:
         if value != 1.0 and info.data.get("sparsify") == "none":
-            raise ValueError('has no effect without sparsify = "seeded"')
+            raise ValueError('has no effect without sparsify = "seeded" or "topk"')
         return value
 
 

@@ -10,7 +10,7 @@ from fedmerge.codec import Codec
 from fedmerge.errors import ConfigError
 
 KEYS = "one of: sparsify, density, values, block_size, small_elements, zstd_level"
-VALUES = "one of: fp32, bf16, int8"
+VALUES = "one of: fp32, bf16, int8, int4, lloyd3, lloyd2, sign"
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,11 @@ VALUES = "one of: fp32, bf16, int8"
         ({"value": "int8"}, "unknown name 'value'; did you mean 'values'?", KEYS),
         ({"values": "int9"}, "codec.values: unknown name 'int9'; did you mean 'int8'?", VALUES),
         ({"values": "q"}, "codec.values: unknown name 'q'", VALUES),
-        ({"sparsify": "seed"}, "codec.sparsify: unknown name 'seed'; did you mean 'seeded'?", "one of: none, seeded"),
+        (
+            {"sparsify": "seed"},
+            "codec.sparsify: unknown name 'seed'; did you mean 'seeded'?",
+            "one of: none, seeded, topk",
+        ),
         ({"values": 8}, "codec.values: 8 is not of type str", None),
         ({"block_size": "1024"}, "codec.block_size: '1024' is not of type int", None),
         ({"block_size": True}, "codec.block_size: True is not of type int", None),
@@ -31,7 +35,11 @@ VALUES = "one of: fp32, bf16, int8"
         ({"sparsify": "seeded", "density": 1.5}, "codec.density: 1.5 is not between", None),
         ({"sparsify": "seeded", "density": float("nan")}, "codec.density: nan is not between", None),
         ({"sparsify": "seeded", "density": None}, "codec.density: None is not of type float", None),
-        ({"density": 0.5}, "codec.density: 0.5 has no effect", 'set sparsify = "seeded", or leave density out'),
+        (
+            {"density": 0.5},
+            "codec.density: 0.5 has no effect",
+            'set sparsify = "seeded" or "topk", or leave density out',
+        ),
     ],
 )
 def test_codec_refuses_what_it_can_not_do(table: dict[str, Any], message: str, hint: str | None) -> None:

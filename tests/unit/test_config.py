@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedmerge.codec import Codec
 from fedmerge.config import (
     Config,
     OpenSection,
@@ -24,7 +25,6 @@ from fedmerge.config import (
 from fedmerge.config.load import SECTIONS
 from fedmerge.config.locate import key_lines, line_of
 from fedmerge.errors import ConfigError, InputError
-from fedmerge.codec import Codec
 from fedmerge.merge import METHODS, Recipe, parameters
 from fedmerge.outer import OUTER
 from fedmerge.outer import parameters as outer_parameters
@@ -62,7 +62,7 @@ sizes = counts | st.builds("{}{}".format, st.integers(1, 900), st.sampled_from([
 trainer_settings = st.dictionaries(
     st.sampled_from(["epochs", "lr", "batch_size", "text_column", "prompt"]), counts | positive | st.booleans() | words
 )
-values = st.sampled_from(["fp32", "bf16", "int8"])
+values = st.sampled_from(["fp32", "bf16", "int8", "int4", "lloyd3", "lloyd2", "sign"])
 
 
 def table(required: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -72,7 +72,7 @@ def table(required: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrate
 Table: TypeAlias = st.SearchStrategy[dict[str, Any]]
 tls: Table = st.builds(dict) | st.fixed_dictionaries({"tls_cert": paths, "tls_key": paths})
 sparsifier: Table = st.builds(dict) | st.fixed_dictionaries(
-    {"sparsify": st.just("seeded"), "density": st.floats(1e-6, 1)}
+    {"sparsify": st.sampled_from(["seeded", "topk"]), "density": st.floats(1e-6, 1)}
 )
 merges: Table = st.builds(dict) | st.fixed_dictionaries(
     {"method": st.just("ties")},
@@ -258,9 +258,12 @@ BAD: list[tuple[str, list[str]]] = [
     (MINIMAL + "[outer]\nmomentum = 1.0\n", ["6: outer.momentum: should be below 1, not 1.0"]),
     (
         MINIMAL + "[delta]\nvalues = 'int9'\n",
-        ["6: delta.values: should be one of 'fp32', 'bf16', 'int8', not 'int9'; did you mean 'int8'?"],
+        [
+            "6: delta.values: should be one of 'fp32', 'bf16', 'int8', 'int4', 'lloyd3', 'lloyd2', 'sign', not 'int9'; "
+            "did you mean 'int8'?"
+        ],
     ),
-    (MINIMAL + "[delta]\ndensity = 0.5\n", ['6: delta.density: has no effect without sparsify = "seeded"']),
+    (MINIMAL + "[delta]\ndensity = 0.5\n", ['6: delta.density: has no effect without sparsify = "seeded" or "topk"']),
     (
         MINIMAL + "[server]\nlisten = '::1:8700'\n",
         ['6: server.listen: should be "host:port", with IPv6 in brackets: "[::1]:8700"'],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import resource
 import struct
@@ -36,11 +37,33 @@ CODECS = {
     "seeded int8": Codec(sparsify="seeded", density=0.25, small_elements=8, block_size=64),
     "seeded bf16": Codec(sparsify="seeded", density=0.25, values="bf16", small_elements=0),
     "seeded fp32": Codec(sparsify="seeded", density=0.25, values="fp32", small_elements=0),
+    "int4": Codec(values="int4", block_size=64),
+    "lloyd3": Codec(values="lloyd3"),
+    "lloyd2": Codec(values="lloyd2", block_size=100),
+    "sign": Codec(values="sign", block_size=300),
+    "seeded lloyd2": Codec(sparsify="seeded", density=0.25, values="lloyd2", small_elements=0),
+    "topk fp32": Codec(sparsify="topk", density=1 / 64, values="fp32", small_elements=8),
+    "topk bf16": Codec(sparsify="topk", density=0.25, values="bf16", small_elements=0),
+    "topk int8": Codec(sparsify="topk", density=1 / 64, small_elements=8, block_size=8),
+    "topk int4": Codec(sparsify="topk", density=1 / 64, values="int4", small_elements=8, block_size=8),
+    "topk lloyd3": Codec(sparsify="topk", density=0.1, values="lloyd3", small_elements=8, block_size=64),
+    "topk lloyd2": Codec(sparsify="topk", density=0.1, values="lloyd2", small_elements=0, block_size=64),
+    "topk sign": Codec(sparsify="topk", density=0.01, values="sign", small_elements=8),
 }
 each_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
 
-# Half of the absmax step for int8, half of an ulp for bf16, nothing for fp32.
-RELATIVE_ERROR = {"int8": 1 / 254 + 2**-22, "bf16": 2**-8, "fp32": 0.0}
+# Of the largest value: half of the absmax step for int8 and int4, half of an ulp for bf16, nothing for fp32. The few
+# levels of the other types are no further from a value than the largest value is from zero.
+RELATIVE_ERROR = {
+    "int8": 1 / 254 + 2**-22,
+    "int4": (1 + 2**-7) / 14 + 2**-20,
+    "bf16": 2**-8,
+    "fp32": 0.0,
+    "lloyd3": 1.0,
+    "lloyd2": 1.0,
+    "sign": 1.0 + 2**-8,
+}
+VALUE_TYPES = st.sampled_from(sorted(RELATIVE_ERROR))
 
 
 def a_delta() -> dict[str, torch.Tensor]:
@@ -106,12 +129,25 @@ def test_a_delta_comes_back_within_the_error_of_its_codec(codec: Codec, tmp_path
     for name, tensor in delta.items():
         expected = tensor
         dense = codec.sparsify == "none" or (tensor.ndim < 2 and tensor.numel() < codec.small_elements)
-        if not dense and tensor.ndim > 0:
+        if not dense and tensor.ndim > 0 and codec.sparsify == "topk":
+            expected = largest(tensor, codec.density)
+        elif not dense and tensor.ndim > 0:
             mask = bernoulli_mask(derive_seed(SEED, name), tensor.numel(), codec.density).reshape(tensor.shape)
             expected = torch.where(mask, tensor / codec.density, 0)
         bound = RELATIVE_ERROR[codec.values] * expected.abs().max().item() if expected.numel() else 0
         assert decoded[name].shape == tensor.shape
         assert (decoded[name] - expected).abs().le(bound).all()
+
+
+def largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
+    """`tensor` with zeros for all but the largest elements of each 4096, by sorting."""
+    dense = torch.zeros_like(tensor).reshape(-1)
+    for start in range(0, tensor.numel(), 4096):
+        chunk = tensor.reshape(-1)[start : start + 4096]
+        num_kept = max(1, math.floor(density * chunk.numel() + 0.5))
+        kept = chunk.abs().sort(descending=True, stable=True).indices[:num_kept]
+        dense[start + kept] = chunk[kept]
+    return dense.reshape(tensor.shape)
 
 
 EDGES = [0.0, -0.0, 2.0**-149, -(2.0**-130), 1e-30, MAX_VALUE, -MAX_VALUE, 1.0]
@@ -120,7 +156,7 @@ ELEMENTS = st.floats(-MAX_VALUE, MAX_VALUE, width=32, allow_subnormal=True) | st
 
 @given(
     array=arrays(np.float32, array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=5), elements=ELEMENTS),
-    values=st.sampled_from(["fp32", "bf16", "int8"]),
+    values=VALUE_TYPES,
     block_size=st.integers(8, 40),
 )
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -138,13 +174,13 @@ def test_any_shape_and_any_value_comes_back(
     elif array.size:
         wide = array.astype(np.float64)
         scale = np.abs(wide) if values == "bf16" else np.abs(wide).max()
-        smallest = 2.0**-133 if values == "bf16" else 2.0**-149
+        smallest = 2.0**-149 if values == "int8" else 2.0**-133
         assert (np.abs(decoded - wide) <= RELATIVE_ERROR[values] * scale + smallest).all()
 
 
 @given(
     array=arrays(np.float32, array_shapes(min_dims=1, max_dims=4, max_side=7), elements=ELEMENTS),
-    values=st.sampled_from(["fp32", "bf16", "int8"]),
+    values=VALUE_TYPES,
     density=st.floats(0.01, 0.999) | st.just(1.0),
     seed=st.integers(0, 2**64 - 1),
 )
@@ -165,6 +201,27 @@ def test_any_seeded_delta_is_finite_or_refused_by_its_sender(
     assert not decoded[~mask].any()
 
 
+@given(
+    array=arrays(np.float32, array_shapes(min_dims=1, max_dims=3, max_side=9), elements=ELEMENTS),
+    values=VALUE_TYPES,
+    density=st.floats(1e-6, 1.0) | st.just(1.0),
+    block_size=st.integers(8, 40),
+)
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_topk_delta_comes_back(
+    array: npt.NDArray[np.float32], values: str, density: float, block_size: int, tmp_path: Path
+) -> None:
+    codec = Codec(sparsify="topk", density=density, values=values, small_elements=0, block_size=block_size)
+    delta = {"w": torch.from_numpy(array * np.float32(density / 2))}
+    write_delta(tmp_path / "d", delta, schema_of(delta), codec, seed=SEED)
+    decoded = DeltaFile(tmp_path / "d", schema_of(delta), codec, seed=SEED)["w"]
+    expected = largest(delta["w"], density)
+    assert decoded.shape == expected.shape
+    bound = RELATIVE_ERROR[values] * expected.double().abs().max() + (0 if values == "fp32" else 2.0**-133)
+    assert (decoded.double() - expected).abs().max() <= bound
+    assert decoded.count_nonzero() <= max(1, math.floor(density * array.size + 0.5))
+
+
 def decode_from_the_format(path: Path, schema: Schema, codec: Codec) -> dict[str, npt.NDArray[np.float64]]:
     """The decoder again, in plain numpy and fp64, from the description of the format."""
     header, frames = json.loads(metadata_of(path)), load_file(path)
@@ -178,18 +235,52 @@ def decode_from_the_format(path: Path, schema: Schema, codec: Codec) -> dict[str
             parts[kind] = np.frombuffer(raw, np.uint8).astype(np.uint64)
         dense = np.zeros(spec.num_elements)
         if claim["encoding"] != "zero":
-            kept = values_from_the_format(parts, codec)
+            num_kept = spec.num_elements
+            if claim["encoding"].startswith("topk+"):
+                num_kept = len(indices_from_the_format(parts, spec.num_elements, codec.density))
+            elif claim["encoding"].startswith("seeded+"):
+                num_kept = int(bernoulli_mask(derive_seed(SEED, name), num_kept, codec.density).sum())
+            kept = values_from_the_format(parts, codec, num_kept)
             if claim["encoding"].startswith("seeded+"):
                 words = np.random.Philox(key=derive_seed(SEED, name)).random_raw(spec.num_elements // 2 + 1)
                 draws = np.stack([words & 0xFFFFFFFF, words >> 32], axis=1).reshape(-1)[: spec.num_elements]
                 dense[draws < round(codec.density * 2**32)] = kept / codec.density
+            elif claim["encoding"].startswith("topk+"):
+                dense[indices_from_the_format(parts, spec.num_elements, codec.density)] = kept
             else:
                 dense[:] = kept
         result[name] = dense.reshape(spec.shape)
     return result
 
 
-def values_from_the_format(parts: dict[str, npt.NDArray[np.uint64]], codec: Codec) -> npt.NDArray[np.float64]:
+def indices_from_the_format(parts: dict[str, npt.NDArray[np.uint64]], num_elements: int, density: float) -> list[int]:
+    low_bits = 4 if density < 1 / 40 else 8
+    low, high = parts["gaps_low"].tolist(), parts["gaps_high"].tolist()
+    if low_bits == 4:
+        low = [digit for byte in low for digit in (byte % 16, byte // 16)]
+    else:
+        high = [digit for byte in high for digit in (byte % 16, byte // 16)]
+    indices, gap = [], 0
+    for start in range(0, num_elements, 4096):
+        index = start - 1
+        for _ in range(max(1, math.floor(density * min(4096, num_elements - start) + 0.5))):
+            index += 1 + low[gap] + 2**low_bits * high[gap]
+            indices.append(index)
+            gap += 1
+    return indices
+
+
+LEVELS = {
+    "int4": list(range(-7, 8)),
+    "lloyd3": [-2.1519, -1.3439, -0.7560, -0.2451, 0.2451, 0.7560, 1.3439, 2.1519],
+    "lloyd2": [-1.5104, -0.4528, 0.4528, 1.5104],
+    "sign": [-1, 1],
+}
+
+
+def values_from_the_format(
+    parts: dict[str, npt.NDArray[np.uint64]], codec: Codec, num_values: int
+) -> npt.NDArray[np.float64]:
     def floats(planes: list[npt.NDArray[np.uint64]], width: int) -> npt.NDArray[np.float64]:
         rotated = np.zeros(planes[0].size, np.uint64)
         for i, plane in enumerate(planes):
@@ -202,7 +293,15 @@ def values_from_the_format(parts: dict[str, npt.NDArray[np.uint64]], codec: Code
         codes: npt.NDArray[np.int8] = parts["codes"].astype(np.uint8).view(np.int8)
         values: npt.NDArray[np.float64] = codes * np.repeat(scales, codec.block_size)[: codes.size]
         return values
-    return floats([parts[f"plane{i}"] for i in range(len(parts))], len(parts))
+    if codec.values in LEVELS:
+        levels = np.array(LEVELS[codec.values], np.float64)
+        per_byte = {"int4": 2, "lloyd3": 2, "lloyd2": 4, "sign": 8}[codec.values]
+        digits = [int(byte) // levels.size**i % levels.size for byte in parts["codes"] for i in range(per_byte)]
+        scales = floats(list(parts["scales"].reshape(2, -1)), 2)
+        scaled: npt.NDArray[np.float64] = np.repeat(scales, codec.block_size)[:num_values]
+        return levels[digits[:num_values]] * scaled
+    planes = [parts[kind] for kind in sorted(parts) if kind.startswith("plane")]
+    return floats(planes, len(planes))
 
 
 @each_codec
@@ -239,6 +338,32 @@ def test_frozen_layers_cost_nothing(tmp_path: Path) -> None:
     stats = write_delta(tmp_path / "d", delta, schema_of(delta), Codec(), seed=SEED)
     assert stats.payload_bytes < 1000
     assert stats.encodings == {"zero": 2}
+
+
+# The most over the entropy, in percent: what Huffman codes of whole bytes and bf16 scales cost.
+@pytest.mark.parametrize(
+    ("codec", "num_levels", "most_percent"),
+    [
+        (Codec(values="int4", block_size=64), 15, 6.5),
+        (Codec(values="lloyd3", block_size=256), 8, 2.5),
+        (Codec(values="lloyd2", block_size=256), 4, 4),
+        (Codec(values="sign", block_size=1024), 2, 2),
+    ],
+    ids=lambda param: param.values if isinstance(param, Codec) else None,
+)
+def test_few_bits_come_close_to_their_entropy(
+    codec: Codec, num_levels: int, most_percent: float, tmp_path: Path
+) -> None:
+    delta = {"w": torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))}
+    stats = write_delta(tmp_path / "d", delta, schema_of(delta), codec, seed=SEED)
+    decoded = DeltaFile(tmp_path / "d", schema_of(delta), codec, seed=SEED)["w"]
+    # Ranks of the decoded values within their blocks stand for the codes.
+    blocks = decoded.view(-1, codec.block_size).numpy()
+    symbols = np.rint(blocks / np.abs(blocks).max(axis=1, keepdims=True) * 1000)
+    counts = np.unique(symbols, return_counts=True)[1] / symbols.size
+    assert counts.size >= num_levels
+    entropy = float(-(counts * np.log2(counts)).sum())
+    assert stats.bits_per_parameter < entropy * (1 + most_percent / 100)
 
 
 @pytest.mark.parametrize("values", ["bf16", "int8"])
@@ -614,10 +739,47 @@ def test_scales_must_be_finite(tmp_path: Path) -> None:
         written.decode()
 
 
+@pytest.mark.parametrize(
+    ("name", "section", "content", "match"),
+    [
+        ("topk sign", 1, b"\xff" * 16, "the indices of 1 chunks go past their end"),
+        ("int4", 1, b"\xe1" * 792, "792 bytes are no 2 codes of 15 levels"),
+        ("lloyd3", 1, b"\x40" * 792, "792 bytes are no 2 codes of 8 levels"),
+        ("sign", 0, b"\x00" * 6 + b"\xff" * 6, "6 of 6 scales"),
+    ],
+)
+def test_indices_and_codes_must_be_in_range(
+    name: str, section: int, content: bytes, match: str, tmp_path: Path
+) -> None:
+    written = Written(tmp_path / "d", CODECS[name])
+    coded = zstandard.ZstdCompressor().compress(content)
+    assert written.header["frames"][W]["sections"][section][1] == len(content)
+    replace_section(written, section, coded if len(coded) < len(content) else content)
+    if len(coded) >= len(content):
+        written.header["frames"][W]["sections"][section][3] = "raw"
+        written.rewrite()
+    with pytest.raises(InvalidDelta, match=rf"h\.0\.weight: {match}"):
+        written.decode()
+
+
+def test_indices_travel_before_their_values(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", CODECS["topk sign"])
+    sections = written.header["frames"][W]["sections"]
+    # 1 % of 1584 elements; gaps of 4 bits, two to a byte, and 8 bits; one scale; 8 signs to a byte.
+    assert [section[:2] for section in sections] == [["gaps_low", 8], ["gaps_high", 16], ["scales", 2], ["codes", 2]]
+    sections[0], sections[1] = sections[1], sections[0]
+    written.rewrite()
+    with pytest.raises(InvalidDelta, match=r"h\.0\.weight: sections are"):
+        written.decode()
+
+
 # Mutations
 
 
-@pytest.mark.parametrize("name", ["int8", "bf16", "seeded int8", "seeded fp32"])
+FUZZED = ["int8", "bf16", "seeded int8", "seeded fp32", "int4", "lloyd3", "lloyd2", "sign", "topk sign", "topk int4"]
+
+
+@pytest.mark.parametrize("name", FUZZED)
 def test_mutated_files_are_refused_or_decode_to_finite_tensors(name: str, tmp_path: Path) -> None:
     written = Written(tmp_path / "d", CODECS[name])
     data = written.path.read_bytes()
@@ -650,7 +812,7 @@ def test_mutated_files_are_refused_or_decode_to_finite_tensors(name: str, tmp_pa
 JUNK: list[Any] = [None, True, -1, 0, 1, 7, 1 << 47, 10**30, 0.5, float("inf"), "", "zero", "raw", [], {}, [[]]]
 
 
-@pytest.mark.parametrize("name", ["int8", "seeded bf16"])
+@pytest.mark.parametrize("name", ["int8", "seeded bf16", "int4", "topk lloyd2"])
 def test_mutated_headers_are_refused_or_decode_to_finite_tensors(name: str, tmp_path: Path) -> None:
     written = Written(tmp_path / "d", CODECS[name])
     pristine = written.header

@@ -27,7 +27,7 @@ def roundtrip(name: str, values: npt.NDArray[np.float32], block_size: int) -> np
     assert {kind: section.size for kind, section in sections.items()} == quantizer.section_bytes(
         values.size, block_size
     )
-    decoded = quantizer.dequantize(sections, block_size)
+    decoded = quantizer.dequantize(sections, values.size, block_size)
     assert decoded.dtype == torch.float32
     return decoded.numpy()
 
@@ -65,7 +65,7 @@ def test_int8_error_is_at_most_half_a_step(values: npt.NDArray[np.float32], bloc
 def test_int8_error_is_at_most_half_the_scale_that_travels() -> None:
     values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     sections = QUANTIZERS["int8"].quantize(values, 1000)
-    error = (values - QUANTIZERS["int8"].dequantize(sections, 1000)).abs().view(100, 1000).amax(dim=1).numpy()
+    error = (values - QUANTIZERS["int8"].dequantize(sections, 100_000, 1000)).abs().view(100, 1000).amax(dim=1).numpy()
     scales = reference_scales(sections["scales"])
     assert (error <= scales / 2 * (1 + 1e-5)).all()
     assert error.max() > 0.98 * scales.max() / 2  # and the bound is met, so no precision is left unused
@@ -90,7 +90,7 @@ def test_int8_is_the_formula_whatever_the_length(num_values: int) -> None:
         assert np.isclose(scales[block], np.abs(part).max() / 127, rtol=3e-7)
         np.testing.assert_array_equal(codes[start : start + 1000], np.rint(part / scales[block]))
     expected = codes.astype(np.float32) * np.repeat(scales, 1000)[:num_values]
-    np.testing.assert_array_equal(QUANTIZERS["int8"].dequantize(sections, 1000).numpy(), expected)
+    np.testing.assert_array_equal(QUANTIZERS["int8"].dequantize(sections, num_values, 1000).numpy(), expected)
 
 
 def test_int8_rounds_half_to_even() -> None:
@@ -103,7 +103,7 @@ def test_an_all_zero_block_has_scale_zero() -> None:
     values = torch.cat([torch.zeros(16), torch.full((16,), 127.0)])
     sections = QUANTIZERS["int8"].quantize(values, 16)
     assert reference_scales(sections["scales"])[0] == 0
-    assert torch.equal(QUANTIZERS["int8"].dequantize(sections, 16), values)
+    assert torch.equal(QUANTIZERS["int8"].dequantize(sections, 32, 16), values)
 
 
 @pytest.mark.parametrize(("name", "shift"), [("fp32", 23), ("bf16", 23)])
@@ -122,13 +122,13 @@ def test_int8_refuses_scales_that_no_encoder_makes(scale: float) -> None:
         "codes": np.ones(8, np.uint8),
     }
     with pytest.raises(InvalidDelta, match="1 of 1 scales"):
-        QUANTIZERS["int8"].dequantize(hostile, 8)
+        QUANTIZERS["int8"].dequantize(hostile, 8, 8)
 
 
 def test_int8_refuses_the_code_that_no_encoder_makes() -> None:
     codes = np.array([1, -128, -127, -128], np.int8).view(np.uint8)
     with pytest.raises(InvalidDelta, match="2 codes are -128"):
-        QUANTIZERS["int8"].dequantize({"scales": np.zeros(4, np.uint8), "codes": codes}, 8)
+        QUANTIZERS["int8"].dequantize({"scales": np.zeros(4, np.uint8), "codes": codes}, 4, 8)
 
 
 @pytest.mark.parametrize("name", sorted(QUANTIZERS))

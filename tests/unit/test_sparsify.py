@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmerge.sparsify import SPARSIFIERS, travels_dense
+from fedmerge.errors import InvalidDelta
+from fedmerge.sparsify import SPARSIFIERS, Kept, travels_dense
 
 SEEDS = st.integers(0, 2**64 - 1)
 DENSITIES = st.floats(0.001, 0.999) | st.just(1.0)
@@ -44,7 +47,8 @@ def test_seeded_keeps_what_a_second_implementation_keeps(seed: int, num_elements
     values = torch.arange(1, num_elements + 1, dtype=torch.float32)
     mask = reference_mask(seed, num_elements, density)
     kept = SPARSIFIERS["seeded"].sparsify(values, seed, density)
-    assert kept.tolist() == [value for value, keep in zip(values.tolist(), mask, strict=True) if keep]
+    assert kept.indices == {}
+    assert kept.values.tolist() == [value for value, keep in zip(values.tolist(), mask, strict=True) if keep]
     dense = SPARSIFIERS["seeded"].scatter(kept, num_elements, seed, density)
     gain = np.float32(1 / density)
     expected = [np.float32(value) * gain if keep else 0 for value, keep in zip(values.tolist(), mask, strict=True)]
@@ -56,7 +60,9 @@ def test_seeded_keeps_what_a_second_implementation_keeps(seed: int, num_elements
 def test_the_count_is_known_without_the_values(name: str, seed: int, num_elements: int, density: float) -> None:
     sparsifier = SPARSIFIERS[name]
     kept = sparsifier.sparsify(torch.ones(num_elements), seed, density)
-    assert kept.numel() == sparsifier.num_kept(num_elements, seed, density)
+    assert kept.values.numel() == sparsifier.num_kept(num_elements, seed, density)
+    sizes = {kind: section.size for kind, section in kept.indices.items()}
+    assert sizes == sparsifier.index_bytes(num_elements, density)
     assert sparsifier.scatter(kept, num_elements, seed, density).shape == (num_elements,)
 
 
@@ -66,10 +72,11 @@ def test_none_is_the_identity() -> None:
     assert torch.equal(SPARSIFIERS["none"].scatter(kept, 100, 1, 1.0), values)
 
 
-def test_density_one_keeps_everything() -> None:
-    values = torch.randn(100, generator=torch.Generator().manual_seed(0))
-    kept = SPARSIFIERS["seeded"].sparsify(values, 7, 1.0)
-    assert torch.equal(SPARSIFIERS["seeded"].scatter(kept, 100, 7, 1.0), values)
+@pytest.mark.parametrize("name", SPARSIFIERS)
+def test_density_one_keeps_everything(name: str) -> None:
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    kept = SPARSIFIERS[name].sparsify(values, 7, 1.0)
+    assert torch.equal(SPARSIFIERS[name].scatter(kept, 5000, 7, 1.0), values)
 
 
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.02])
@@ -95,6 +102,117 @@ def test_masks_of_two_seeds_are_independent() -> None:
     first, second = (seeded.scatter(seeded.sparsify(ones, seed, 0.1), 100_000, seed, 0.1) > 0 for seed in (11, 12))
     overlap = float((first & second).double().mean())
     assert abs(overlap - 0.01) < 5 * math.sqrt(0.01 * 0.99 / 100_000)
+
+
+# Top-k
+
+
+def reference_topk(values: list[float], density: float) -> list[int]:
+    """Indices by sorting each chunk: the largest magnitude first, then the lowest index."""
+    chosen: list[int] = []
+    for start in range(0, len(values), 4096):
+        chunk = range(start, min(start + 4096, len(values)))
+        num_kept = max(1, math.floor(density * len(chunk) + 0.5))
+        chosen += sorted(sorted(chunk, key=lambda i: (-abs(values[i]), i))[:num_kept])
+    return chosen
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> npt.NDArray[np.float32]:
+    """Up to three chunks, from few distinct magnitudes, so that most choices are ties, to all different ones."""
+    num_elements = draw(st.sampled_from([0, 1, 2, 4095, 4096, 4097, 8192]) | st.integers(0, 9000))
+    num_magnitudes = draw(st.sampled_from([1, 2, 5, 1 << 23]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    signs = rng.choice(np.float32([-1, 1]), num_elements)
+    return (rng.integers(0, num_magnitudes, num_elements).astype(np.float32) * signs).astype(np.float32)
+
+
+@given(values=tensors(), density=st.floats(1e-6, 1) | st.sampled_from([1 / 4096, 1 / 64, 1 / 40, 0.1, 0.5]))
+@settings(deadline=None, max_examples=60)
+def test_topk_keeps_the_largest_of_each_chunk_and_of_equals_the_first(
+    values: npt.NDArray[np.float32], density: float
+) -> None:
+    topk = SPARSIFIERS["topk"]
+    chosen = reference_topk(values.tolist(), density)
+    kept = topk.sparsify(torch.from_numpy(values.copy()), 0, density)
+    np.testing.assert_array_equal(kept.values.numpy(), values[chosen])
+    assert kept.values.numel() == topk.num_kept(values.size, 0, density)
+    assert {kind: section.size for kind, section in kept.indices.items()} == topk.index_bytes(values.size, density)
+    expected = np.zeros_like(values)
+    expected[chosen] = values[chosen]
+    np.testing.assert_array_equal(topk.scatter(kept, values.size, 0, density).numpy(), expected)
+
+
+def test_topk_leaves_nothing_larger_behind_and_has_the_least_error() -> None:
+    values = torch.randn(16 * 4096, generator=torch.Generator().manual_seed(0))
+    topk = SPARSIFIERS["topk"]
+    dense = topk.scatter(topk.sparsify(values, 0, 1 / 64), values.numel(), 0, 1 / 64).view(16, 4096)
+    rows = values.view(16, 4096)
+    assert ((dense != 0).sum(dim=1) == 64).all()
+    for row, kept in zip(rows, dense, strict=True):
+        assert row[kept == 0].abs().max() <= row[kept != 0].abs().min()
+        assert torch.equal(row[kept != 0], kept[kept != 0])
+
+
+@pytest.mark.parametrize("density", [0.001, 1 / 64, 0.1])
+@pytest.mark.parametrize("num_elements", [1, 100, 4096, 4097, 20_000])
+def test_index_bytes_of_any_content_are_refused_or_are_indices(num_elements: int, density: float) -> None:
+    topk = SPARSIFIERS["topk"]
+    rng = np.random.default_rng(num_elements)
+    values = torch.ones(topk.num_kept(num_elements, 0, density))
+    outcomes = {True: 0, False: 0}
+    for trial in range(300):
+        # Small symbols most of the time, since most large gaps lead past the end.
+        high = [1, 2, 16, 256][trial % 4]
+        sizes = topk.index_bytes(num_elements, density)
+        sections = {kind: rng.integers(0, high, size).astype(np.uint8) for kind, size in sizes.items()}
+        try:
+            dense = topk.scatter(Kept(sections, values), num_elements, 0, density)
+        except InvalidDelta:
+            outcomes[False] += 1
+            continue
+        assert dense.shape == (num_elements,)
+        assert int(dense.sum()) == values.numel()  # all indices are different and inside
+        outcomes[True] += 1
+    assert outcomes[True] > 20
+    assert outcomes[False] > 20
+
+
+def test_gaps_are_split_at_the_fourth_bit_or_the_eighth() -> None:
+    values = torch.zeros(2 * 4096 + 100)
+    values[[0x123, 0xFFF, 4096 + 0x9, 4096 + 0x20A]] = 1.0
+    sparse = SPARSIFIERS["topk"].sparsify(values, 0, 2 / 4096).indices
+    # Gaps 0x123, 0xEDB, 0x009, 0x200, and 0 for the first of a last chunk of zeros.
+    assert sparse["gaps_low"].tolist() == [0xB3, 0x09, 0x00]
+    assert sparse["gaps_high"].tolist() == [0x12, 0xED, 0x00, 0x20, 0x00]
+    values = torch.zeros(4096)
+    values[2048:3072] = 1.0
+    dense = SPARSIFIERS["topk"].sparsify(values, 0, 1 / 4).indices
+    assert dense["gaps_low"].tolist() == [0] * 1024
+    assert dense["gaps_high"].tolist() == [0x08] + [0] * 511
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 2])
+def test_an_index_past_the_end_of_its_chunk_is_refused(chunk: int) -> None:
+    topk, density, num_elements = SPARSIFIERS["topk"], 2 / 4096, 2 * 4096 + 100
+    values = torch.zeros(num_elements)
+    values[[0, 4095, 4096, 8191, 8291]] = 1.0  # up to the ends
+    kept = topk.sparsify(values, 0, density)
+    assert torch.equal(topk.scatter(kept, num_elements, 0, density), values)
+    kept.indices["gaps_low"][chunk] += 1  # the first gap of the chunk: its indices move up by one
+    with pytest.raises(InvalidDelta, match="the indices of 1 chunks go past their end"):
+        topk.scatter(kept, num_elements, 0, density)
+
+
+@pytest.mark.parametrize(("num_kept", "most_percent"), [(4, 8), (20, 4), (41, 3), (64, 3), (123, 4), (410, 3)])
+def test_indices_come_close_to_the_count_of_their_choices(num_kept: int, most_percent: float) -> None:
+    values = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    sections = SPARSIFIERS["topk"].sparsify(values, 0, num_kept / 4096).indices
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, min_match=7, hash_log=6, chain_log=6)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    coded_bytes = sum(min(section.size, len(compressor.compress(section.data))) for section in sections.values())
+    bound_bits = math.log2(math.comb(4096, num_kept)) * 256
+    assert 0.99 * bound_bits < 8 * coded_bytes < bound_bits * (1 + most_percent / 100)
 
 
 @pytest.mark.parametrize(
