@@ -29,7 +29,8 @@ from fedmerge.errors import (
     UnknownRound,
     reporting_os_errors,
 )
-from fedmerge.frame import write_delta
+from fedmerge.feedback import carry_over, previous_residual, unsent, write_residual
+from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import (
@@ -42,11 +43,14 @@ from fedmerge.statements import (
     UpdateRef,
     digest_of,
 )
-from fedmerge.tensors import Checkpoint, model_digest, schema_digest
+from fedmerge.tensors import Checkpoint, TensorMap, model_digest, reporting_save_errors, schema_digest
 from fedmerge.training import Trainer, TrainTask
 from fedmerge.versions import open_model, require_digest, write_model
 
 log = logging.getLogger(__name__)
+
+# The field of a node's log records that holds the event: `fedmerge join` writes it, a simulation in processes reads it.
+EVENT_FIELD = "node_event"
 
 
 @dataclass(frozen=True)
@@ -170,25 +174,33 @@ class Node:
     def _make_delta(self, spec: RoundSpec, spec_digest: str, outbox: Path) -> None:
         model_dir = self._materialise(spec.model, spec)
         self._evaluate("global", model_dir, spec.model.digest, spec, spec.round - 1)
-        result = self.trainer.train(
-            TrainTask(
-                model_dir=model_dir,
-                settings={key: value for key, value in spec.train.items() if key != "trainer"},
-                round=spec.round,
-                seed=spec.train_seed(self.node_id),
-                workspace=outbox,
-                progress=lambda step, num_steps, loss: self._emit(
-                    "train", spec.round, step=step, num_steps=num_steps, loss=loss
-                ),
-            )
+        task = TrainTask(
+            model_dir=model_dir,
+            settings={key: value for key, value in spec.train.items() if key != "trainer"},
+            round=spec.round,
+            seed=spec.train_seed(self.node_id),
+            workspace=outbox,
+            progress=lambda step, num_steps, loss: self._emit(
+                "train", spec.round, step=step, num_steps=num_steps, loss=loss
+            ),
         )
+        with reporting_save_errors(outbox):
+            result = self.trainer.train(task)
         tuned = Checkpoint(result.model_dir)
         self._evaluate("own", result.model_dir, model_digest(tuned), spec, spec.round)
         before = self._open(spec.model)
         schema = delta_schema(self._require_base(spec).schema)
         payload = outbox / "delta.safetensors"
         codec = Codec.from_dict(spec.codec)
-        write_delta(payload, subtract(tuned, before), schema, codec, seed=spec.mask_seed(self.node_id))
+        seed = spec.mask_seed(self.node_id)
+        to_send: TensorMap = subtract(tuned, before)
+        if spec.error_feedback:
+            residual = previous_residual(outbox, spec, {self.node_id: self.key.public})
+            to_send = carry_over(to_send, residual, spec.error_feedback)
+        write_delta(payload, to_send, schema, codec, seed=seed)
+        if spec.error_feedback:
+            sent = DeltaFile(payload, schema, codec, seed=seed)
+            write_residual(outbox, unsent(to_send, sent), self._require_base(spec).shards())
         statement = DeltaStatement(
             federation=spec.federation,
             run=spec.run,
@@ -206,7 +218,7 @@ class Node:
             metrics=result.metrics,
             software=f"fedmerge {version('fedmerge')}",
         )
-        # The statement's presence says that the payload beside it is complete.
+        # The statement's presence says that the payload and the residual beside it are complete.
         partial = outbox / "statement.partial"
         with reporting_os_errors(outbox):
             partial.write_bytes(statement.sign(self.key))
@@ -319,7 +331,7 @@ class Node:
 
     def _evaluate(self, which: str, model_dir: Path, digest: str, spec: RoundSpec, round_number: int) -> None:
         """Score a model on this site's own test data, once, and report it signed."""
-        done = self.home / "metrics" / f"{round_number:04d}-{which}-{digest[:12]}.json"
+        done = self.home / "metrics" / f"{spec.run[:12]}-{round_number:04d}-{which}-{digest[:12]}.json"
         if done.exists():
             return
         values = self.trainer.evaluate(model_dir)

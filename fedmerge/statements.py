@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 MODEL_DIGEST = "fedmergeModelV1"
 MERKLE_DIGEST = "rfc6962Sha256"
 
+FILE_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}"
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=0, le=1 << 50)]
 
@@ -38,7 +39,7 @@ class _Strict(BaseModel):
 class FileRef(_Strict):
     """A file by content: `root` is the RFC 6962 root of its 1 MiB leaves, `name` a plain file name."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,200}$")]
+    name: Annotated[str, Field(pattern=rf"^{FILE_NAME}$")]
     root: Digest
     num_bytes: Size
 
@@ -142,6 +143,7 @@ class RoundSpec(Statement):
     base_files: list[FileRef]
     train: dict[str, Any]
     codec: dict[str, Any]
+    error_feedback: Annotated[float, Field(ge=0, le=1)]
     downlink: dict[str, Any]
     merge: dict[str, Any]
     merge_seed: Count

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -190,6 +191,15 @@ def model_digest(tensors: TensorMap) -> str:
         content = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         outer.update(json.dumps([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), content]).encode() + b"\n")
     return outer.hexdigest()
+
+
+@contextmanager
+def reporting_save_errors(where: object) -> Iterator[None]:
+    """Turn what safetensors raises when a disk does not take a file into a `ResourceError` that names `where`."""
+    try:
+        yield
+    except SafetensorError as err:
+        raise ResourceError(f"{where}: could not be written ({err})", hint="is the disk full?") from err
 
 
 def write_weights(tensors: TensorMap, directory: Path, shards: dict[str, list[str]]) -> None:

@@ -91,7 +91,15 @@ def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[_
         config = Config.model_validate(filled, context={"folder": folder.resolve()})
     except ValidationError as err:
         problems = [_Problem(error["loc"], _explain(error)) for error in err.errors(include_url=False)]
-    return config, problems + _merge_problems(filled["merge"])
+    return config, problems + _merge_problems(filled["merge"]) + _feedback_problems(config)
+
+
+def _feedback_problems(config: Config | None) -> list[_Problem]:
+    """Refuse to carry the past on twice, at the nodes and at the coordinator: their sum was measured to diverge."""
+    if config is None or not config.delta.error_feedback or config.outer.name != "nesterov":
+        return []
+    text = 'does not go with [outer] name = "nesterov": residuals on top of momentum diverge; take "sgd", or leave it 0'
+    return [_Problem(("delta", "error_feedback"), text)]
 
 
 def _huge_numbers(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:

@@ -230,6 +230,9 @@ class Delta(Section):
     """Vectors (biases, norms) of fewer elements than this are never thinned."""
     zstd_level: int = Field(default=3, ge=1, le=19)
     """Effort of the final compression, from 1 (fast) to 19 (small)."""
+    error_feedback: float = Field(default=0.0, ge=0, le=1)
+    """Share of what "topk" left unsent that a node adds to its next delta; 0 forgets it. Over many rounds 0.95 is
+    recommended, with [outer] name = "sgd" alone."""
     downlink: ValueType = "fp32"
     """Number format of the update that nodes fetch after a round; the same choices as values."""
 
@@ -238,6 +241,14 @@ class Delta(Section):
     def _has_effect(cls, value: float, info: ValidationInfo) -> float:
         if value != 1.0 and info.data.get("sparsify") == "none":
             raise ValueError('has no effect without sparsify = "seeded" or "topk"')
+        return value
+
+    @field_validator("error_feedback")
+    @classmethod
+    def _has_a_residual(cls, value: float, info: ValidationInfo) -> float:
+        # Values alone lose next to nothing, and "seeded" is unbiased, so its rescaled values overshoot the residual.
+        if value and info.data.get("sparsify", "topk") != "topk":
+            raise ValueError('goes with sparsify = "topk" alone: the others leave nothing out that is to be sent later')
         return value
 
 
@@ -323,14 +334,14 @@ class Config(Section):
         """Return how nodes encode their task vectors."""
         from fedmerge.codec import Codec
 
-        return Codec(**self.delta.model_dump(exclude={"downlink"}))
+        return Codec(**self.delta.model_dump(exclude={"error_feedback", "downlink"}))
 
     def downlink_codec(self) -> Codec:
         """Return how the published update is encoded: every element, in `delta.downlink` numbers."""
         from fedmerge.codec import Codec
 
         whole = {"sparsify": "none", "density": 1.0, "values": self.delta.downlink}
-        return Codec(**self.delta.model_dump(exclude={"downlink"}) | whole)
+        return Codec(**self.delta.model_dump(exclude={"error_feedback", "downlink"}) | whole)
 
     def recipe(self) -> Recipe:
         """Return the merge method and its parameters; the seed stays in `merge.seed`."""

@@ -71,8 +71,10 @@ def table(required: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrate
 
 Table: TypeAlias = st.SearchStrategy[dict[str, Any]]
 tls: Table = st.builds(dict) | st.fixed_dictionaries({"tls_cert": paths, "tls_key": paths})
-sparsifier: Table = st.builds(dict) | st.fixed_dictionaries(
-    {"sparsify": st.sampled_from(["seeded", "topk"]), "density": st.floats(1e-6, 1)}
+sparsifier: Table = (
+    st.builds(dict)
+    | st.fixed_dictionaries({"sparsify": st.sampled_from(["seeded", "topk"]), "density": st.floats(1e-6, 1)})
+    | st.fixed_dictionaries({"sparsify": st.just("topk"), "error_feedback": st.floats(0, 1)})
 )
 merges: Table = st.builds(dict) | st.fixed_dictionaries(
     {"method": st.just("ties")},
@@ -127,6 +129,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
             )
         ),
     }
+    if data["delta"].get("error_feedback"):
+        data["outer"].pop("name", None)  # not together with nesterov
     data = {name: section for name, section in data.items() if section or draw(st.booleans())}
     nodes = st.builds(lambda a, b: a | b, trainer_settings, table({"name": names, "data": paths}, {"test": paths}))
     data["nodes"] = draw(st.lists(nodes, max_size=3, unique_by=lambda node: node["name"]))
@@ -264,6 +268,31 @@ BAD: list[tuple[str, list[str]]] = [
         ],
     ),
     (MINIMAL + "[delta]\ndensity = 0.5\n", ['6: delta.density: has no effect without sparsify = "seeded" or "topk"']),
+    (
+        MINIMAL + "[delta]\nerror_feedback = 0.95\n",
+        [
+            '6: delta.error_feedback: goes with sparsify = "topk" alone: '
+            "the others leave nothing out that is to be sent later"
+        ],
+    ),
+    (
+        MINIMAL + "[delta]\nerror_feedback = 0.95\nsparsify = 'seeded'\ndensity = 0.5\n",
+        [
+            '6: delta.error_feedback: goes with sparsify = "topk" alone: '
+            "the others leave nothing out that is to be sent later"
+        ],
+    ),
+    (
+        MINIMAL + "[delta]\nsparsify = 'topk'\nerror_feedback = 1.5\n",
+        ["7: delta.error_feedback: should be at most 1, not 1.5"],
+    ),
+    (
+        MINIMAL + "[outer]\nname = 'nesterov'\n[delta]\nsparsify = 'topk'\ndensity = 0.1\nerror_feedback = 0.95\n",
+        [
+            '10: delta.error_feedback: does not go with [outer] name = "nesterov": '
+            'residuals on top of momentum diverge; take "sgd", or leave it 0'
+        ],
+    ),
     (
         MINIMAL + "[server]\nlisten = '::1:8700'\n",
         ['6: server.listen: should be "host:port", with IPv6 in brackets: "[::1]:8700"'],

@@ -1,0 +1,107 @@
+"""Error feedback: what a lossy delta leaves unsent stays with its node, and is added to the next round's task vector.
+
+SparseLoCo, arXiv 2508.15706, for top-k: a node sends `decay * residual + task vector`, and what of that the receiver
+does not decode is its next residual. So an element that is never among the largest still arrives, some rounds later.
+Residuals are debited when a delta is signed and never restored, whatever becomes of it: mass that is sent again when it
+is stale does more harm than mass that is lost.
+
+A residual is a folder of safetensors beside the statement of the delta that left it, and counts from the moment that
+this statement exists. It is as confidential as the delta, and never leaves the node.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedmerge.errors import VerificationError, reporting_os_errors
+from fedmerge.sign import PublicKey
+from fedmerge.statements import DeltaStatement, RoundSpec
+from fedmerge.tensors import Checkpoint, TensorMap, write_weights
+
+STATEMENT = "statement.json"
+RESIDUAL = "residual"
+
+
+class _Computed(Mapping[str, Tensor]):
+    """A tensor map whose tensors are computed when they are asked for."""
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names = list(names)
+        self._compute = compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def carry_over(task_vector: TensorMap, residual: TensorMap | None, decay: float) -> TensorMap:
+    """Return what is to be sent, `decay * residual + task_vector`: fp32, each tensor computed when it is asked for.
+
+    Without a residual that is the task vector.
+    """
+
+    def compute(name: str) -> Tensor:
+        change = task_vector[name].to(torch.float32)
+        return change if residual is None else residual[name] * decay + change
+
+    return _Computed(task_vector, compute)
+
+
+def unsent(to_send: TensorMap, sent: TensorMap) -> TensorMap:
+    """Return the residual `to_send - sent`: fp32, each tensor computed when it is asked for.
+
+    `sent` is what the receiver decodes, of the names and shapes of `to_send`.
+    """
+    return _Computed(to_send, lambda name: to_send[name].to(torch.float32) - sent[name])
+
+
+def write_residual(outbox: Path, residual: TensorMap, shards: Mapping[str, list[str]]) -> None:
+    """Write a residual into `outbox`, split as the model's `shards` are, over what an interrupted attempt left there.
+
+    Raises `ResourceError` when the disk does not take it.
+    """
+    directory, names = outbox / RESIDUAL, set(residual)
+    with reporting_os_errors(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(mode=0o700)
+    own = {file: [name for name in held if name in names] for file, held in shards.items()}
+    write_weights(residual, directory, {file: held for file, held in own.items() if held})
+
+
+def previous_residual(outbox: Path, spec: RoundSpec, own: Mapping[str, PublicKey]) -> Checkpoint | None:
+    """Return the residual that the round of `spec` continues: the newest of an earlier round of the same run, if any.
+
+    `outbox` is the folder of this round among those of the others, `own` the key that signed their statements. All
+    other residuals are deleted. That includes one of this same round: it is of an attempt that the coordinator gave up,
+    whose delta was never merged. Raises `InputError` when the residual can't be read, and `ResourceError`.
+    """
+    newest_round, newest = 0, None
+    folders = [folder for folder in outbox.parent.glob(f"*/{RESIDUAL}") if folder.parent != outbox]
+    for folder in folders:
+        round_number = _round_of(folder.with_name(STATEMENT), spec, own)
+        if newest_round < round_number < spec.round:
+            newest_round, newest = round_number, folder
+    with reporting_os_errors(outbox.parent):
+        for folder in folders:
+            if folder != newest:
+                shutil.rmtree(folder)
+    return None if newest is None else Checkpoint(newest)
+
+
+def _round_of(statement_file: Path, spec: RoundSpec, own: Mapping[str, PublicKey]) -> int:
+    """Return the round of a signed delta, or 0 when there is none, or it is not this node's, or of another run."""
+    try:
+        statement, _ = DeltaStatement.open(statement_file.read_bytes(), own, where=str(statement_file))
+    except (FileNotFoundError, VerificationError):
+        return 0
+    return statement.round if (statement.federation, statement.run) == (spec.federation, spec.run) else 0
