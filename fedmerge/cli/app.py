@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -32,6 +34,7 @@ EXIT_USAGE = 2
 EXIT_RESOURCE = 8
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+EXIT_TERMINATED = 143
 
 # Import name of each package that an extra brings. Some extras share packages.
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -77,6 +80,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Merge": {
         "merge": ("fedmerge.cli.merge:merge", "Merge fine-tuned models into one."),
+        "diff": ("fedmerge.cli.diff:diff", "Show how fine-tunes interfere, before merging them."),
         "inspect": ("fedmerge.cli.inspect:inspect", "Show what is in a model or delta file."),
         "verify": ("fedmerge.cli.verify:verify", "Check a published model: signatures, digests, the merge itself."),
     },
@@ -105,6 +109,9 @@ app.command(_keys)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (the process's own by default) and return its exit code."""
+    if threading.current_thread() is threading.main_thread():
+        # As ctrl-C does: whatever is half-written is removed on the way out.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     try:
         configure_logging()
         result = app(sys.argv[1:] if arguments is None else list(arguments))

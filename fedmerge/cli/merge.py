@@ -5,53 +5,80 @@ from __future__ import annotations
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
+from fedmerge.cli.diff import main_dtype
 from fedmerge.cli.output import JsonFlag, print_json, stderr
 from fedmerge.errors import ConfigError, ResourceError
 from fedmerge.sign import SigningKey
 
+if TYPE_CHECKING:
+    from fedmerge.interop.mergekit_yaml import MergeJob
+
+MAX_VALUE_CHARS = 100  # of a parameter's value
+SEE_HELP = "see: fedmerge merge --help"
+
 
 def merge(
-    models: Annotated[tuple[Path, ...], Parameter(name="MODEL", help="Directories of fine-tunes of the base.")],
+    models: Annotated[
+        tuple[Path, ...], Parameter(name="MODEL", help="Directories of fine-tunes of the base.", show_default=False)
+    ] = (),
     /,
     *,
-    base: Annotated[Path, Parameter(help="The directory of the model they were tuned from.")],
     out: Annotated[Path, Parameter(help="Where to write the merged model.")],
-    method: Annotated[str, Parameter(help="How to merge.")] = "task_arithmetic",
+    base: Annotated[Path | None, Parameter(help="The directory of the model they were tuned from.")] = None,
+    from_: Annotated[
+        Path | None, Parameter(name="--from", help="Take models, base and method from a mergekit YAML file instead.")
+    ] = None,
+    method: Annotated[str | None, Parameter(help="How to merge. [default: task_arithmetic]")] = None,
     weights: Annotated[
         str | None, Parameter(help="One number per model, such as 2,1,1. [default: 1 each]", show_default=False)
     ] = None,
     set: Annotated[  # noqa: A002 - names the option
         tuple[str, ...], Parameter(help="A parameter of the method, KEY=VALUE, such as density=0.2. Repeatable.")
     ] = (),
-    seed: Annotated[int, Parameter(help="Seed of methods that draw random masks.")] = 0,
+    seed: Annotated[
+        int, Parameter(help="Seed of methods that draw random masks.", validator=Number(gte=0, lt=1 << 63))
+    ] = 0,
     key: Annotated[Path | None, Parameter(help="A private key to sign the result with.")] = None,
-    force: Annotated[bool, Parameter(negative=(), help="Replace what is at --out.")] = False,
+    force: Annotated[bool, Parameter(negative=(), help="Replace the merged model at --out.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Merge fine-tunes of one base model into a directory that transformers opens."""
-    if out.exists() and not force:
-        raise ResourceError(f"{out}: already exists", hint="choose another --out, or replace it with --force")
+    if out.exists():
+        _require_replaceable(out, force=force)
     from fedmerge.delta import UpdatedModel, subtract
-    from fedmerge.merge import Recipe, merge_deltas
+    from fedmerge.merge import merge_deltas
     from fedmerge.publish import publish_local
     from fedmerge.statements import LocalInput
     from fedmerge.tensors import Checkpoint, model_digest
 
-    recipe = Recipe(method, _parameters(set))
-    factors = _weights(weights, len(models))
+    if from_ is None:
+        job = _job(models, base, method, weights, set)
+    elif models or base or method or weights or set:
+        raise ConfigError("--from says what to merge and how: give it alone, with --out", hint=SEE_HELP)
+    else:
+        from fedmerge.interop.mergekit_yaml import read_mergekit
+
+        job = read_mergekit(from_)
+    recipe = job.recipe
     signing_key = SigningKey.load(key) if key is not None else None
-    origin = Checkpoint(base)
-    tuned = [Checkpoint(path) for path in models]
-    vectors = [subtract(model, origin, where=str(path)) for model, path in zip(tuned, models, strict=True)]
+    origin = Checkpoint(job.base)
+    if job.dtype not in {None, main_dtype(origin.schema)}:
+        raise ConfigError(
+            f"{from_}: dtype: {job.dtype} is not the base's, which is {main_dtype(origin.schema)}",
+            hint="a merged model has the dtype of its base: leave dtype out, or convert the base first",
+        )
+    tuned = [Checkpoint(path) for path in job.models]
+    vectors = [subtract(model, origin, where=str(path)) for model, path in zip(tuned, job.models, strict=True)]
     inputs = [
         LocalInput(name=path.name, digest=model_digest(model), weight=weight)
-        for path, model, weight in zip(models, tuned, factors, strict=True)
+        for path, model, weight in zip(job.models, tuned, job.weights, strict=True)
     ]
-    merged = dict(merge_deltas(vectors, factors, recipe, base=origin, seed=seed))
+    merged = dict(merge_deltas(vectors, job.weights, recipe, base=origin, seed=seed))
     digest = publish_local(
         UpdatedModel(origin, [merged]),
         origin,
@@ -64,8 +91,32 @@ def merge(
     if json:
         print_json({"out": str(out), "version": digest, "merge": recipe.to_dict(), "signed": signing_key is not None})
         return
-    stderr.print(f"merged {len(models)} models with {method} into version {digest[:12]}")
+    stderr.print(f"merged {len(tuned)} models with {recipe.method} into version {digest[:12]}")
     sys.stdout.write(f"{out}\n")
+
+
+def _job(
+    models: tuple[Path, ...], base: Path | None, method: str | None, weights: str | None, assignments: tuple[str, ...]
+) -> MergeJob:
+    """Return the merge that a command line asks for."""
+    from fedmerge.interop.mergekit_yaml import MergeJob
+    from fedmerge.merge import Recipe
+
+    for name, given in (("MODEL", models), ("--base", base)):
+        if not given:
+            raise ConfigError(f"{name} is missing", hint=SEE_HELP)
+    recipe = Recipe(method or "task_arithmetic", _parameters(assignments))
+    return MergeJob(recipe, base or Path(), models, tuple(_weights(weights, len(models))), dtype=None)
+
+
+def _require_replaceable(out: Path, *, force: bool) -> None:
+    """Refuse to overwrite, but an earlier merge when that is wanted: a slip of the keyboard must not cost a folder."""
+    if not force:
+        raise ResourceError(f"{out}: already exists", hint="choose another --out, or replace it with --force")
+    if not (out / "lineage.json").is_file():
+        raise ResourceError(
+            f"{out}: not a merged model, and --force replaces nothing else", hint="choose another --out"
+        )
 
 
 def _parameters(assignments: tuple[str, ...]) -> dict[str, Any]:
@@ -73,12 +124,13 @@ def _parameters(assignments: tuple[str, ...]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {assignment}: expected KEY=VALUE")
+        if not (separator and name and len(text) <= MAX_VALUE_CHARS):
+            raise ConfigError(f"--set {assignment:.60}: expected KEY=VALUE")
         try:
-            values[name] = tomllib.loads(f"value = {text}")["value"]
+            parsed = tomllib.loads(f"value = {text}")
         except tomllib.TOMLDecodeError:
-            values[name] = text
+            parsed = {}
+        values[name] = parsed["value"] if parsed.keys() == {"value"} else text
     return values
 
 
@@ -88,7 +140,7 @@ def _weights(text: str | None, num_models: int) -> list[float]:
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError as err:
-        raise ConfigError(f"--weights {text}: expected numbers separated by commas") from err
+        raise ConfigError(f"--weights {text:.60}: expected numbers separated by commas") from err
     if len(weights) != num_models:
         raise ConfigError(f"--weights has {len(weights)} numbers for {num_models} models")
     return weights

@@ -1,0 +1,120 @@
+"""`fedmerge diff`: show how fine-tunes of one base differ, and what that means for merging them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.markup import escape
+from rich.table import Table
+
+from fedmerge.cli.output import JsonFlag, print_json, print_problem, printable, stderr, stdout
+from fedmerge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedmerge.measure import Agreement, Interference
+    from fedmerge.tensors import Schema
+
+
+def diff(
+    models: Annotated[tuple[Path, ...], Parameter(name="MODEL", help="Directories of fine-tunes of the base.")],
+    /,
+    *,
+    base: Annotated[Path, Parameter(help="The directory of the model they were tuned from.")],
+    svg: Annotated[Path | None, Parameter(help="Write a heat map of cosines and sign conflicts here.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show how fine-tunes of one base model interfere: angles, sign conflicts and lengths. Nothing is merged."""
+    names = _names(models)
+    from fedmerge.delta import subtract
+    from fedmerge.files import write_new
+    from fedmerge.measure import advice, measure
+    from fedmerge.tensors import Checkpoint
+
+    origin = Checkpoint(base)
+    tuned = {name: Checkpoint(path) for name, path in zip(names, models, strict=True)}
+    found = measure({name: subtract(model, origin, where=name) for name, model in tuned.items()})
+    notes = advice(found, dtype=main_dtype(origin.schema))
+    if svg is not None:
+        write_new(svg, _drawn(found), if_exists="choose another --svg")
+    if json:
+        print_json({**found.to_dict(), "warnings": notes})
+        return
+    _show(found)
+    for note in notes:
+        print_problem("warning", note, style="yellow")
+    if svg is not None:
+        stderr.print(f"wrote {printable(str(svg))}", markup=False)
+
+
+def _names(models: tuple[Path, ...]) -> list[str]:
+    """Return what to call the models: directory names, or paths where names are the same."""
+    paths = Counter(str(path) for path in models)
+    twice = next((path for path, count in paths.items() if count > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice}: given twice")
+    names = [path.name for path in models]
+    return names if len({*names, ""}) > len(names) else [str(path) for path in models]
+
+
+def main_dtype(schema: Schema) -> str:
+    """Return the floating dtype that most entries have, as safetensors names it."""
+    counts: Counter[str] = Counter()
+    for spec in schema.values():
+        if spec.is_float:
+            counts[spec.dtype] += spec.num_elements
+    return counts.most_common(1)[0][0] if counts else "F32"
+
+
+def _drawn(found: Interference) -> bytes:
+    from fedmerge.cli.heatmap import heat_map
+
+    names = [model.name for model in found.models]
+
+    def matrix(value: str, diagonal: float) -> list[list[float | None]]:
+        pairs = {frozenset(pair): getattr(agreement, value) for pair, agreement in found.pairs.items()}
+        return [[diagonal if a == b else pairs[frozenset((a, b))] for b in names] for a in names]
+
+    panels = {
+        "Cosine of task vectors": matrix("cosine", 1.0),
+        "Sign conflict": matrix("conflict", 0.0),
+        "Sign conflict by magnitude": matrix("weighted_conflict", 0.0),
+    }
+    return heat_map("How the task vectors of the fine-tunes agree", names, panels)
+
+
+def _show(found: Interference) -> None:
+    models = _table("model", "norm", "share of norms", "unchanged")
+    for model in found.models:
+        models.add_row(_cell(model.name), f"{model.norm:.4g}", f"{model.share:.1%}", f"{model.unchanged:.1%}")
+    agreement = ("cosine", "sign conflict", "weighted")
+    pairs = _table("pair", *agreement)
+    for names, pair in found.pairs.items():
+        pairs.add_row(_cell(", ".join(names)), *_agreement(pair))
+    pairs.add_row("mean", *_agreement(found.agreement))
+    layers = _table("layers", "share of squared norm", *agreement)
+    for layer in found.layers:
+        layers.add_row(_cell(layer.name), f"{layer.norm_share:.1%}", *_agreement(layer.agreement))
+    for table in (models, pairs, layers) if found.pairs else (models, layers):
+        stdout.print(table)
+    if found.mean_length is not None:
+        stdout.print(f"the plain mean is {found.mean_length:.2f} times as long as the task vectors are")
+
+
+def _table(first: str, *rest: str) -> Table:
+    table = Table(first)
+    for heading in rest:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _cell(text: str) -> str:
+    return escape(printable(text))
+
+
+def _agreement(agreement: Agreement) -> list[str]:
+    cosine = "-" if agreement.cosine is None else f"{agreement.cosine:z.3f}"
+    shares = (agreement.conflict, agreement.weighted_conflict)
+    return [cosine, *("-" if share is None else f"{share:.1%}" for share in shares)]
