@@ -20,7 +20,7 @@ from fedmerge.outer import OUTER
 from fedmerge.screen import ScreenPolicy, Verdict, screen
 from fedmerge.seeds import derive_seed
 from fedmerge.statements import RoundSpec
-from fedmerge.tensors import Schema, TensorMap
+from fedmerge.tensors import Schema, TensorMap, reporting_save_errors
 
 STATE_SEPARATOR = ":"
 
@@ -91,9 +91,10 @@ class RoundUpdate(Mapping[str, Tensor]):
         write_delta(path, self, schema, Codec.from_dict(self.spec.downlink), seed=self.spec.update_seed())
 
     def write_state(self, path: Path) -> bool:
-        """Write the optimizer state, if there is any, and say whether there is."""
+        """Write the optimizer state, if there is any, and say whether there is. Raises `ResourceError`."""
         if self.state:
-            save_file(self.state, path)
+            with reporting_save_errors(path):
+                save_file(self.state, path)
         return bool(self.state)
 
     def _previous(self, name: str) -> Iterator[tuple[str, Tensor]]:

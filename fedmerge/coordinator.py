@@ -7,8 +7,10 @@ several threads; the journal's lock makes each state change one step, and the lo
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -18,7 +20,7 @@ from fedmerge.aggregate import RoundUpdate, screen_round
 from fedmerge.codec import Codec
 from fedmerge.config import Config
 from fedmerge.delta import delta_schema
-from fedmerge.errors import BadSignature, ConfigError, RoundFailed, UnknownVersion
+from fedmerge.errors import BadSignature, ConfigError, InputError, RoundFailed, UnknownVersion
 from fedmerge.events import (
     DeltaAccepted,
     FederationCreated,
@@ -38,6 +40,7 @@ from fedmerge.publish import publish, software_versions
 from fedmerge.rounds import Action, Phase, RoundPolicy, next_action
 from fedmerge.sign import SigningKey, TrustStore
 from fedmerge.statements import (
+    FILE_NAME,
     Contribution,
     DeltaStatement,
     FileRef,
@@ -48,7 +51,8 @@ from fedmerge.statements import (
     UpdateRef,
     digest_of,
 )
-from fedmerge.store import BlobStore
+from fedmerge.store.blobs import BlobStore
+from fedmerge.store.lock import FolderLock
 from fedmerge.tensors import PICKLED, Checkpoint, model_digest, schema_digest
 from fedmerge.versions import open_model
 
@@ -60,13 +64,14 @@ class Coordinator:
 
     `base_dir` is the base model's directory, `clock` returns the wall clock in seconds. Opening it replays the ledger,
     so a coordinator that was killed at any moment goes on where it was. Raises `ConfigError` when the state folder
-    belongs to another federation or base model.
+    belongs to another federation or base model, and `ResourceError` while another coordinator runs on it.
     """
 
     def __init__(self, config: Config, base_dir: Path, *, clock: Callable[[], float]) -> None:
         self.config = config
         self.key = SigningKey.load_or_create(config.federation.key)
         self.trust = TrustStore(config.federation.trusted)
+        self.trust.keys()  # a file that is no key is reported now, not to every caller
         self.policy = RoundPolicy(
             num_rounds=config.rounds.num_rounds,
             min_nodes=config.rounds.min_nodes,
@@ -76,21 +81,25 @@ class Coordinator:
         state_dir = config.federation.state
         self.base = Checkpoint(base_dir)
         self.schema = delta_schema(self.base.schema)
-        self.journal = Journal(state_dir / "ledger.sqlite", self.key, clock)
-        self.blobs = BlobStore(state_dir / "blobs")
         self._base_files = _file_refs(base_dir)
-        self._create_or_check()
-        self.intake = Intake(
-            self.journal,
-            self.blobs,
-            self.trust,
-            max_uploads=config.server.max_uploads,
-            decode=self._require_decodable,
-        )
+        with ExitStack() as opened:
+            opened.callback(FolderLock(state_dir).release)
+            self.journal = Journal(state_dir / "ledger.sqlite", self.key, clock)
+            opened.callback(self.journal.ledger.close)
+            self.blobs = BlobStore(state_dir / "blobs")
+            self._create_or_check()
+            self.intake = Intake(
+                self.journal,
+                self.blobs,
+                self.trust,
+                max_uploads=config.server.max_uploads,
+                decode=self._require_decodable,
+            )
+            self._opened = opened.pop_all()
 
     def close(self) -> None:
-        """Close the ledger."""
-        self.journal.ledger.close()
+        """Close the ledger, and leave the state folder to others."""
+        self._opened.close()
 
     # What nodes are told
 
@@ -138,9 +147,14 @@ class Coordinator:
             case Action.SEAL:
                 self._seal()
             case Action.FAIL:
-                self._fail()
+                num_deltas, policy = len(self.journal.state.deltas), self.policy
+                self._fail(f"{num_deltas} of at least {policy.min_nodes} deltas came in {policy.deadline_s:g} s")
             case Action.MERGE:
-                self._merge()
+                try:
+                    self._merge()
+                except (RoundFailed, InputError) as err:
+                    # Not to be tried again: the plan and the deltas are what they are.
+                    self._fail(err.message)
             case Action.PUBLISH:
                 self._publish()
             case Action.WAIT | Action.FINISH:
@@ -161,6 +175,7 @@ class Coordinator:
             base_files=self._base_files,
             train=config.train_settings(),
             codec=config.codec().to_dict(),
+            error_feedback=config.delta.error_feedback,
             downlink=config.downlink_codec().to_dict(),
             merge=config.recipe().to_dict(),
             merge_seed=config.merge.seed,
@@ -181,11 +196,10 @@ class Coordinator:
             self.journal.append(RoundSealed(round=state.round, node_ids=sorted(state.deltas)))
             self.intake.forget_all()
 
-    def _fail(self) -> None:
-        state, policy = self.journal.state, self.policy
-        reason = f"{len(state.deltas)} of at least {policy.min_nodes} deltas came in {policy.deadline_s:g} s"
-        self.journal.append(RoundFailedEvent(round=state.round, reason=reason))
-        log.warning("round %d failed: %s", state.round, reason)
+    def _fail(self, reason: str) -> None:
+        round_number = self.journal.state.round
+        self.journal.append(RoundFailedEvent(round=round_number, reason=reason))
+        log.warning("round %d failed: %s", round_number, reason)
 
     # 9 screen, 10 merge, 11 step
 
@@ -199,12 +213,7 @@ class Coordinator:
             node_id: self._open_delta(spec, node_id, self.blobs.path(f.payload_root)) for node_id, f in facts.items()
         }
         counts = {node_id: fact.num_examples for node_id, fact in facts.items()}
-        try:
-            verdicts = screen_round(spec, deltas, counts, self.schema)
-        except RoundFailed as err:
-            self.journal.append(RoundFailedEvent(round=spec.round, reason=err.message))
-            log.warning("round %d failed: %s", spec.round, err.message)
-            return
+        verdicts = screen_round(spec, deltas, counts, self.schema)
         before = open_model(spec.model, self.base, self._find_update)
         update = RoundUpdate(spec, verdicts, deltas, before, self._outer_state())
         ref, state_root = self._store_update(update)
@@ -351,7 +360,16 @@ def _file_refs(directory: Path) -> list[FileRef]:
     """Return the plain files of a model directory that a newcomer needs."""
     paths = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
     return [
-        FileRef(name=path.name, root=merkle_root(leaves_of(path)).hex(), num_bytes=path.stat().st_size)
+        FileRef(name=_plain_name(path), root=merkle_root(leaves_of(path)).hex(), num_bytes=path.stat().st_size)
         for path in paths
         if path.suffix not in PICKLED
     ]
+
+
+def _plain_name(path: Path) -> str:
+    if not re.fullmatch(FILE_NAME, path.name):
+        raise InputError(
+            f"{path}: has a name that can't be sent to nodes",
+            hint="rename the file to letters, digits, '.', '-' and '_'",
+        )
+    return path.name

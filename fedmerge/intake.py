@@ -27,8 +27,8 @@ from fedmerge.journal import Journal
 from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, TrustStore
 from fedmerge.statements import DeltaStatement, Receipt, digest_of
-from fedmerge.store import BlobStore, UploadRow
-from fedmerge.store.blobs import split_leaf_hashes
+from fedmerge.store.blobs import BlobStore, split_leaf_hashes
+from fedmerge.store.ledger import UploadRow
 
 log = logging.getLogger(__name__)
 

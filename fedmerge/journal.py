@@ -10,7 +10,7 @@ from fedmerge.events import Event, FederationCreated
 from fedmerge.rounds import FederationState, after, replay
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import MergeRecord, ModelRef, RoundSpec
-from fedmerge.store import Ledger, LedgerEntry
+from fedmerge.store.ledger import Ledger, LedgerEntry
 
 
 class Journal:

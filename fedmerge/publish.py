@@ -18,9 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedmerge.card import local_card, model_card
 from fedmerge.delta import UpdatedModel
-from fedmerge.errors import reporting_os_errors
+from fedmerge.errors import InputError, reporting_os_errors
 from fedmerge.sign import SigningKey
 from fedmerge.statements import Lineage, LocalInput, LocalMerge, MergeRecord
 from fedmerge.store.blobs import sync_directory
@@ -79,12 +81,15 @@ def publish_local(
 ) -> str:
     """Write a model that was merged here, with a card and lineage.json, signed if there is a `key`; return its digest.
 
-    `merged` maps the base's tensors to their merged values. Raises `ResourceError`.
+    `merged` maps the base's tensors to their merged values. Raises `ResourceError`, and `InputError` when they hold NaN
+    or infinite values.
     """
     with appearing_whole(target) as partial:
         copy_side_files(base.directory, partial)
         write_weights(merged, partial, base.shards())
-        digest = model_digest(Checkpoint(partial))
+        written = Checkpoint(partial)
+        _require_finite(written)
+        digest = model_digest(written)
         (partial / CARD).write_text(local_card(base.directory.name, inputs, recipe, seed, digest))
         statement = LocalMerge(
             files=file_digests(partial),
@@ -107,21 +112,21 @@ def appearing_whole(target: Path) -> Iterator[Path]:
 
     What was at `target` is replaced. Raises `ResourceError` for what the operating system refuses.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial = target.absolute().with_name(f".{target.absolute().name}.partial")
     with reporting_os_errors(target):
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         try:
+            partial.mkdir(parents=True)
             yield partial
+            for path in partial.iterdir():
+                _sync_file(path)
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        for path in partial.iterdir():
-            _sync_file(path)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        sync_directory(target.parent)
+        sync_directory(partial.parent)
 
 
 def file_digests(directory: Path) -> dict[str, str]:
@@ -138,6 +143,15 @@ def software_versions() -> dict[str, str]:
     """Return the versions of what the numbers in a merge depend on."""
     packages = ("fedmerge", "torch", "numpy", "safetensors", "zstandard")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _require_finite(merged: Checkpoint) -> None:
+    for name, spec in merged.schema.items():
+        if spec.is_float and not torch.isfinite(merged[name]).all():
+            raise InputError(
+                f"{name} comes out with NaN or infinite values",
+                hint="the weights or a parameter of the method are too large for these models",
+            )
 
 
 def _sync_file(path: Path) -> None:

@@ -25,7 +25,7 @@ from fedmerge.events import (
     RoundPublished,
     RoundSealed,
 )
-from fedmerge.store import LedgerEntry
+from fedmerge.store.ledger import LedgerEntry
 
 
 class Phase(StrEnum):

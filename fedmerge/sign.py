@@ -25,9 +25,11 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError as DsseError
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
-from fedmerge.errors import BadSignature, InputError, ResourceError, UntrustedKey
+from fedmerge.errors import BadSignature, InputError, UntrustedKey
+from fedmerge.files import write_new
 
 MAX_ENVELOPE_BYTES = 1 << 20
+NEVER_OVERWRITTEN = "choose another name; keys are never overwritten"
 
 
 @dataclass(frozen=True)
@@ -119,16 +121,7 @@ class SigningKey:
         pem = self.private.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(pem)
-        except FileExistsError as err:
-            raise ResourceError(
-                f"{path}: already exists", hint="choose another name; keys are never overwritten"
-            ) from err
-        except OSError as err:
-            raise ResourceError(f"{path}: could not write the key ({err.strerror})") from err
+        write_new(path, pem, if_exists=NEVER_OVERWRITTEN, mode=0o600)
 
     @classmethod
     def load_or_create(cls, path: Path) -> SigningKey:
@@ -213,18 +206,17 @@ class TrustStore:
         if not name or not all(char.isalnum() or char in "-_." for char in name) or name.startswith("."):
             raise InputError(f"{name!r} is not a usable name", hint="use letters, digits, '-', '_' and '.'")
         path = self.directory / f"{name}.pem"
-        if path.exists() and PublicKey.load(path) != key:
+        if not path.exists():
+            write_new(path, key.pem().encode(), if_exists=NEVER_OVERWRITTEN)
+        elif PublicKey.load(path) != key:
             raise InputError(f"{path}: {name} is already known with another key", hint="remove the old file first")
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            path.write_text(key.pem())
-        except OSError as err:
-            raise ResourceError(f"{path}: could not write the key ({err.strerror})") from err
         return path
 
     def _load(self) -> dict[Path, PublicKey]:
+        if self.directory.exists() and not self.directory.is_dir():
+            raise InputError(f"{self.directory}: should be a folder of public keys")
         read: dict[Path, tuple[int, PublicKey]] = {}
-        for path in sorted(self.directory.glob("*.pem")) if self.directory.is_dir() else []:
+        for path in sorted(self.directory.glob("*.pem")):
             changed_ns = path.stat().st_mtime_ns
             known = self._read.get(path)
             read[path] = known if known and known[0] == changed_ns else (changed_ns, PublicKey.load(path))
@@ -235,9 +227,11 @@ class TrustStore:
 def read_text(path: Path) -> str:
     """Read a small text file; raise `InputError` when it is missing, too large or not text."""
     try:
-        if path.stat().st_size > MAX_ENVELOPE_BYTES:
+        with path.open("rb") as file:
+            data = file.read(MAX_ENVELOPE_BYTES + 1)  # not all of it: a device may have no end
+        if len(data) > MAX_ENVELOPE_BYTES:
             raise InputError(f"{path}: too large to be a key")
-        return path.read_text()
+        return data.decode()
     except (OSError, UnicodeDecodeError) as err:
         raise InputError(f"{path}: can't be read ({getattr(err, 'strerror', None) or 'not text'})") from err
 

@@ -63,7 +63,8 @@ class Trainer(Protocol):
         ...
 
 
-# Pydantic models, so that options from a configuration file are checked before anything is loaded.
+# Pydantic models, so that options from a configuration file are checked before anything is loaded. Beside each stands,
+# in its module and called `Settings`, the model of what a plan may ask of it.
 TRAINERS: dict[str, str] = {
     "text-classification": "fedmerge_client.train.text_classification:TextClassification",
 }
@@ -74,19 +75,32 @@ def load_trainer(name: str, options: Mapping[str, Any]) -> Trainer:
 
     Raises `ConfigError` for an unknown name or option and `MissingExtra` when its framework is not installed.
     """
+    module, attribute = _module_of(name)
+    trainer: Trainer = validated(getattr(module, attribute), options, where=f"trainer {name}")
+    return trainer
+
+
+def check_plan(name: str, settings: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless the trainer called `name` takes the `settings` that a plan has under `[train]`.
+
+    Raises `MissingExtra` when its framework is not installed.
+    """
+    module, _ = _module_of(name)
+    validated(module.Settings, settings, where="[train]")
+
+
+def _module_of(name: str) -> tuple[Any, str]:
     if name not in TRAINERS:
         raise ConfigError(
             f"unknown trainer {name!r}{did_you_mean(name, TRAINERS)}", hint=f"one of {', '.join(sorted(TRAINERS))}"
         )
     module, _, attribute = TRAINERS[name].partition(":")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
+        return importlib.import_module(module), attribute
     except ModuleNotFoundError as err:
         raise MissingExtra(
             f"the {name} trainer needs {(err.name or module).partition('.')[0]}", hint='pip install "fedmerge[client]"'
         ) from err
-    trainer: Trainer = validated(cls, options, where=f"trainer {name}")
-    return trainer
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)

@@ -21,8 +21,9 @@ from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import BadSignature, DigestMismatch, InputError, VerificationError
 from fedmerge.frame import DeltaFile
+from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
-from fedmerge.sign import PublicKey
+from fedmerge.sign import MAX_ENVELOPE_BYTES, PublicKey
 from fedmerge.statements import (
     PREDICATE_ROOT,
     DeltaStatement,
@@ -33,8 +34,10 @@ from fedmerge.statements import (
     RoundSpec,
     digest_of,
 )
-from fedmerge.store import BlobStore
+from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint, model_digest
+
+PLAIN_FILES = "only plain files belong in a published model"
 
 Published = TypeVar("Published", Lineage, LocalMerge)
 
@@ -98,8 +101,15 @@ def is_local(directory: Path) -> bool:
 def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
     """Compute every version again from the base and the stored deltas, and compare bit for bit.
 
-    Raises `DigestMismatch` when a round comes out otherwise, `UnknownVersion` when a delta is not in `blobs`.
+    Raises `InputError` when `base` is another model, `UnknownVersion` when a delta is not in `blobs`, `DigestMismatch`
+    when one was changed or a round comes out otherwise.
     """
+    expected = history.records[0].before.base_digest
+    if model_digest(base) != expected:
+        raise InputError(
+            f"{base.directory}: not the base model that this version was made from",
+            hint=f"its version should be {expected[:12]}; fedmerge inspect shows a model's",
+        )
     schema = delta_schema(base.schema)
     state: dict[str, Tensor] = {}
     updates: list[DeltaFile] = []
@@ -108,7 +118,7 @@ def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
             spec = history.specs[record.spec_digest]
             codec = Codec.from_dict(spec.codec)
             deltas = {
-                c.node_id: DeltaFile(blobs.path(c.payload_root), schema, codec, seed=spec.mask_seed(c.node_id))
+                c.node_id: DeltaFile(_checked(blobs, c.payload_root), schema, codec, seed=spec.mask_seed(c.node_id))
                 for c in record.contributions
             }
             counts = {c.node_id: history.deltas[c.statement_digest].num_examples for c in record.contributions}
@@ -128,10 +138,20 @@ def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
     return Check("replay", True, f"merging the deltas of {len(history.records)} rounds again gives the same bits")
 
 
+def _checked(blobs: BlobStore, root: str) -> Path:
+    path = blobs.path(root)
+    if merkle_root(leaves_of(path)).hex() != root:
+        raise DigestMismatch(f"{path}: was changed after it was delivered")
+    return path
+
+
 def _check_directory(
     directory: Path, kind: type[Published], trusted: Mapping[str, PublicKey]
 ) -> tuple[Published, PublicKey, list[Check]]:
-    payload, envelope = _read(directory / LINEAGE), _read(directory / SIGNATURE)
+    payload = _read(directory / LINEAGE)
+    if not (directory / SIGNATURE).exists():
+        raise BadSignature(f"{directory}: not signed, has no {SIGNATURE}", hint="to sign a merge: fedmerge merge --key")
+    envelope = _read(directory / SIGNATURE)
     lineage, signed = kind.open(envelope, trusted, where=str(directory / SIGNATURE))
     if signed.payload != payload:
         raise DigestMismatch(f"{directory / LINEAGE}: differs from what was signed")
@@ -154,7 +174,7 @@ def _require_version(directory: Path, expected: str, checks: list[Check]) -> Non
 def _require_files(directory: Path, signed_files: Mapping[str, str]) -> None:
     for path in directory.iterdir():
         if path.is_symlink() or not path.is_file():
-            raise VerificationError(f"{path}: only plain files belong in a published model")
+            raise VerificationError(f"{path}: {PLAIN_FILES}")
     found = file_digests(directory)
     for name in sorted(signed_files.keys() | found.keys()):
         if name not in found:
@@ -174,7 +194,7 @@ def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lin
         for key_id, pem in lineage.node_keys.items()
     }
     history = History({}, {}, [])
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         where = f"{path}:{number}"
         try:
             entry = json.loads(line)
@@ -226,8 +246,12 @@ def _require_chain(history: History, lineage: Lineage, path: Path) -> None:
 
 
 def _read(path: Path) -> bytes:
+    """Read a small file that nobody has vouched for yet."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise VerificationError(f"{path}: {PLAIN_FILES}")
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(MAX_ENVELOPE_BYTES + 1)
     except OSError as err:
         raise InputError(
             f"{path}: can't be read ({err.strerror})", hint="is this a directory that fedmerge published?"

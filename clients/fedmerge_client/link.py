@@ -48,6 +48,7 @@ CALL_TIMEOUT_S = 60.0
 COMMIT_TIMEOUT_S = 3600.0
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 10.0
+EXPECTED_BUNDLE = "expected the coordinator.pem that `fedmerge serve` writes"
 # The slowest link a transfer may have before it is cut and resumed.
 MIN_BYTES_PER_S = 256 * 1024
 
@@ -97,6 +98,10 @@ class GrpcLink:
         self._deltas = delta_pb2_grpc.DeltaServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
 
+    def connect(self) -> None:
+        """Open a session now. Raises `UntrustedKey` when the coordinator does not trust the key, or `Unreachable`."""
+        self._metadata()
+
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()
@@ -111,8 +116,10 @@ class GrpcLink:
                     yield _view_of(answer)
                     if answer.finished:
                         return
-            except (grpc.RpcError, FedmergeError) as err:
+            except grpc.RpcError as err:
                 self._wait_or_raise(err, backoff)
+            else:
+                self._wait_or_raise(Unreachable("the coordinator ended the call"), backoff)
 
     def fetch(self, root: str, target: Path) -> None:
         """Fetch a file into `target`, continuing after the bytes that are there."""
@@ -126,7 +133,7 @@ class GrpcLink:
                         backoff = self._backoff()
                         file.write(answer.data)
                 return
-            except (grpc.RpcError, FedmergeError) as err:
+            except grpc.RpcError as err:
                 if self._wait_or_raise(err, backoff, retried=(BadOffset,)) is BadOffset:
                     target.unlink()
 
@@ -134,12 +141,14 @@ class GrpcLink:
         """Upload a payload from wherever it stands, commit it, and return the receipt."""
         payload_bytes = payload.stat().st_size
         begin = delta_pb2.BeginUploadRequest(envelope=envelope, leaf_hashes=b"".join(leaves))
-        backoff = self._backoff()
+        backoff, furthest = self._backoff(), 0
         while True:
             try:
                 upload = self._call(self._deltas.BeginUpload, begin)
                 stored = upload.committed_bytes
                 sent(stored)
+                if stored > furthest:  # a slow link is not a dead one
+                    backoff, furthest = self._backoff(), stored
                 if stored < payload_bytes:
                     self._deltas.UploadDelta(
                         _chunks(upload.upload_id, payload, stored, sent),
@@ -149,7 +158,7 @@ class GrpcLink:
                 commit = delta_pb2.CommitDeltaRequest(upload_id=upload.upload_id)
                 receipt = self._call(self._deltas.CommitDelta, commit, timeout_s=COMMIT_TIMEOUT_S)
                 return bytes(receipt.receipt_envelope)
-            except (grpc.RpcError, FedmergeError) as err:
+            except (grpc.RpcError, BadOffset) as err:
                 # Whatever got there stays there: beginning again says from where to go on.
                 self._wait_or_raise(err, backoff, retried=(BadOffset, Busy))
 
@@ -163,7 +172,7 @@ class GrpcLink:
             try:
                 return method(request, metadata=self._metadata(), timeout=timeout_s)
             except grpc.RpcError as err:
-                self._wait_or_raise(err, backoff)
+                self._wait_or_raise(err, backoff, retried=(Busy,))
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         if self._token is None:
@@ -261,10 +270,13 @@ def _view_of(answer: round_pb2.WatchRoundsResponse) -> RoundView:
 def _certificates(text: str, bundle: Path) -> bytes:
     begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
     if begin not in text or end not in text:
-        raise InputError(
-            f"{bundle}: holds no certificate", hint="expected the coordinator.pem that `fedmerge serve` writes"
-        )
-    return text[text.index(begin) : text.rindex(end) + len(end)].encode() + b"\n"
+        raise InputError(f"{bundle}: holds no certificate", hint=EXPECTED_BUNDLE)
+    certificates = text[text.index(begin) : text.rindex(end) + len(end)].encode() + b"\n"
+    try:
+        x509.load_pem_x509_certificates(certificates)
+    except ValueError as err:
+        raise InputError(f"{bundle}: the certificate is damaged", hint=EXPECTED_BUNDLE) from err
+    return certificates
 
 
 def _is_self_signed(text: str) -> bool:

@@ -21,7 +21,7 @@ import fedmerge
 from fedmerge.cli.app import EXIT_USAGE, EXTRAS, install_line
 from fedmerge.cli.output import JsonFlag, format_bytes, print_json, stdout
 from fedmerge.config import Config, load_config
-from fedmerge.errors import FedmergeError, InputError
+from fedmerge.errors import FedmergeError, InputError, MissingExtra
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 PACKAGES = ("torch", "safetensors", "grpcio", "protobuf", "cryptography")
@@ -122,6 +122,7 @@ def _configuration(path: Path) -> Iterator[Check]:
     yield Check("config", "ok", f"{path}: federation {config.federation.name}")
     checks: dict[str, tuple[Callable[[Config], Check], str]] = {
         "model": (_model, "set model.base to a folder that save_pretrained wrote"),
+        "train": (_train, "correct [train]"),
         "disk": (_disk, "change federation.state"),
         "key": (_key, "change federation.key, or make one with: fedmerge keys new"),
         "trust": (_trust, "take the file out of federation.trusted"),
@@ -146,9 +147,21 @@ def _model(config: Config) -> Check:
     return Check("model", "ok", f"{config.model.base}: {num_elements:,} parameters in {len(schema)} tensors")
 
 
+def _train(config: Config) -> Check:
+    from fedmerge.training import check_plan
+
+    try:
+        check_plan(config.train.trainer, config.train.extras)
+    except MissingExtra as err:
+        return Check("train", "warn", f"not checked: {err.message}", err.hint or install_line("client"))
+    return Check("train", "ok", f"{config.train.trainer} takes these settings")
+
+
 def _disk(config: Config) -> Check:
     folder = config.federation.state
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        return Check("disk", "fail", f"{existing} is a file", "change federation.state")
     if not os.access(existing, os.W_OK):
         return Check("disk", "fail", f"{existing} is not writable", "check who owns it, or change federation.state")
     free = shutil.disk_usage(existing).free

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from fedmerge.cli.output import print_json, stderr
 from fedmerge.config import Config, Section, SimulatedNode, json_schema
-from fedmerge.errors import ResourceError
+from fedmerge.files import write_new
 
 FILE_NAME = "fedmerge.toml"
 HEADER = """\
@@ -28,16 +28,7 @@ def init(
 ) -> None:
     """Write a commented fedmerge.toml: every key, its default, and what it does."""
     path, text = directory / FILE_NAME, template()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as err:
-        raise ResourceError(
-            f"{path}: already exists", hint="edit it, or give another folder: fedmerge init DIR"
-        ) from err
-    except OSError as err:
-        raise ResourceError(f"{path}: could not be written ({err.strerror})") from err
+    write_new(path, text.encode(), if_exists="edit it, or give another folder: fedmerge init DIR")
     stderr.print(f"wrote {path}; set model.base in it, then run: fedmerge doctor {path}", markup=False)
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from fedmerge.cli.output import JsonFlag, print_json, stderr
 from fedmerge.cli.progress import node_progress
-from fedmerge.errors import ConfigError, UntrustedKey
+from fedmerge.config import parse_address
+from fedmerge.errors import ConfigError, UntrustedKey, reporting_os_errors
 from fedmerge.node import Node
-from fedmerge.sign import SigningKey
+from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.training import load_trainer
+
+if TYPE_CHECKING:
+    from fedmerge_client.link import GrpcLink
 
 
 def join(
@@ -38,11 +42,16 @@ def join(
     json: JsonFlag = False,
 ) -> None:
     """Train here, send signed deltas, and end with the merged model; started again, it goes on where it was."""
+    try:
+        parse_address(coordinator)
+    except ValueError as err:
+        raise ConfigError(f"--coordinator {coordinator}: {err}") from err
     options: dict[str, object] = {"data": data, **_key_values(option)}
     if test is not None:
         options["test"] = test
     node_trainer = load_trainer(trainer, options)
     node_trainer.check()
+    PublicKey.load(trust)  # a mistake here should not leave a new key behind
     key_path = key or home / "node.key"
     signing_key = SigningKey.load_or_create(key_path) if key is None else SigningKey.load(key_path)
     from fedmerge_client.link import GrpcLink
@@ -50,6 +59,7 @@ def join(
     link = GrpcLink(coordinator, trust, signing_key)
     shown_as = name or signing_key.public.short
     try:
+        _connect(link, coordinator, signing_key.public, key_path)
         with node_progress() as show:
             node = Node(
                 link,
@@ -62,14 +72,6 @@ def join(
                 on_event=lambda event: show(shown_as, event),
             )
             model_dir = node.run()
-    except UntrustedKey as err:
-        public_path = key_path.with_name(f"{key_path.name}.pub")
-        if not public_path.exists():
-            public_path.write_text(signing_key.public.pem())
-        raise UntrustedKey(
-            f"{coordinator} does not trust this site's key {signing_key.public.short}",
-            hint=f"send {public_path} to the operator, who runs: fedmerge keys trust {public_path.name} --name YOU",
-        ) from err
     finally:
         link.close()
     if json:
@@ -79,11 +81,25 @@ def join(
         sys.stdout.write(f"{model_dir}\n")
 
 
+def _connect(link: GrpcLink, coordinator: str, public_key: PublicKey, key_path: Path) -> None:
+    """Open a session, or say how this site comes to be trusted."""
+    try:
+        link.connect()
+    except UntrustedKey as err:
+        public_path = Path(f"{key_path}.pub")
+        with reporting_os_errors(public_path):
+            public_path.write_text(public_key.pem())
+        raise UntrustedKey(
+            f"{coordinator} does not trust this site's key {public_key.short}",
+            hint=f"send {public_path} to the operator, who runs: fedmerge keys trust {public_path.name} --name YOU",
+        ) from err
+
+
 def _key_values(options: tuple[str, ...]) -> dict[str, str]:
     values = {}
     for option in options:
         name, separator, value = option.partition("=")
-        if not separator:
+        if not (separator and name):
             raise ConfigError(f"--option {option}: expected KEY=VALUE")
         values[name] = value
     return values

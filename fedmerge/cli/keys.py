@@ -10,7 +10,8 @@ from cyclopts import Parameter
 
 from fedmerge.cli.output import JsonFlag, print_json, stderr
 from fedmerge.errors import ConfigError, InputError, ResourceError
-from fedmerge.sign import PublicKey, SigningKey, TrustStore, read_text
+from fedmerge.files import write_new
+from fedmerge.sign import NEVER_OVERWRITTEN, PublicKey, SigningKey, TrustStore, read_text
 
 
 def new(
@@ -20,16 +21,14 @@ def new(
     json: JsonFlag = False,
 ) -> None:
     """Make a signing key (Ed25519), readable by its owner alone."""
-    public_path = path.with_name(f"{path.name}.pub")
-    if public_path.exists():
-        raise ResourceError(f"{public_path}: already exists", hint="choose another name; keys are never overwritten")
+    public_path = Path(f"{path}.pub")
     key = SigningKey.generate()
     key.save(path)
     try:
-        with public_path.open("x") as file:
-            file.write(key.public.pem())
-    except OSError as err:
-        raise ResourceError(f"{public_path}: could not write the key ({err.strerror})") from err
+        write_new(public_path, key.public.pem().encode(), if_exists=NEVER_OVERWRITTEN)
+    except ResourceError:
+        path.unlink()
+        raise
     if json:
         print_json({"key_id": key.public.key_id, "private": str(path), "public": str(public_path)})
         return

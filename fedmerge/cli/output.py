@@ -37,9 +37,12 @@ def print_json(value: Mapping[str, Any], *, indent: int | None = None) -> None:
 def print_problem(label: str, message: str, *, style: str) -> None:
     """Print `message` on stderr, each of its lines behind `label`, which alone is coloured."""
     for line in message.splitlines():
-        # Control characters from file names or a peer's messages must not reach the terminal.
-        clean = "".join(char if char.isprintable() else "?" for char in line)
-        stderr.print(Text.assemble((f"{label}: ", style), clean))
+        stderr.print(Text.assemble((f"{label}: ", style), printable(line)))
+
+
+def printable(text: str) -> str:
+    """Return `text` without control characters: those of a file or a peer must not reach the terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -58,11 +61,14 @@ def format_ratio(ratio: float) -> str:
 def configure_logging(environ: Mapping[str, str] = os.environ) -> None:
     """Send this package's logs to stderr at the level of `FEDMERGE_LOG_LEVEL` (INFO by default).
 
-    Raises `ConfigError` when the level is not one of `LOG_LEVELS`.
+    gRPC's own log and other packages' progress bars are off, unless the environment asks for them. Raises `ConfigError`
+    when the level is not one of `LOG_LEVELS`.
     """
     level = environ.get(LOG_LEVEL_VARIABLE, "INFO").upper()
     if level not in LOG_LEVELS:
         raise ConfigError(f"{LOG_LEVEL_VARIABLE}: should be one of {', '.join(LOG_LEVELS)}, not {level!r}")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
     handler.setFormatter(text if sys.stderr.isatty() else JsonFormatter())

@@ -11,9 +11,8 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from fedmerge.cli.output import format_bytes, stderr
-from fedmerge.node import NodeEvent
-from fedmerge.sim.processes import EVENT_FIELD
+from fedmerge.cli.output import format_bytes, printable, stderr
+from fedmerge.node import EVENT_FIELD, NodeEvent
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ class NodeProgress:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task("", total=None, name=name)
         task, values = self._tasks[name], event.values
-        text = describe(event)
+        text = printable(describe(event))
         match event.kind:
             case "train":
                 self._progress.update(task, completed=values["step"], total=values["num_steps"], description=text)
@@ -74,9 +73,9 @@ def node_progress() -> Iterator[NodeProgress]:
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.fields[name]:>14}"),
+        TextColumn("{task.fields[name]:>14}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=stderr, transient=False) as progress:

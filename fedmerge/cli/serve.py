@@ -35,7 +35,7 @@ def serve(
             sys.stdout.flush()
             return
         stderr.print(f"coordinator of [bold]{settings.federation.name}[/] on {listening.address}")
-        stderr.print(f"give partners {listening.bundle}; they join with:")
+        stderr.print(f"give partners {listening.bundle}; they join with:", markup=False)
         stderr.print(
             f"  fedmerge join --coordinator {listening.address} --trust {listening.bundle} --key KEY --data FILE",
             markup=False,

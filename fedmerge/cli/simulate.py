@@ -17,7 +17,7 @@ from fedmerge.config import load_config
 from fedmerge.errors import ConfigError
 from fedmerge.sim import FederationResult, simulate_processes
 from fedmerge.sim import simulate as simulate_inline
-from fedmerge.training import load_trainer
+from fedmerge.training import check_plan, load_trainer
 
 
 def simulate(
@@ -35,15 +35,19 @@ def simulate(
         raise ConfigError(f"{config}: there are no nodes to simulate", hint="add a [[nodes]] section for each")
     if len(settings.nodes) < settings.rounds.min_nodes:
         raise ConfigError(f"{config}: rounds.min_nodes is more than the {len(settings.nodes)} nodes there are")
+    check_plan(settings.train.trainer, settings.train.extras)
+    trainers = {
+        node.name: load_trainer(settings.train.trainer, node.model_dump(exclude={"name"}, exclude_none=True))
+        for node in settings.nodes
+    }
+    for trainer in trainers.values():
+        trainer.check()
+    base_dir = prepare_base(settings)
     with node_progress() as show:
         if processes:
             result = simulate_processes(settings, config, on_event=show)
         else:
-            trainers = {
-                node.name: load_trainer(settings.train.trainer, node.model_dump(exclude={"name"}, exclude_none=True))
-                for node in settings.nodes
-            }
-            result = simulate_inline(settings, prepare_base(settings), trainers, clock=time.time, on_event=show)
+            result = simulate_inline(settings, base_dir, trainers, clock=time.time, on_event=show)
     if json:
         print_json(result.to_dict())
         return

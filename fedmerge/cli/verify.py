@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from fedmerge.cli.output import JsonFlag, print_json, stdout
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, InputError, UnknownVersion
 from fedmerge.sign import PublicKey, TrustStore
 
 if TYPE_CHECKING:
@@ -39,7 +39,15 @@ def verify(
             "whose signature should it have? Give --key or --trusted",
             hint="the coordinator.pem that the federation's operator gave you will do",
         )
-    from fedmerge.store import BlobStore
+    if base is not None and replay is None:
+        raise ConfigError("--base goes with --replay", hint="give --replay STATE, the coordinator's state folder")
+    if trusted is not None and not trusted.is_dir():
+        raise InputError(f"{trusted}: no such folder of public keys")
+    if replay is not None and not (replay / "blobs").is_dir():
+        raise InputError(f"{replay}: not a coordinator's state folder", hint="it has a folder blobs with the deltas")
+    if replay is not None and base is None and not (replay / "base").is_dir():
+        raise ConfigError(f"{replay / 'base'}: no such directory", hint="say where the base model is, with --base")
+    from fedmerge.store.blobs import BlobStore
     from fedmerge.tensors import Checkpoint
     from fedmerge.verify import Check, is_local, verify_directory, verify_local
     from fedmerge.verify import replay as replay_history
@@ -58,7 +66,11 @@ def verify(
     if replay is None:
         checks.append(Check("replay", None, "not asked for; --replay STATE merges the stored deltas again"))
     else:
-        checks.append(replay_history(history, Checkpoint(base or replay / "base"), BlobStore(replay / "blobs")))
+        try:
+            checks.append(replay_history(history, Checkpoint(base or replay / "base"), BlobStore(replay / "blobs")))
+        except UnknownVersion as err:
+            hint = "is it the state folder of the coordinator that published this model?"
+            raise InputError(f"{replay}: {err.message}", hint=hint) from err
     _report(lineage.model.digest, checks, json=json)
 
 

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmerge.config import Config
 from fedmerge.coordinator import Coordinator
+from fedmerge.errors import ConfigError
 from fedmerge.merkle import LEAF_BYTES
 from fedmerge.node import Node, NodeEvent, RoundView
 from fedmerge.rounds import Phase
@@ -76,12 +77,13 @@ def simulate(
     `trainers` has one trainer by node name. A simulation that was stopped goes on where it was. Raises `RoundFailed`
     when a round ends without a model.
     """
+    for trainer in trainers.values():
+        trainer.check()
     keys = prepare_nodes(config, list(trainers))
     coordinator = Coordinator(config, base_dir, clock=clock)
     try:
         nodes: dict[str, Node] = {}
         for name, trainer in trainers.items():
-            trainer.check()
             link = LocalLink(coordinator, keys[name].public.key_id)
             home = node_home(config, name)
             events = _for_node(on_event, name)
@@ -104,9 +106,15 @@ def prepare_nodes(config: Config, names: list[str]) -> dict[str, SigningKey]:
     """Make each simulated node's key, have the coordinator trust it, and return the keys by name.
 
     The keys are derived from the plan's seed and the names, so that a simulation replays to the same bits. That makes
-    them worthless for anything but a simulation.
+    them worthless for anything but a simulation. Raises `ConfigError` where real nodes are trusted.
     """
     trust = TrustStore(config.federation.trusted)
+    strangers = sorted(set(trust.names().values()) - set(names))
+    if strangers:
+        raise ConfigError(
+            f"{trust.directory}: has the key of {strangers[0]}, which is not simulated",
+            hint="anybody can derive a simulated node's key: simulate in a folder of its own",
+        )
     keys: dict[str, SigningKey] = {}
     for name in names:
         secret = hashlib.sha256(f"fedmerge.simulated.{config.merge.seed}.{name}".encode()).digest()

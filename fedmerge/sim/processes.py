@@ -9,18 +9,16 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from fedmerge.config import Config
 from fedmerge.errors import RoundFailed
-from fedmerge.node import NodeEvent
+from fedmerge.node import EVENT_FIELD, NodeEvent
 from fedmerge.sim.inline import node_home, prepare_nodes
 from fedmerge.sim.results import FederationResult, result_of
 
 STOP_TIMEOUT_S = 30.0
-
-# The field of a node's log records that holds the event; `fedmerge join` writes it, this module reads it.
-EVENT_FIELD = "node_event"
 
 
 def simulate_processes(
@@ -36,7 +34,8 @@ def simulate_processes(
     """
     prepare_nodes(config, [node.name for node in config.nodes])
     environ = {**os.environ, "FEDMERGE_SERVER__LISTEN": "127.0.0.1:0"}
-    with _Process("the coordinator", ["serve", str(config_path), "--json"], environ) as coordinator:
+    ended: SimpleQueue[_Process] = SimpleQueue()
+    with _Process("the coordinator", ["serve", str(config_path), "--json"], environ, ended) as coordinator:
         ready = json.loads(coordinator.first_line())
         nodes: list[_Process] = []
         try:
@@ -51,9 +50,13 @@ def simulate_processes(
                     arguments += ["--test", str(node.test)]
                 for key, value in node.extras.items():
                     arguments += ["--option", f"{key}={value}"]
-                nodes.append(_Process(node.name, arguments, dict(os.environ), on_event))
-            for process in nodes:
+                nodes.append(_Process(node.name, arguments, dict(os.environ), ended, on_event))
+            # In the order in which they end, or one that failed would leave the others waiting for it.
+            for _ in nodes:
+                process = ended.get()
                 process.wait()
+                if process is coordinator:
+                    raise RoundFailed("the coordinator was stopped before the last round")
         finally:
             for process in nodes:
                 process.stop()
@@ -68,9 +71,11 @@ class _Process:
         name: str,
         arguments: list[str],
         environ: dict[str, str],
+        ended: SimpleQueue[_Process],
         on_event: Callable[[str, NodeEvent], None] = lambda name, event: None,
     ) -> None:
         self.name = name
+        self._ended = ended
         self._on_event = on_event
         self._last_line = "no output"
         self._child = subprocess.Popen(
@@ -121,13 +126,16 @@ class _Process:
 
     def _read_log(self) -> None:
         assert self._child.stderr is not None
-        for line in self._child.stderr:
-            record = _parse(line)
-            fields = record.get(EVENT_FIELD)
-            if isinstance(fields, dict):
-                self._on_event(self.name, NodeEvent(**fields))
-            elif line.strip():
-                self._last_line = record.get("message", line.strip())
+        try:
+            for line in self._child.stderr:
+                record = _parse(line)
+                fields = record.get(EVENT_FIELD)
+                if isinstance(fields, dict):
+                    self._on_event(self.name, NodeEvent(**fields))
+                elif line.strip() and not line.startswith("hint: "):
+                    self._last_line = record.get("message", line.strip())
+        finally:
+            self._ended.put(self)
 
 
 def _parse(line: str) -> dict[str, Any]:

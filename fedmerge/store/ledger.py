@@ -29,7 +29,7 @@ from sqlalchemy import (
     insert,
     select,
 )
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DatabaseError, DBAPIError
 
 from fedmerge.errors import DigestMismatch, ResourceError, reporting_os_errors
 from fedmerge.events import Event, from_json, to_json
@@ -54,6 +54,8 @@ _uploads = Table(
     Column("envelope", LargeBinary, nullable=False),
     Column("leaf_hashes", LargeBinary, nullable=False),
 )
+
+RESTORE = "restore the folder from a backup; do not start a coordinator on it"
 
 GENESIS = hashlib.sha256(b"fedmerge.ledger.v1").hexdigest()
 
@@ -145,7 +147,7 @@ class Ledger:
             if row.hash != head:
                 raise DigestMismatch(
                     f"{self._path}: event {expected} does not continue the hash chain; the ledger was altered",
-                    hint="restore the folder from a backup; do not start a coordinator on it",
+                    hint=RESTORE,
                 )
             try:
                 fact = from_json(row.body)
@@ -158,7 +160,9 @@ class Ledger:
         try:
             yield
         except DBAPIError as err:
-            raise ResourceError(f"{self._path}: {err.orig}", hint="is the disk full, or the file in use?") from err
+            # What SQLite calls a damaged file; anything else has a class of its own.
+            hint = RESTORE if type(err) is DatabaseError else "is the disk full, or the file in use?"
+            raise ResourceError(f"{self._path}: {err.orig}", hint=hint) from err
 
 
 def _chain(head: str, number: int, at_s: float, body: bytes) -> str:

@@ -60,6 +60,10 @@ async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening
     coordinator = Coordinator(config, base_dir, clock=time.time)
     try:
         server, services, port = _open(config, coordinator)
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
         healthy = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
         await server.start()
@@ -69,14 +73,10 @@ async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening
         on_ready(Listening(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", bundle))
         if coordinator.journal.state.phase == Phase.FAILED:
             coordinator.open_round()
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
         rounds = asyncio.create_task(_move_rounds(coordinator, services, stop))
         await stop.wait()
         await healthy.enter_graceful_shutdown()
-        services.wake()
+        services.stop()
         await rounds
         await server.stop(GRACE_S)
     finally:
@@ -98,8 +98,8 @@ def _open(config: Config, coordinator: Coordinator) -> tuple[grpc.aio.Server, Se
         port = server.add_secure_port(config.server.listen, credentials)
     except RuntimeError as err:
         raise ResourceError(
-            f"{config.server.listen}: can't listen there; another program may have the port",
-            hint="stop it, or set server.listen to another port",
+            f"{config.server.listen}: can't listen there: another program has it, or this machine has no such address",
+            hint="stop the other program, or change server.listen; fedmerge doctor tells which",
         ) from err
     return server, services, port
 
@@ -112,4 +112,7 @@ async def _move_rounds(coordinator: Coordinator, services: Services, stop: async
         except FedmergeError as err:
             # For instance a full disk: nothing is lost, and the same step is tried again.
             log.error("round %d: %s", coordinator.journal.state.round, err.message)
+            await services.wait_for_change(RETRY_S)
+        except Exception:
+            log.exception("round %d: internal error", coordinator.journal.state.round)
             await services.wait_for_change(RETRY_S)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from fedmerge.coordinator import Coordinator
-from fedmerge.errors import BadOffset, FedmergeError, Unreachable
+from fedmerge.errors import BadOffset, Busy, Refused, ResourceError, Unreachable, VerificationError
 from fedmerge.v1 import (
     delta_pb2,
     delta_pb2_grpc,
@@ -47,11 +47,20 @@ async def answering(context: Context) -> AsyncIterator[None]:
     except (grpc.aio.AbortError, asyncio.CancelledError):
         raise
     except Exception as err:
-        if not isinstance(err, FedmergeError):
-            log.exception("internal error in a call")
-        status = status_of(err)
+        status = status_of(_for_caller(err))
         details = ((STATUS_DETAILS_HEADER, status.SerializeToString()),)
         await context.abort(_CODES[status.code], status.message, details)
+
+
+def _for_caller(err: Exception) -> Exception:
+    """Return what a caller is told: of the coordinator's own troubles only that there are some."""
+    if isinstance(err, (Refused, VerificationError, Unreachable)):
+        return err
+    if isinstance(err, ResourceError):
+        log.error("%s", err.message)
+        return Busy("the coordinator can't store anything at present", hint="its log says why; try again later")
+    log.error("internal error in a call", exc_info=err)
+    return RuntimeError()
 
 
 class Services(
@@ -67,6 +76,7 @@ class Services(
         self._intake = coordinator.intake
         self._sessions = Sessions(coordinator.key.public, coordinator.trust)
         self._changed = asyncio.Event()
+        self._stopping = False
         loop = asyncio.get_running_loop()
 
         def journal_changed() -> None:
@@ -79,6 +89,11 @@ class Services(
         # Waiters hold the old event; whoever comes later waits for the next change.
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def stop(self) -> None:
+        """End the calls that wait for changes; their callers go on trying for a while."""
+        self._stopping = True
+        self.wake()
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Wait until the journal grows, or `timeout_s` has passed."""
@@ -125,6 +140,8 @@ class Services(
                     yield view
                     if view.finished:
                         return
+                if self._stopping:
+                    raise Unreachable("the coordinator is stopping")
                 await self.wait_for_change(30.0)
 
     async def ReportMetrics(  # noqa: N802

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import ipaddress
 import os
+import ssl
 from pathlib import Path
 
 from cryptography import x509
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedmerge.config import Config
-from fedmerge.errors import reporting_os_errors
+from fedmerge.errors import InputError, reporting_os_errors
 from fedmerge.sign import PublicKey
 from fedmerge.wire import TLS_NAME
 
@@ -27,18 +28,18 @@ VALID_DAYS = 825
 def server_certificate(config: Config, now: dt.datetime) -> tuple[bytes, bytes]:
     """Return (private key, certificates) as PEM: the operator's own, or a self-signed pair kept in the state folder.
 
-    A self-signed certificate is made anew when it has expired. Raises `ResourceError` when a file can't be read.
+    A self-signed certificate is made anew when it has expired. Raises `ResourceError` when a file can't be read, and
+    `InputError` when the two don't belong together.
     """
     if config.server.tls_cert is not None and config.server.tls_key is not None:
-        with reporting_os_errors(config.server.tls_cert):
-            return config.server.tls_key.read_bytes(), config.server.tls_cert.read_bytes()
+        return _load_pair(config.server.tls_key, config.server.tls_cert)
     key_path = config.federation.state / "tls.key"
     cert_path = config.federation.state / "tls.crt"
     with reporting_os_errors(config.federation.state):
         if cert_path.exists() and key_path.exists():
-            certificate = x509.load_pem_x509_certificate(cert_path.read_bytes())
-            if now < certificate.not_valid_after_utc:
-                return key_path.read_bytes(), cert_path.read_bytes()
+            pair = _load_pair(key_path, cert_path)
+            if now < x509.load_pem_x509_certificate(pair[1]).not_valid_after_utc:
+                return pair
         key_pem, cert_pem = _self_signed(config.server.address[0], now)
         config.federation.state.mkdir(parents=True, exist_ok=True)
         key_path.unlink(missing_ok=True)
@@ -46,6 +47,20 @@ def server_certificate(config: Config, now: dt.datetime) -> tuple[bytes, bytes]:
             file.write(key_pem)
         cert_path.write_bytes(cert_pem)
     return key_pem, cert_pem
+
+
+def _load_pair(key_path: Path, cert_path: Path) -> tuple[bytes, bytes]:
+    with reporting_os_errors(cert_path):
+        pair = key_path.read_bytes(), cert_path.read_bytes()
+        try:
+            # An empty password, or OpenSSL would ask for one on the terminal.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_path, key_path, password="")
+        except ssl.SSLError as err:
+            raise InputError(
+                f"{cert_path}: not a PEM certificate (chain) that {key_path.name} is the private key of",
+                hint="correct server.tls_cert and server.tls_key, or remove both files for a self-signed certificate",
+            ) from err
+    return pair
 
 
 def write_bundle(path: Path, certificate: bytes, key: PublicKey) -> None:

@@ -16,7 +16,8 @@ from fedmerge.node import Node
 from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim import FederationResult, node_home, prepare_nodes, result_of, simulate
-from fedmerge.store import BlobStore, Ledger
+from fedmerge.store.blobs import BlobStore
+from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint, model_digest
 from fedmerge.verify import replay, verify_directory
 from fedmerge_client.link import GrpcLink

@@ -19,7 +19,7 @@ from fedmerge.events import (
     RoundSealed,
 )
 from fedmerge.rounds import Action, FederationState, Phase, RoundPolicy, after, next_action, replay
-from fedmerge.store import LedgerEntry
+from fedmerge.store.ledger import LedgerEntry
 
 NODES = [letter * 64 for letter in "abcd"]
 ZERO = "0" * 64

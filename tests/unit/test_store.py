@@ -10,8 +10,8 @@ import pytest
 from fedmerge.errors import BadOffset, DigestMismatch, ResourceError, UnknownVersion
 from fedmerge.events import MergeStarted, RoundFailed, RoundPublished, RoundSealed
 from fedmerge.merkle import LEAF_BYTES, leaf_hash, merkle_root
-from fedmerge.store import BlobStore, Ledger, UploadRow
-from fedmerge.store.blobs import split_leaf_hashes
+from fedmerge.store.blobs import BlobStore, split_leaf_hashes
+from fedmerge.store.ledger import Ledger, UploadRow
 
 FACTS = [
     RoundSealed(round=1, node_ids=["a" * 64]),
