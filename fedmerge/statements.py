@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -70,15 +71,15 @@ class LocalInput(_Strict):
     weight: float
 
 
-class Statement(_Strict):
+class Statement(_Strict, ABC):
     """Base of all statements; a subclass is the predicate, and knows its subject."""
 
     kind: ClassVar[str]
     digest_algorithm: ClassVar[str] = "sha256"
 
+    @abstractmethod
     def subject(self) -> dict[str, str]:
         """Return the digests this statement is about, by name."""
-        raise NotImplementedError
 
     @classmethod
     def payload_type(cls) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json as json_module
 import os
+import shlex
 import shutil
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -215,9 +217,17 @@ def _report(
         "version": result.version,
         "model": str(out / "model"),
         "test": str(out / "data" / "test.jsonl"),
-        "verify": f"fedmerge verify {out / 'model'} --key {out / 'coordinator.pem'}",
+        "verify": shlex.join([_command(), "verify", str(out / "model"), "--key", str(out / "coordinator.pem")]),
         "seconds": round(seconds, 1),
     }
+
+
+def _command() -> str:
+    """Return how this shell finds the command that is running: by name, or by path where it is not on the path."""
+    running, found = Path(sys.argv[0]), shutil.which("fedmerge")
+    if not running.is_file() or (found and Path(found).samefile(running)):
+        return "fedmerge"
+    return os.path.relpath(running)
 
 
 def _print_report(report: Mapping[str, Any]) -> None:
