@@ -34,8 +34,8 @@ lint: setup check-protos  ## check formatting, types, layering and the protocol
 	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --exit-code --diff
 
 protos: setup  ## generate fedmerge/v1 from protos/
-	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. \
-	  protos/fedmerge/v1/*.proto
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos \
+	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. protos/fedmerge/v1/*.proto
 
 check-protos: protos  ## fail unless fedmerge/v1 is what protos/ generates
 	git diff --exit-code --stat fedmerge/v1
