@@ -31,6 +31,7 @@ from fedmerge.config import Config, load_config, parse_config
 from fedmerge.config.load import SECTIONS
 from fedmerge.errors import BY_REASON
 from fedmerge.sign import PublicKey, SigningKey
+from tests.cli.commands import AS_IN_A_TERMINAL
 
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -242,12 +243,15 @@ def test_a_reader_that_left_is_no_error(tmp_path: Path, clean_environment: dict[
     assert (result.returncode, result.stderr) == (141, "")
 
 
+MAIN = "from fedmerge.cli import main; raise SystemExit(main())"
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_ctrl_c_stops_quietly(tmp_path: Path, run: Run, clean_environment: dict[str, str]) -> None:
     run("keys", "new", "k")
     os.mkfifo(tmp_path / "fedmerge.toml")
     process = subprocess.Popen(
-        [sys.executable, "-m", "fedmerge", "keys", "trust", "k.pub", "--name", "a"],
+        [sys.executable, "-c", f"{AS_IN_A_TERMINAL}; {MAIN}", "keys", "trust", "k.pub", "--name", "a"],
         stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=clean_environment,
     )  # fmt: skip
     with (tmp_path / "fedmerge.toml").open("w"):  # opens only once the command reads its other end
