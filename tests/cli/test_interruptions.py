@@ -166,7 +166,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 def test_a_coordinator_does_not_start_on_a_full_disk(
-    folder: Path, start: Start, small_disk: Callable[[int], Path]
+    folder: Path, small_disk: Callable[[int], Path], start: Start
 ) -> None:
     disk = small_disk(16)
     path = folder / "fedmerge.toml"
@@ -180,7 +180,7 @@ def test_a_coordinator_does_not_start_on_a_full_disk(
 
 @pytest.mark.slow
 def test_a_node_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(
-    folder: Path, start: Start, small_disk: Callable[[int], Path]
+    folder: Path, small_disk: Callable[[int], Path], start: Start
 ) -> None:
     """The disk fills while the base is fetched; with more room, while the fine-tune is written; or the delta."""
     disk = small_disk(60)
@@ -205,7 +205,7 @@ def fill(path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_coordinator_whose_disk_fills_up_goes_on_when_there_is_room(
-    folder: Path, start: Start, small_disk: Callable[[int], Path]
+    folder: Path, small_disk: Callable[[int], Path], start: Start
 ) -> None:
     disk = small_disk(2048)
     path = folder / "fedmerge.toml"
