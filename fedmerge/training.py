@@ -66,6 +66,7 @@ class Trainer(Protocol):
 # Pydantic models, so that options from a configuration file are checked before anything is loaded. Beside each stands,
 # in its module and called `Settings`, the model of what a plan may ask of it.
 TRAINERS: dict[str, str] = {
+    "flower": "fedmerge_client.train.flower:FlowerApp",
     "text-classification": "fedmerge_client.train.text_classification:TextClassification",
 }
 
@@ -99,7 +100,8 @@ def _module_of(name: str) -> tuple[Any, str]:
         return importlib.import_module(module), attribute
     except ModuleNotFoundError as err:
         raise MissingExtra(
-            f"the {name} trainer needs {(err.name or module).partition('.')[0]}", hint='pip install "fedmerge[client]"'
+            f"the {name} trainer needs {(err.name or module).partition('.')[0]}",
+            hint=f'pip install "fedmerge[{"flower" if name == "flower" else "client"}]"',
         ) from err
 
 

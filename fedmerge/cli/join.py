@@ -24,7 +24,7 @@ def join(
     *,
     coordinator: Annotated[str, Parameter(help="The coordinator's address, HOST:PORT.")],
     trust: Annotated[Path, Parameter(help="The coordinator.pem that the operator gave you.")],
-    data: Annotated[Path, Parameter(help="Training data that stays here: JSON Lines or CSV.")],
+    data: Annotated[Path | None, Parameter(help="Training data that stays here: JSON Lines or CSV.")] = None,
     test: Annotated[Path | None, Parameter(help="Held-out data; models are scored on it, and the scores sent.")] = None,
     key: Annotated[
         Path | None, Parameter(help="This site's private key. [default: HOME/node.key, made if missing]")
@@ -36,7 +36,8 @@ def join(
     name: Annotated[str | None, Parameter(help="What to call this node in its own messages.")] = None,
     trainer: Annotated[str, Parameter(help="How to fine-tune.")] = "text-classification",
     option: Annotated[
-        tuple[str, ...], Parameter(help="A setting of the trainer, KEY=VALUE, such as text_column=body. Repeatable.")
+        tuple[str, ...],
+        Parameter(help="A setting of the trainer, KEY=VALUE or TABLE.KEY=VALUE, such as text_column=body. Repeatable."),
     ] = (),
     keep_tuned: Annotated[bool, Parameter(negative=(), help="Keep each round's own fine-tune in HOME/rounds.")] = False,
     json: JsonFlag = False,
@@ -46,9 +47,8 @@ def join(
         parse_address(coordinator)
     except ValueError as err:
         raise ConfigError(f"--coordinator {coordinator}: {err}") from err
-    options: dict[str, object] = {"data": data, **_key_values(option)}
-    if test is not None:
-        options["test"] = test
+    options: dict[str, object] = {"data": data, "test": test, **_key_values(option)}
+    options = {key: value for key, value in options.items() if value is not None}
     node_trainer = load_trainer(trainer, options)
     node_trainer.check()
     PublicKey.load(trust)  # a mistake here should not leave a new key behind
@@ -95,11 +95,18 @@ def _connect(link: GrpcLink, coordinator: str, public_key: PublicKey, key_path: 
         ) from err
 
 
-def _key_values(options: tuple[str, ...]) -> dict[str, str]:
-    values = {}
+def _key_values(options: tuple[str, ...]) -> dict[str, object]:
+    values: dict[str, object] = {}
     for option in options:
         name, separator, value = option.partition("=")
         if not (separator and name):
             raise ConfigError(f"--option {option}: expected KEY=VALUE")
-        values[name] = value
+        table, dot, key = name.partition(".")
+        if not dot:
+            values[name] = value
+            continue
+        inner = values.setdefault(table, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--option {option}: {table} was given a value of its own before")
+        inner[key] = value
     return values

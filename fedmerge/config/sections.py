@@ -290,8 +290,8 @@ class SimulatedNode(OpenSection):
 
     name: Name = Field(examples=["north"])
     """Name of the node."""
-    data: FilePath = Field(examples=["data/north-train.jsonl"])
-    """Its training data."""
+    data: FilePath | None = Field(default=None, examples=["data/north-train.jsonl"])
+    """Its training data; only trainers that bring their own do without."""
     test: FilePath | None = Field(default=None, examples=["data/north-test.jsonl"])
     """Its held-out data; without it the node is not evaluated."""
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -42,14 +42,15 @@ def simulate_processes(
             for node in config.nodes:
                 home = node_home(config, node.name)
                 arguments = ["join", "--coordinator", ready["address"], "--trust", ready["bundle"], "--name", node.name]
-                arguments += ["--home", str(home), "--key", str(home / "node.key"), "--data", str(node.data)]
+                arguments += ["--home", str(home), "--key", str(home / "node.key")]
                 arguments += ["--trainer", config.train.trainer, "--json"]
                 if keep_tuned:
                     arguments.append("--keep-tuned")
-                if node.test is not None:
-                    arguments += ["--test", str(node.test)]
+                for name, path in (("--data", node.data), ("--test", node.test)):
+                    arguments += [name, str(path)] if path is not None else []
                 for key, value in node.extras.items():
-                    arguments += ["--option", f"{key}={value}"]
+                    for name, setting in _flat(key, value):
+                        arguments += ["--option", f"{name}={setting}"]
                 nodes.append(_Process(node.name, arguments, dict(os.environ), ended, on_event))
             # In the order in which they end, or one that failed would leave the others waiting for it.
             for _ in nodes:
@@ -144,3 +145,11 @@ def _parse(line: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _flat(key: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield a trainer's option as `fedmerge join --option` takes it: a table as one option per key."""
+    if isinstance(value, dict):
+        yield from ((f"{key}.{name}", setting) for name, setting in value.items())
+    else:
+        yield key, value

@@ -283,7 +283,7 @@ WRONG_SIMULATIONS: list[tuple[str, str, int, str, str | None]] = [
         "[train]: stebs: unknown key; did you mean 'steps'?",
         "known keys: st",
     ),
-    ("[train]", NODES + '[train]\ntrainer = "x"', 2, "unknown trainer 'x'", "one of text-classification"),
+    ("[train]", NODES + '[train]\ntrainer = "x"', 2, "unknown trainer 'x'", "one of "),
 ]
 
 
@@ -533,7 +533,7 @@ def test_join_before_it_connects(folder: Path, clean_environment: dict[str, str]
         (join(option="text_colum=body"), 2, "trainer text-classification: text_colum: unknown key", "known keys"),
         (join(option="text_column"), 2, "--option text_column: expected KEY=VALUE", None),
         (join(option="=x"), 2, "--option =x: expected KEY=VALUE", None),
-        (join(trainer="x"), 2, "unknown trainer 'x'", "one of text-classification"),
+        (join(trainer="x"), 2, "unknown trainer 'x'", "one of "),
         (join(trust="nowhere"), 2, "nowhere: can't be read (No such file or directory)", None),
         (join(trust="a"), 2, "a: can't be read (Is a directory)", None),
         (join(trust="text"), 2, "text: holds no PUBLIC KEY block", "expected a PEM file from"),

@@ -318,7 +318,6 @@ BAD: list[tuple[str, list[str]]] = [
     (
         MINIMAL + "[[nodes]]\nname = 'a'\n[[nodes]]\ndata = 3\n",
         [
-            "5: nodes[0].data: required key is missing",
             "7: nodes[1].name: required key is missing",
             "8: nodes[1].data: should be a path",
         ],
