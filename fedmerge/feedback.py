@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedmerge.errors import VerificationError, reporting_os_errors
+from fedmerge.errors import reporting_os_errors
+from fedmerge.outbox import previous_folder
 from fedmerge.sign import PublicKey
-from fedmerge.statements import DeltaStatement, RoundSpec
+from fedmerge.statements import RoundSpec
 from fedmerge.tensors import Checkpoint, TensorMap, write_weights
 
-STATEMENT = "statement.json"
 RESIDUAL = "residual"
 
 
@@ -79,29 +79,9 @@ def write_residual(outbox: Path, residual: TensorMap, shards: Mapping[str, list[
 
 
 def previous_residual(outbox: Path, spec: RoundSpec, own: Mapping[str, PublicKey]) -> Checkpoint | None:
-    """Return the residual that the round of `spec` continues: the newest of an earlier round of the same run, if any.
+    """Return the residual that the round of `spec` continues, if any, and delete all others; see `previous_folder`.
 
-    `outbox` is the folder of this round among those of the others, `own` the key that signed their statements. All
-    other residuals are deleted. That includes one of this same round: it is of an attempt that the coordinator gave up,
-    whose delta was never merged. Raises `InputError` when the residual can't be read, and `ResourceError`.
+    Raises `InputError` when the residual can't be read, and `ResourceError`.
     """
-    newest_round, newest = 0, None
-    folders = [folder for folder in outbox.parent.glob(f"*/{RESIDUAL}") if folder.parent != outbox]
-    for folder in folders:
-        round_number = _round_of(folder.with_name(STATEMENT), spec, own)
-        if newest_round < round_number < spec.round:
-            newest_round, newest = round_number, folder
-    with reporting_os_errors(outbox.parent):
-        for folder in folders:
-            if folder != newest:
-                shutil.rmtree(folder)
-    return None if newest is None else Checkpoint(newest)
-
-
-def _round_of(statement_file: Path, spec: RoundSpec, own: Mapping[str, PublicKey]) -> int:
-    """Return the round of a signed delta, or 0 when there is none, or it is not this node's, or of another run."""
-    try:
-        statement, _ = DeltaStatement.open(statement_file.read_bytes(), own, where=str(statement_file))
-    except (FileNotFoundError, VerificationError):
-        return 0
-    return statement.round if (statement.federation, statement.run) == (spec.federation, spec.run) else 0
+    folder = previous_folder(outbox, RESIDUAL, spec, own)
+    return None if folder is None else Checkpoint(folder)

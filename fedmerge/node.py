@@ -32,6 +32,7 @@ from fedmerge.errors import (
 from fedmerge.feedback import carry_over, previous_residual, unsent, write_residual
 from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.merkle import leaves_of, merkle_root
+from fedmerge.outbox import STATEMENT, previous_folder
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import (
     DeltaStatement,
@@ -44,7 +45,7 @@ from fedmerge.statements import (
     digest_of,
 )
 from fedmerge.tensors import Checkpoint, TensorMap, model_digest, reporting_save_errors, schema_digest
-from fedmerge.training import Trainer, TrainTask
+from fedmerge.training import STATE, Trainer, TrainTask
 from fedmerge.versions import open_model, require_digest, write_model
 
 log = logging.getLogger(__name__)
@@ -165,13 +166,14 @@ class Node:
             return
         with reporting_os_errors(outbox):
             outbox.mkdir(parents=True, exist_ok=True)
-        if not (outbox / "statement.json").exists():
+        if not (outbox / STATEMENT).exists():
             self._make_delta(spec, spec_digest, outbox)
         self._deliver(spec, outbox)
 
     # 0 train, 1 subtract, 2 sparsify, 3 quantise, 4 frame, 5 sign
 
     def _make_delta(self, spec: RoundSpec, spec_digest: str, outbox: Path) -> None:
+        own = {self.node_id: self.key.public}
         model_dir = self._materialise(spec.model, spec)
         self._evaluate("global", model_dir, spec.model.digest, spec, spec.round - 1)
         task = TrainTask(
@@ -183,6 +185,8 @@ class Node:
             progress=lambda step, num_steps, loss: self._emit(
                 "train", spec.round, step=step, num_steps=num_steps, loss=loss
             ),
+            num_rounds=spec.num_rounds,
+            previous_state=previous_folder(outbox, STATE, spec, own),
         )
         with reporting_save_errors(outbox):
             result = self.trainer.train(task)
@@ -195,7 +199,7 @@ class Node:
         seed = spec.mask_seed(self.node_id)
         to_send: TensorMap = subtract(tuned, before)
         if spec.error_feedback:
-            residual = previous_residual(outbox, spec, {self.node_id: self.key.public})
+            residual = previous_residual(outbox, spec, own)
             to_send = carry_over(to_send, residual, spec.error_feedback)
         write_delta(payload, to_send, schema, codec, seed=seed)
         if spec.error_feedback:
@@ -218,18 +222,18 @@ class Node:
             metrics=result.metrics,
             software=f"fedmerge {version('fedmerge')}",
         )
-        # The statement's presence says that the payload and the residual beside it are complete.
+        # The statement's presence says that the payload, and the residual and trainer's state beside it, are complete.
         partial = outbox / "statement.partial"
         with reporting_os_errors(outbox):
             partial.write_bytes(statement.sign(self.key))
-            partial.rename(outbox / "statement.json")
+            partial.rename(outbox / STATEMENT)
             if not self._keep_tuned:
                 shutil.rmtree(result.model_dir)
 
     # 6 stream
 
     def _deliver(self, spec: RoundSpec, outbox: Path) -> None:
-        envelope = (outbox / "statement.json").read_bytes()
+        envelope = (outbox / STATEMENT).read_bytes()
         payload = outbox / "delta.safetensors"
         num_bytes = payload.stat().st_size
         receipt = self.link.submit(

@@ -17,14 +17,21 @@ from pydantic import BaseModel, ValidationError
 
 from fedmerge.errors import ConfigError, MissingExtra, did_you_mean
 
+STATE = "trainer-state"
+
 
 @dataclass(frozen=True, slots=True)
 class TrainTask:
     """One node's work in one round.
 
     `model_dir` is the global model, a Hugging Face directory that must be left as it is; `settings` is what the
-    round's plan says under `[train]`; `round` and `seed` determine everything that is drawn at random; `workspace` is
-    the node's private scratch directory, which exists; `progress` is called with (step, num_steps, loss).
+    round's plan says under `[train]`; `round` (of `num_rounds`) and `seed` determine everything that is drawn at
+    random; `workspace` is the node's private scratch directory, which exists; `progress` is called with (step,
+    num_steps, loss).
+
+    A trainer may keep an optimizer's state and the like in the folder `workspace / STATE`. `previous_state` is that
+    folder of the last round that this node sent a delta in, None in its first. It must be left as it is: if a round is
+    interrupted or opened again, its training starts from there once more.
     """
 
     model_dir: Path
@@ -33,6 +40,8 @@ class TrainTask:
     seed: int
     workspace: Path
     progress: Callable[[int, int, float], None] | None = None
+    num_rounds: int = 1
+    previous_state: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,7 @@ class Trainer(Protocol):
 # Pydantic models, so that options from a configuration file are checked before anything is loaded. Beside each stands,
 # in its module and called `Settings`, the model of what a plan may ask of it.
 TRAINERS: dict[str, str] = {
+    "causal-lm": "fedmerge_client.train.causal_lm:CausalLM",
     "flower": "fedmerge_client.train.flower:FlowerApp",
     "text-classification": "fedmerge_client.train.text_classification:TextClassification",
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedmerge.errors import InputError
-from fedmerge_client.train.datasets import label_ids, read_rows
+from fedmerge_client.train.datasets import label_ids, read_rows, read_texts
 
 RECORDS = [{"text": "one two", "label": "a"}, {"text": 'say "three, four"\nfive', "label": "b"}]
 
@@ -39,6 +39,26 @@ def test_columns_can_be_named_and_labels_may_be_numbers(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", '{"body": "x y", "class": 3}\n{"body": "z", "class": false}\n')
     rows = read_rows(path, text_column="body", label_column="class")
     assert [(row.text, row.label) for row in rows] == [("x y", "3"), ("z", "false")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("x.jsonl", '{"body": "one"}\n{"body": "two", "label": "a"}\n', ["one", "two"]),
+        ("x.csv.gz", 'id,body\n1,one\n2,"t\nwo"\n', ["one", "t\nwo"]),
+        ("x.txt", "one\ntwo\n\nthree\n", ["one\ntwo\n\nthree\n"]),
+        ("x.TXT.gz", "\ufeffeins, zw\u00f6lf", ["eins, zw\u00f6lf"]),
+    ],
+)
+def test_texts_without_labels(tmp_path: Path, name: str, content: str, expected: list[str]) -> None:
+    assert read_texts(write(tmp_path / name, content), text_column="body") == expected
+
+
+def test_labels_are_not_looked_for_in_plain_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"rows\.txt: don't know how to read"):
+        read_rows(write(tmp_path / "rows.txt", "one"))
+    with pytest.raises(InputError, match=r"rows\.txt:1: column 'text' is empty"):
+        read_texts(write(tmp_path / "rows.txt", " \n"))
 
 
 @pytest.mark.parametrize(

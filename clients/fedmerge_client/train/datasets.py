@@ -1,4 +1,4 @@
-"""Labelled texts from JSON Lines or CSV files, with errors that name the file and the line."""
+"""Texts, with labels or without, from JSON Lines, CSV or plain files, with errors that name the file and the line."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from fedmerge.errors import InputError, did_you_mean
+
+# Yields a file's records with the line that each stands on.
+Reader: TypeAlias = Callable[[Path, IO[str]], Iterator[tuple[int, dict[str, Any]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,27 +32,19 @@ def read_rows(path: Path, *, text_column: str = "text", label_column: str = "lab
     Each may be gzipped (`.gz` added). Numbers and booleans in the label column become their JSON text. Raises
     `InputError` with file and line for a missing file, a line that can't be parsed, a missing column or no rows.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".gz"]:
-        suffixes.pop()
-    reader = READERS.get(suffixes[-1] if suffixes else "")
-    if reader is None:
-        raise InputError(
-            f"{path}: don't know how to read this file", hint=f"use one of {', '.join(READERS)}, or one of these + .gz"
-        )
-    rows = []
-    try:
-        with _open_text(path) as file:
-            for line, record in reader(path, file):
-                text, label = (_column(path, line, record, name) for name in (text_column, label_column))
-                rows.append(Row(text, label, line))
-    except FileNotFoundError as err:
-        raise InputError(f"{path}: no such file") from err
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as err:
-        raise InputError(f"{path}: can't be read as text ({err})") from err
-    if not rows:
-        raise InputError(f"{path}: no rows")
-    return rows
+    return [
+        Row(_column(path, line, record, text_column), _column(path, line, record, label_column), line)
+        for line, record in _records(path, TABLES)
+    ]
+
+
+def read_texts(path: Path, *, text_column: str = "text") -> list[str]:
+    """Return the documents of `path`: a text column of what `read_rows` takes, or a `.txt` file, which is one document.
+
+    Raises `InputError` as `read_rows` does.
+    """
+    readers: dict[str, Reader] = TABLES | {".txt": lambda path, file: iter([(1, {text_column: file.read()})])}
+    return [_column(path, line, record, text_column) for line, record in _records(path, readers)]
 
 
 def label_ids(path: Path, rows: Sequence[Row], label2id: Mapping[str, int]) -> list[int]:
@@ -63,6 +58,30 @@ def label_ids(path: Path, rows: Sequence[Row], label2id: Mapping[str, int]) -> l
                 hint=f"its labels are {', '.join(shown)}{more}",
             )
     return [label2id[row.label] for row in rows]
+
+
+def _records(path: Path, readers: Mapping[str, Reader]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line number and record of all that the reader for the file's suffix finds, which must be something."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    reader = readers.get(suffixes[-1] if suffixes else "")
+    if reader is None:
+        raise InputError(
+            f"{path}: don't know how to read this file", hint=f"use one of {', '.join(readers)}, or one of these + .gz"
+        )
+    empty = True
+    try:
+        with _open_text(path) as file:
+            for record in reader(path, file):
+                empty = False
+                yield record
+    except FileNotFoundError as err:
+        raise InputError(f"{path}: no such file") from err
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as err:
+        raise InputError(f"{path}: can't be read as text ({err})") from err
+    if empty:
+        raise InputError(f"{path}: no rows")
 
 
 def _open_text(path: Path) -> IO[str]:
@@ -95,7 +114,7 @@ def _csv(path: Path, file: IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path}:{reader.reader.line_num}: not CSV ({err})") from err
 
 
-READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_lines, ".csv": _csv}
+TABLES: dict[str, Reader] = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_lines, ".csv": _csv}
 
 
 def _column(path: Path, line: int, record: dict[str, Any], name: str) -> str:
@@ -107,6 +126,6 @@ def _column(path: Path, line: int, record: dict[str, Any], name: str) -> str:
     if name not in record:
         raise InputError(
             f"{path}:{line}: no column {name!r}; there are {', '.join(map(repr, record)) or 'none'}",
-            hint="say which columns hold the text and the label: text_column = ..., label_column = ...",
+            hint="say which columns to read: text_column = ... (and for labels label_column = ...)",
         )
     raise InputError(f"{path}:{line}: column {name!r} is empty or not text")

@@ -12,9 +12,8 @@ classifier is the centred embedding of label l's name.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertForSequenceClassification
-from transformers.utils import logging as _logging
+from transformers import AutoConfig, AutoModel, BertForSequenceClassification
 
 from fedmerge.errors import InputError, ResourceError
-
-transformers_logging: Any = _logging  # its functions have no types
+from fedmerge_client.train.huggingface import open_tokenizer, quiet_transformers
 
 LOGIT_SCALE = 20.0  # of cosines; the inverse temperature that sentence encoders are trained with
 RIDGE = 1.0
 MAX_LABEL_TOKENS = 64
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
 
 def build_classifier(
@@ -127,28 +123,3 @@ def _fit_pooler(states: Tensor, averages: Tensor) -> tuple[Tensor, Tensor]:
     weight = torch.linalg.solve(gram, inputs.T @ targets).T
     bias = target_mean - weight @ input_mean
     return weight.float(), bias.float()
-
-
-def open_tokenizer(model_dir: Path) -> Any:
-    """Return the tokenizer of a model directory. Raises `InputError` when it has none."""
-    # Without these files transformers 5 makes up a tokenizer from config.json alone: every word is unknown to it.
-    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(
-            f"{model_dir}: has no tokenizer",
-            hint=f"save it beside the model; there is none of {', '.join(TOKENIZER_FILES)}",
-        )
-    return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from writing progress bars and advice to the terminal while models are opened."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

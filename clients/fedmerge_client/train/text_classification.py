@@ -6,24 +6,31 @@ repeat exactly and to leave frozen weights untouched to the bit. Dropout stays o
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
-from fedmerge.errors import ConfigError, InputError, ResourceError
+from fedmerge.errors import InputError
 from fedmerge.seeds import derive_seed
 from fedmerge.training import TrainResult, TrainTask, validated
 from fedmerge_client.train.datasets import label_ids, read_rows
-from fedmerge_client.train.label_head import open_tokenizer, quiet_transformers
+from fedmerge_client.train.huggingface import (
+    Device,
+    find_device,
+    freeze,
+    limited_threads,
+    num_positions,
+    open_model,
+    open_tokenizer,
+    save_model,
+)
 
 EVAL_BATCH_SIZE = 64
 POOL_BATCHES = 8  # batches are cut from this many batches' worth of shuffled examples, sorted by length
@@ -64,14 +71,14 @@ class TextClassification(BaseModel):
     text_column: str = "text"
     label_column: str = "label"
     eval_max_length: Annotated[int, Field(ge=4)] = 128
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
     def check(self) -> None:
         """Raise `InputError` unless the training and test files can be read, `ConfigError` if the device is missing."""
         for path in (self.data, self.test):
             if path is not None:
                 self._read(path)
-        self._device()
+        find_device(self.device)
 
     def train(self, task: TrainTask) -> TrainResult:
         """Tune `task.model_dir` by `Settings` into `task.workspace/tuned`.
@@ -82,15 +89,15 @@ class TextClassification(BaseModel):
         settings = validated(Settings, task.settings, where="[train]")
         model, tokenizer = self._open(task.model_dir)
         texts, labels = self._examples(self.data, model)
-        tokens = _tokenize(tokenizer, texts, min(settings.max_length, _num_positions(model)))
-        parameters = _freeze(model, settings.freeze)
-        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        tokens = _tokenize(tokenizer, texts, min(settings.max_length, num_positions(model)))
+        parameters = freeze(model, settings.freeze)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, settings))
         batches = _batches(
             [len(row) for row in tokens], settings.batch_size, derive_seed(task.seed, task.round, "batches")
         )
         losses = []
-        with _threads(settings.num_threads):
+        with limited_threads(settings.num_threads):
             for step, chosen in zip(range(1, settings.steps + 1), batches, strict=False):
                 logits = model(**_pad(tokenizer, [tokens[i] for i in chosen], model.device)).logits
                 loss = cross_entropy(logits, labels[chosen].to(model.device), label_smoothing=settings.label_smoothing)
@@ -103,15 +110,7 @@ class TextClassification(BaseModel):
                 schedule.step()
                 if task.progress is not None:
                     task.progress(step, settings.steps, losses[-1])
-        tuned_dir = task.workspace / "tuned"
-        try:
-            with quiet_transformers():
-                model.save_pretrained(tuned_dir)
-                tokenizer.save_pretrained(tuned_dir)
-        except OSError as err:
-            raise ResourceError(
-                f"{tuned_dir}: could not write the fine-tune ({err})", hint="is the disk full?"
-            ) from err
+        tuned_dir = save_model(model, tokenizer, task.workspace / "tuned")
         last = losses[-max(1, len(losses) // 10) :]
         return TrainResult(tuned_dir, len(texts), {"loss": sum(last) / len(last)})
 
@@ -121,7 +120,7 @@ class TextClassification(BaseModel):
             return {}
         model, tokenizer = self._open(model_dir)
         texts, labels = self._examples(self.test, model)
-        tokens = _tokenize(tokenizer, texts, min(self.eval_max_length, _num_positions(model)))
+        tokens = _tokenize(tokenizer, texts, min(self.eval_max_length, num_positions(model)))
         by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         num_correct, total_loss = 0, 0.0
         with torch.inference_mode():
@@ -139,34 +138,15 @@ class TextClassification(BaseModel):
         rows = self._read(path)
         return [row.text for row in rows], torch.tensor(label_ids(path, rows, model.config.label2id))
 
-    def _device(self) -> torch.device:
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError('device = "cuda", but torch finds no CUDA device', hint='use device = "auto"')
-        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
-
     def _open(self, model_dir: Path) -> tuple[Any, Any]:
-        """Return model and tokenizer, in fp32 and with dropout off; nothing is fetched and no pickle is opened."""
-        device = self._device()
-        with quiet_transformers():
-            try:
-                model, loading = AutoModelForSequenceClassification.from_pretrained(
-                    model_dir,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                )
-                tokenizer = open_tokenizer(model_dir)
-            except (OSError, ValueError, RuntimeError, SafetensorError) as err:
-                raise InputError(f"{model_dir}: not a classifier that transformers opens ({err})") from err
-        if loading["missing_keys"]:
-            # transformers would fill them with random numbers, other ones at every node.
-            missing = sorted(loading["missing_keys"])
-            raise InputError(
-                f"{model_dir}: has no {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""),
-                hint="the base must be a sequence classifier; label_head.build_classifier makes one from an encoder",
-            )
-        return model.eval().to(device), tokenizer
+        model = open_model(
+            AutoModelForSequenceClassification,
+            model_dir,
+            find_device(self.device),
+            what="classifier",
+            hint="the base must be a sequence classifier; label_head.build_classifier makes one from an encoder",
+        )
+        return model, open_tokenizer(model_dir)
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
@@ -176,33 +156,12 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[lis
     return tokens
 
 
-def _num_positions(model: Any) -> int:
-    """Return how many tokens the model has positions for."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 512)
-
-
 def _pad(tokenizer: Any, tokens: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
     longest = max(map(len, tokens))
     pad_id = tokenizer.pad_token_id or 0
     input_ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in tokens])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens])
     return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _freeze(model: torch.nn.Module, prefixes: Sequence[str]) -> list[torch.nn.Parameter]:
-    """Exclude tensors from training by name prefix and return the others."""
-    names = [name for name, _ in model.named_parameters()]
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
-            raise ConfigError(
-                f"[train]: freeze: no tensor of the model starts with {prefix!r}", hint=f"they are {names[0]} and so on"
-            )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(tuple(prefixes)))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ConfigError("[train]: freeze: leaves nothing to train")
-    return trained
 
 
 def _lr_factor(step: int, settings: Settings) -> float:
@@ -225,13 +184,3 @@ def _batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[lis
             cut = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
             for index in torch.randperm(len(cut), generator=generator).tolist():
                 yield cut[index]
-
-
-@contextlib.contextmanager
-def _threads(num_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

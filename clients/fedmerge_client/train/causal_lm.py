@@ -1,0 +1,230 @@
+"""Train a Hugging Face causal language model on texts, as one stretch of a run that spans the whole federation.
+
+Unlike a classifier's short fine-tune, language-model training does not begin anew each round: AdamW's moments and the
+place in the data are kept between rounds, and the learning rate follows one schedule over all rounds (DiLoCo, arXiv
+2311.08105). Without a merge in between, R rounds of H steps are R * H steps, to the bit. Dropout is off.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from fedmerge.errors import InputError
+from fedmerge.seeds import derive_seed
+from fedmerge.training import STATE, TrainResult, TrainTask, validated
+from fedmerge_client.train.adamw_state import Place, load_state, save_state
+from fedmerge_client.train.datasets import read_texts
+from fedmerge_client.train.huggingface import (
+    Device,
+    find_device,
+    freeze,
+    has_tokenizer,
+    limited_threads,
+    num_positions,
+    open_model,
+    open_tokenizer,
+    save_model,
+)
+from fedmerge_client.train.token_stream import TokenStream, shuffled, token_stream
+
+STATE_FILE = "adamw.safetensors"
+CHECKPOINT = "checkpoint"
+EVAL_BATCH_SIZE = 16
+
+
+class Settings(BaseModel):
+    """What a plan may ask for under `[train]`.
+
+    A round is `steps` updates, each from `batch_size` windows of `context_length` tokens. `lr` is AdamW's peak learning
+    rate, and `warmup` the share of all rounds' steps that it rises for before it falls by `schedule`, to `final_lr`
+    times the peak in the last round. Matrices decay, vectors don't; gradients longer than `max_grad_norm` are cut to
+    it (0: never). `precision` "bf16" multiplies in bf16; weights, gradients and moments are fp32 all the same. `freeze`
+    has name prefixes of tensors to leave alone. `num_threads` of 0 leaves torch's own choice.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: Annotated[int, Field(ge=1)] = 100
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    context_length: Annotated[int, Field(ge=2)] = 512
+    lr: Annotated[FiniteFloat, Field(gt=0)] = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.05
+    final_lr: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.1
+    beta1: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.95
+    weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.1
+    max_grad_norm: Annotated[FiniteFloat, Field(ge=0)] = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    freeze: tuple[str, ...] = ()
+    num_threads: Annotated[int, Field(ge=0)] = 0
+
+    def lr_at(self, step: int, num_steps: int) -> float:
+        """Return the learning rate of the 0-based `step` of the `num_steps` of all rounds."""
+        num_warmup = round(self.warmup * num_steps)
+        if step < num_warmup:
+            return self.lr * (step + 1) / num_warmup
+        done = (step - num_warmup) / max(1, num_steps - num_warmup)
+        fall = {"cosine": (1 - math.cos(math.pi * done)) / 2, "linear": done, "constant": 0.0}[self.schedule]
+        return self.lr * (1 - (1 - self.final_lr) * fall)
+
+
+class CausalLM(BaseModel):
+    """The `causal-lm` trainer; its fields are a node's own options.
+
+    `data` and `test` are texts (see `datasets.read_texts`). A batch goes through the model `micro_batch_size` windows
+    at a time (0: all at once) and its gradients are accumulated. With `checkpoint_steps` training is written to disk
+    every so many steps, and goes on from there when it was interrupted in the middle of a round. `evaluate` cuts the
+    test texts into windows of `eval_context_length` tokens and takes `eval_windows` of them, evenly spread (0: all).
+    `device` "auto" takes a CUDA device when there is one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Path
+    test: Path | None = None
+    text_column: str = "text"
+    micro_batch_size: Annotated[int, Field(ge=0)] = 0
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
+    eval_context_length: Annotated[int, Field(ge=2)] = 512
+    eval_windows: Annotated[int, Field(ge=0)] = 0
+    device: Device = "auto"
+
+    def check(self) -> None:
+        """Raise `InputError` unless the training and test files can be read, `ConfigError` if the device is missing."""
+        for path in (self.data, self.test):
+            if path is not None:
+                read_texts(path, text_column=self.text_column)
+        find_device(self.device)
+
+    def train(self, task: TrainTask) -> TrainResult:
+        """Take one round's steps by `Settings` from `task.model_dir` into `task.workspace/tuned`.
+
+        The result's `num_examples` is the number of windows in the data. Raises `ConfigError` for settings that can't
+        be, `InputError` for unusable data, a state that can't be read, or when training diverges.
+        """
+        settings = validated(Settings, task.settings, where="[train]")
+        model, tokenizer = self._open(task.model_dir)
+        stream = self._stream(self.data, model, tokenizer)
+        windows = stream.windows(min(settings.context_length, num_positions(model)))
+        windows = [one for one in windows if one.stop - one.start == windows[0].stop]  # the last may be shorter
+        parameters = freeze(model, settings.freeze)
+        optimizer = _adamw(parameters, settings)
+        place = Place(0, 0, derive_seed(task.seed, task.round, "windows"))
+        checkpoint = task.workspace / CHECKPOINT / STATE_FILE
+        if checkpoint.exists():
+            place = load_state(checkpoint, optimizer, parameters)
+        elif task.previous_state is not None:
+            place = load_state(task.previous_state / STATE_FILE, optimizer, parameters)
+        order = shuffled(len(windows), place.order_seed, place.num_taken)
+
+        losses = []
+        with limited_threads(settings.num_threads):
+            for step in range(place.step, settings.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.lr_at(
+                        (task.round - 1) * settings.steps + step, task.num_rounds * settings.steps
+                    )
+                batch = torch.stack([stream.tokens[windows[i]] for i in islice(order, settings.batch_size)])
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(self._accumulate_gradients(model, batch, settings.precision))
+                if not math.isfinite(losses[-1]):
+                    raise InputError(f"training diverged at step {step + 1} (loss {losses[-1]})", hint="lower the lr")
+                if settings.max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+                optimizer.step()
+                place = Place(step + 1, place.num_taken + settings.batch_size, place.order_seed)
+                if self.checkpoint_steps and place.step % self.checkpoint_steps == 0 and place.step < settings.steps:
+                    save_state(checkpoint, place, optimizer, parameters, with_parameters=True)
+                if task.progress is not None:
+                    task.progress(place.step, settings.steps, losses[-1])
+        between_rounds = Place(0, place.num_taken, place.order_seed)
+        save_state(task.workspace / STATE / STATE_FILE, between_rounds, optimizer, parameters, with_parameters=False)
+        tuned_dir = save_model(model, tokenizer, task.workspace / "tuned")
+        shutil.rmtree(checkpoint.parent, ignore_errors=True)
+        last = losses[-max(1, len(losses) // 10) :]
+        return TrainResult(tuned_dir, len(windows), {"loss": sum(last) / len(last)})
+
+    def evaluate(self, model_dir: Path) -> dict[str, float]:
+        """Return the `loss` (nats per token), `perplexity` and `byte_loss` (nats per byte) on the test texts.
+
+        Every window begins without context, so longer windows give lower losses. Empty without test texts.
+        """
+        if self.test is None:
+            return {}
+        model, tokenizer = self._open(model_dir)
+        stream = self._stream(self.test, model, tokenizer)
+        windows = stream.windows(min(self.eval_context_length, num_positions(model)))
+        num_all = len(windows)
+        if 0 < self.eval_windows < num_all:
+            windows = [windows[i * num_all // self.eval_windows] for i in range(self.eval_windows)]
+        total_loss, num_targets = 0.0, 0
+        with torch.inference_mode():
+            for chosen in _batches_of_equal_length(windows):
+                batch = torch.stack([stream.tokens[window] for window in chosen])
+                num_targets += batch[:, 1:].numel()
+                total_loss += float(_loss(model, batch, "fp32", reduction="sum"))
+        loss = total_loss / num_targets
+        # Of the bytes, the windows that were taken have their share of the tokens.
+        bytes_per_token = stream.num_bytes / (stream.tokens.numel() - 1)
+        perplexity = math.exp(min(loss, 700.0))
+        return {"loss": loss, "perplexity": perplexity, "byte_loss": loss / bytes_per_token}
+
+    def _open(self, model_dir: Path) -> tuple[Any, Any | None]:
+        model = open_model(
+            AutoModelForCausalLM,
+            model_dir,
+            find_device(self.device),
+            what="causal language model",
+            hint="the base must be a causal language model with all its weights",
+        )
+        return model, open_tokenizer(model_dir) if has_tokenizer(model_dir) else None
+
+    def _stream(self, path: Path, model: Any, tokenizer: Any | None) -> TokenStream:
+        return token_stream(path, read_texts(path, text_column=self.text_column), tokenizer, model.config.vocab_size)
+
+    def _accumulate_gradients(self, model: Any, batch: Tensor, precision: str) -> float:
+        """Add the gradient of the mean loss of `batch` (windows, tokens) to the parameters'; return that loss."""
+        total = 0.0
+        for part in torch.split(batch, self.micro_batch_size or len(batch)):
+            loss = _loss(model, part, precision) * (len(part) / len(batch))
+            torch.autograd.backward(loss)
+            total += loss.item()
+        return total
+
+
+def _adamw(parameters: Mapping[str, torch.nn.Parameter], settings: Settings) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(settings.beta1, settings.beta2),
+    )
+
+
+def _loss(model: Any, windows: Tensor, precision: str, *, reduction: str = "mean") -> Tensor:
+    """Return the cross-entropy of each token of `windows` (windows, tokens) but the first, given those before it."""
+    tokens = windows.to(model.device, torch.long)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits: Tensor = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)
+
+
+def _batches_of_equal_length(windows: list[slice]) -> Iterator[list[slice]]:
+    by_length: dict[int, list[slice]] = {}
+    for window in windows:
+        by_length.setdefault(window.stop - window.start, []).append(window)
+    for same in by_length.values():
+        for start in range(0, len(same), EVAL_BATCH_SIZE):
+            yield same[start : start + EVAL_BATCH_SIZE]

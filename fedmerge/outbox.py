@@ -1,0 +1,46 @@
+"""What a node keeps from one round for its next: folders beside the statements of the deltas that it signed.
+
+A node has one outbox per round. A folder that is kept in it counts from the moment that the round's statement exists:
+one that was left half-written is made again together with the delta.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedmerge.errors import VerificationError, reporting_os_errors
+from fedmerge.sign import PublicKey
+from fedmerge.statements import DeltaStatement, RoundSpec
+
+STATEMENT = "statement.json"
+
+
+def previous_folder(outbox: Path, name: str, spec: RoundSpec, own: Mapping[str, PublicKey]) -> Path | None:
+    """Return the folder called `name` of the newest earlier round of the same run, if there is one.
+
+    `outbox` is the folder of the round of `spec` among those of the others, `own` the key that signed their statements.
+    All other folders of that name are deleted. That includes one of this same round: it is of an attempt that the
+    coordinator gave up, whose delta was never merged. Raises `ResourceError`.
+    """
+    newest_round, newest = 0, None
+    folders = [folder for folder in outbox.parent.glob(f"*/{name}") if folder.parent != outbox]
+    for folder in folders:
+        round_number = _round_of(folder.with_name(STATEMENT), spec, own)
+        if newest_round < round_number < spec.round:
+            newest_round, newest = round_number, folder
+    with reporting_os_errors(outbox.parent):
+        for folder in folders:
+            if folder != newest:
+                shutil.rmtree(folder)
+    return newest
+
+
+def _round_of(statement_file: Path, spec: RoundSpec, own: Mapping[str, PublicKey]) -> int:
+    """Return the round of a signed delta, or 0 when there is none, or it is not this node's, or of another run."""
+    try:
+        statement, _ = DeltaStatement.open(statement_file.read_bytes(), own, where=str(statement_file))
+    except (FileNotFoundError, VerificationError):
+        return 0
+    return statement.round if (statement.federation, statement.run) == (spec.federation, spec.run) else 0
