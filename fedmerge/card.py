@@ -56,7 +56,7 @@ def local_card(
     base_name: str, inputs: Sequence[LocalInput], recipe: Mapping[str, Any], seed: int, model_digest: str
 ) -> str:
     """Return the card of a model that was merged from local checkpoints."""
-    rows = [f"| {item.name} | `{item.digest[:12]}` | {item.weight:g} |" for item in inputs]
+    rows = [f"| {item.name} | `{item.digest[:12]}` | {_weight(item.weight)} |" for item in inputs]
     return f"""{_header(base_name, ["merge", "fedmerge", recipe["method"]])}
 # Merge of {len(inputs)} fine-tunes of {base_name}
 
@@ -70,6 +70,10 @@ Version `{model_digest}`.
 {json.dumps({"merge": dict(recipe), "seed": seed}, indent=2)}
 ```
 """
+
+
+def _weight(weight: object) -> str:
+    return f"{weight:g}" if isinstance(weight, float) else f"`{json.dumps(weight)}`"
 
 
 def _header(base_name: str, tags: list[str]) -> str:

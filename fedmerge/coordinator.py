@@ -35,6 +35,7 @@ from fedmerge.events import RoundFailed as RoundFailedEvent
 from fedmerge.frame import DeltaFile
 from fedmerge.intake import Intake
 from fedmerge.journal import Journal
+from fedmerge.merge.recipe import Plan
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.publish import publish, software_versions
 from fedmerge.rounds import Action, Phase, RoundPolicy, next_action
@@ -81,6 +82,7 @@ class Coordinator:
         state_dir = config.federation.state
         self.base = Checkpoint(base_dir)
         self.schema = delta_schema(self.base.schema)
+        Plan(config.recipe(), [], self.schema)  # a pattern that fits no tensor is reported now, not in every round
         self._base_files = _file_refs(base_dir)
         with ExitStack() as opened:
             opened.callback(FolderLock(state_dir).release)

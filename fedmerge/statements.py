@@ -64,11 +64,11 @@ class ModelRef(_Strict):
 
 
 class LocalInput(_Strict):
-    """A checkpoint that was merged: its directory's name, its model digest and its weight."""
+    """A checkpoint that was merged: its directory's name, its model digest and its weight, which may vary by layer."""
 
     name: str
     digest: Digest
-    weight: float
+    weight: float | list[float] | dict[str, float | list[float]]
 
 
 class Statement(_Strict, ABC):

@@ -17,8 +17,9 @@ from fedmerge.sign import SigningKey
 
 if TYPE_CHECKING:
     from fedmerge.interop.mergekit_yaml import MergeJob
+    from fedmerge.merge.layers import Value
 
-MAX_VALUE_CHARS = 100  # of a parameter's value
+MAX_VALUE_CHARS = 1000  # of a parameter's value
 SEE_HELP = "see: fedmerge merge --help"
 
 
@@ -35,10 +36,11 @@ def merge(
     ] = None,
     method: Annotated[str | None, Parameter(help="How to merge. [default: task_arithmetic]")] = None,
     weights: Annotated[
-        str | None, Parameter(help="One number per model, such as 2,1,1. [default: 1 each]", show_default=False)
+        str | None, Parameter(help="One value per model, such as 2,1,1. [default: 1 each]", show_default=False)
     ] = None,
     set: Annotated[  # noqa: A002 - names the option
-        tuple[str, ...], Parameter(help="A parameter of the method, KEY=VALUE, such as density=0.2. Repeatable.")
+        tuple[str, ...],
+        Parameter(help="A parameter of the method, KEY=VALUE, such as density=0.2 or density=[0.4,0.2]. Repeatable."),
     ] = (),
     seed: Annotated[
         int, Parameter(help="Seed of methods that draw random masks.", validator=Number(gte=0, lt=1 << 63))
@@ -126,21 +128,36 @@ def _parameters(assignments: tuple[str, ...]) -> dict[str, Any]:
         name, separator, text = assignment.partition("=")
         if not (separator and name and len(text) <= MAX_VALUE_CHARS):
             raise ConfigError(f"--set {assignment:.60}: expected KEY=VALUE")
-        try:
-            parsed = tomllib.loads(f"value = {text}")
-        except tomllib.TOMLDecodeError:
-            parsed = {}
-        values[name] = parsed["value"] if parsed.keys() == {"value"} else text
+        value = _toml(text)
+        values[name] = text if value is None else value
     return values
 
 
-def _weights(text: str | None, num_models: int) -> list[float]:
+def _weights(text: str | None, num_models: int) -> list[Value]:
+    """Parse numbers between commas, or values as they stand in a TOML list."""
+    from fedmerge.merge.parameters import Weight, check
+
     if text is None:
         return [1.0] * num_models
     try:
-        weights = [float(part) for part in text.split(",")]
-    except ValueError as err:
-        raise ConfigError(f"--weights {text:.60}: expected numbers separated by commas") from err
+        weights: list[Value] = [float(part) for part in text.split(",")]
+    except ValueError:
+        checked = [check(Weight, weight) for weight in _toml(f"[{text}]") or []]
+        if not checked or any(problems for _, problems in checked):
+            raise ConfigError(
+                f"--weights {text:.60}: expected numbers separated by commas",
+                hint="or, for weights that vary over layers, lists and tables as in TOML: [0,1],{'*.mlp.*'=0.5}",
+            ) from None
+        weights = [weight for weight, _ in checked]
     if len(weights) != num_models:
         raise ConfigError(f"--weights has {len(weights)} numbers for {num_models} models")
     return weights
+
+
+def _toml(text: str) -> Any:
+    """Return the TOML value that `text` spells, or None."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return None
+    return parsed["value"] if parsed.keys() == {"value"} else None

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fedmerge.config.locate import KeyPath, key_lines, line_of
@@ -121,6 +121,7 @@ def _merge_problems(section: Any) -> list[_Problem]:
     if not isinstance(method, str) or not method or (method == default and section.keys() <= {"method", "seed"}):
         return []  # nothing to look up, which would load torch
     from fedmerge.merge import METHODS, parameters
+    from fedmerge.merge.parameters import check
 
     if method not in METHODS:
         return [_Problem(("merge", "method"), _one_of(method, METHODS))]
@@ -133,11 +134,7 @@ def _merge_problems(section: Any) -> list[_Problem]:
             suggestion = did_you_mean(key, known) or f"; {method} takes {', '.join(known) or 'no parameters'}"
             problems.append(_Problem(("merge", key), f"unknown key{suggestion}"))
             continue
-        adapter = TypeAdapter[Any](known[key].type, config=ConfigDict(strict=True, allow_inf_nan=False))
-        try:
-            adapter.validate_python(value)
-        except ValidationError as err:
-            problems.append(_Problem(("merge", key), _explain(err.errors(include_url=False)[0])))
+        problems += [_Problem(("merge", key, *path), _explain(error)) for path, error in check(known[key], value)[1]]
     return problems
 
 

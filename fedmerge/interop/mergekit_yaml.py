@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from fedmerge.errors import ConfigError, MissingExtra, did_you_mean
 from fedmerge.merge import Recipe
+from fedmerge.merge.layers import Value
 from fedmerge.merge.methods import PAIRWISE
 
 MAX_FILE_BYTES = 1 << 20
@@ -41,7 +42,7 @@ class MergeJob:
     recipe: Recipe
     base: Path
     models: tuple[Path, ...]
-    weights: tuple[float, ...]
+    weights: tuple[Value, ...]
     dtype: str | None
 
 

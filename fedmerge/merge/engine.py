@@ -10,8 +10,9 @@ from torch import Tensor
 from fedmerge.delta import working_dtype
 from fedmerge.errors import InputError, ModelMismatch
 from fedmerge.merge.average import fold
+from fedmerge.merge.layers import Value
 from fedmerge.merge.methods import LINEAR, METHODS, NEEDS_BASE
-from fedmerge.merge.recipe import Recipe
+from fedmerge.merge.recipe import Plan, Recipe
 from fedmerge.merge.stack import require_floats, row_weights
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import TensorMap
@@ -19,7 +20,7 @@ from fedmerge.tensors import TensorMap
 
 def merge_deltas(
     deltas: Sequence[TensorMap],
-    weights: Sequence[float],
+    weights: Sequence[Value],
     recipe: Recipe,
     *,
     base: TensorMap | None = None,
@@ -30,12 +31,13 @@ def merge_deltas(
 
     `deltas` are K task vectors with the same names and shapes; each tensor is asked for once, one parameter after the
     other, and used up before the next is asked for, so maps may decode lazily and into one buffer. `weights` are K
-    numbers, `scales` K factors on the deltas (norm clipping). Linear methods hold one tensor at a time, the others a
-    stack of K. The outcome is `METHODS[recipe.method]` on each stack, with the seed `derive_seed(seed, method, name)`,
-    and depends on the order of the deltas: sort them first.
+    numbers, or values that vary over the model (`fedmerge.merge.layers`), `scales` K factors on the deltas (norm
+    clipping). Linear methods hold one tensor at a time, the others a stack of K. The outcome is
+    `METHODS[recipe.method]` on each stack, with the seed `derive_seed(seed, method, name)`, and depends on the order of
+    the deltas: sort them first.
 
     Raises `InputError` when the numbers of deltas, weights and scales differ, and `ModelMismatch` when names (at once)
-    or shapes (when reached) do.
+    or shapes (when reached) do; `ConfigError` when a value varies by a pattern that fits no name.
     """
     scales = [1.0] * len(deltas) if scales is None else scales
     if not deltas:
@@ -51,13 +53,15 @@ def merge_deltas(
     if base is not None and not base.keys() >= set(names):
         raise ModelMismatch(f"the base model misses {min(set(names) - base.keys())}, which the task vectors have")
     stack = _Stack(len(deltas))
-    weight = torch.tensor(list(weights), dtype=torch.float64)
-
-    def coefficients(dtype: torch.dtype) -> list[float]:
-        return LINEAR[recipe.method](row_weights(weight, len(deltas), dtype), **recipe.params)
+    plan = Plan(recipe, weights, names)
 
     def merge_one(name: str) -> Tensor:
-        tensors = _read(name, deltas, scales)
+        tensors, params = _read(name, deltas, scales), plan.params(name)
+        weight = torch.tensor(plan.weights(name), dtype=torch.float64)
+
+        def coefficients(dtype: torch.dtype) -> list[float]:
+            return LINEAR[recipe.method](row_weights(weight, len(deltas), dtype), **params)
+
         if recipe.method in LINEAR:
             return fold(tensors, coefficients)
         return METHODS[recipe.method](
@@ -65,7 +69,7 @@ def merge_deltas(
             weight,
             base=base[name] if base is not None and recipe.method in NEEDS_BASE else None,
             seed=derive_seed(seed, recipe.method, name),
-            **recipe.params,
+            **params,
         )
 
     return ((name, merge_one(name)) for name in names)

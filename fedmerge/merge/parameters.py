@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from fedmerge.errors import ConfigError, did_you_mean
+from fedmerge.merge.layers import KeyPath, Value, is_each, map_leaves
 
 Density: TypeAlias = Annotated[
     float, Field(gt=0, le=1, description="Share of the entries of each tensor that is kept; at least one entry is.")
@@ -120,6 +122,10 @@ class Parameter(NamedTuple):
     doc: str
 
 
+# What a fine-tune counts for, where it is written down and not found by screening.
+Weight = Parameter(Annotated[float, Field(allow_inf_nan=False)], 1.0, "The weight of a fine-tune.")
+
+
 def parameters_of(function: Callable[..., object], *, skip: Iterable[str] = ()) -> dict[str, Parameter]:
     """Return the keyword-only arguments of `function` but those in `skip`, by Python name, in the signature's order."""
     hints = get_type_hints(function, include_extras=True)
@@ -136,7 +142,32 @@ def config_key(name: str) -> str:
     return name.removesuffix("_")
 
 
-def resolve(where: str, parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
+def check(
+    parameter: Parameter, value: Value, *, each: bool = False
+) -> tuple[Value, list[tuple[KeyPath, ErrorDetails]]]:
+    """Return `value` as `parameter` takes it, and what is wrong with it, by where in it.
+
+    Floats may vary over depth, everything may by name (`fedmerge.merge.layers`), and by fine-tune where `each` says so.
+    """
+    adapter = TypeAdapter[Any](parameter.type, config=ConfigDict(strict=True, allow_inf_nan=False))
+    problems: list[tuple[KeyPath, ErrorDetails]] = []
+
+    def leaf(scalar: Any, path: KeyPath) -> Any:
+        try:
+            return adapter.validate_python(scalar)
+        except ValidationError as err:
+            problems.append((path, err.errors(include_url=False)[0]))
+            return scalar
+
+    if is_each(value) and not each:
+        return leaf(value, ()), problems
+    is_float = get_args(parameter.type)[:1] == (float,)
+    return map_leaves(value, leaf, default=parameter.default, lists=is_float), problems
+
+
+def resolve(
+    where: str, parameters: Mapping[str, Parameter], given: Mapping[str, Any], *, each: bool = False
+) -> dict[str, Any]:
     """Return `given` checked against `parameters`, by Python name, with defaults filled in.
 
     Names may be written as in Python or as in configuration files. Raises `ConfigError` beginning with `where` on the
@@ -149,10 +180,8 @@ def resolve(where: str, parameters: Mapping[str, Parameter], given: Mapping[str,
         if name not in parameters:
             known = f"it takes {', '.join(names)}" if names else "it takes none"
             raise ConfigError(f"{where} has no parameter {key!r}{did_you_mean(str(key), names)}", hint=known)
-        adapter = TypeAdapter[Any](parameters[name].type, config=ConfigDict(strict=True, allow_inf_nan=False))
-        try:
-            resolved[name] = adapter.validate_python(value)
-        except ValidationError as err:
-            problem = err.errors()[0]["msg"].removeprefix("Input ")
-            raise ConfigError(f"{where}: {key} = {value!r} {problem}") from None
+        resolved[name], problems = check(parameters[name], value, each=each)
+        for path, problem in problems:
+            place = "".join(f"[{part!r}]" for part in path)
+            raise ConfigError(f"{where}: {key}{place} = {problem['input']!r} {problem['msg'].removeprefix('Input ')}")
     return resolved

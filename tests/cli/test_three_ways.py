@@ -185,6 +185,25 @@ def test_merge_is_task_arithmetic(models: Path, environ: dict[str, str], tmp_pat
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
 
 
+def test_merge_by_layers_is_signed_as_given(models: Path, environ: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(models / "base", tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        fine_tune(tmp_path / "base", tmp_path / name, seed)
+    merge = """merge a b --base base --out m --key m.key --set 'lambda={"bert.*"=1,default=0}' --weights"""
+    run_all(
+        tmp_path, environ, "keys new m.key", merge + """ '{"*.bias"=2,default=0.5},[1]'""", "verify m --key m.key.pub"
+    )
+    base, merged, a, b = (Checkpoint(tmp_path / name) for name in ("base", "m", "a", "b"))
+    for name in base:
+        weight = 2 if name.endswith(".bias") else 0.5
+        moved = weight * (a[name].double() - base[name].double()) + b[name].double() - base[name].double()
+        expected = base[name].double() + (moved if name.startswith("bert.") else 0)
+        torch.testing.assert_close(merged[name].double(), expected, atol=1e-6, rtol=0)
+    lineage = json.loads((tmp_path / "m/lineage.json").read_text())["predicate"]
+    assert lineage["merge"]["params"]["lambda"] == {"bert.*": 1.0, "default": 0.0}
+    assert [item["weight"] for item in lineage["inputs"]] == [{"*.bias": 2.0, "default": 0.5}, [1.0]]
+
+
 EXTRAS = {
     "client": ["transformers", "google.rpc", "grpc_status"],
     "server": ["sqlalchemy", "grpc_health", "google.rpc", "grpc_status"],

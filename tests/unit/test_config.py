@@ -236,6 +236,11 @@ BAD: list[tuple[str, list[str]]] = [
     ),
     (MINIMAL + "[merge]\nmethod = 'ties'\ndensty = 0.2\n", ["7: merge.densty: unknown key; did you mean 'density'?"]),
     (MINIMAL + "[merge]\nmethod = 'ties'\ndensity = 2\n", ["7: merge.density: should be at most 1, not 2"]),
+    (MINIMAL + "[merge]\nmethod = 'ties'\ndensity = [1, 2]\n", ["7: merge.density[1]: should be at most 1, not 2"]),
+    (
+        MINIMAL + "[merge]\nmethod = 'ties'\n[merge.density]\ndefault = 0.5\n'*.mlp.*' = 'x'\n",
+        ["9: merge.density.\"*.mlp.*\": should be a number, not 'x'"],
+    ),
     (
         MINIMAL + "[merge]\nmethod = 'ties'\nnormalize = 'no'\n",
         ["7: merge.normalize: should be true or false, not 'no'"],
