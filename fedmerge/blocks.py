@@ -12,13 +12,13 @@ bytes: in blocks of 64 an fp32 scale would cost 0.4 bits per value.
 
 An even number of levels has no zero: in a block that is not all zero, zeros come back as small values.
 
-Shapes: M values, G = ceil(M / block_size) blocks, of which B are worked on at a time.
+Shapes: M values, G = ceil(M / block_size) blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +26,17 @@ import torch
 from torch import Tensor
 
 from fedmerge.errors import InvalidDelta
-from fedmerge.planes import Sections, join_planes, pack_codes, packed_bytes, split_planes, unpack_codes
+from fedmerge.jit import kernel
+from fedmerge.planes import Bytes, Sections, join_planes, pack_codes, packed_bytes, split_planes, unpack_codes
 
 # With scales up to here, 127 * scale is still a finite fp32.
 MAX_INT8_SCALE = float(np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0)))
 
-# Work through this many values at a time: they stay in cache, and temporaries do not grow with the tensor.
-_CHUNK_VALUES = 1 << 17
+_Floats: TypeAlias = npt.NDArray[np.float32]
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+# Adding it to an fp32 of at most 2^22 and taking it away again rounds that to the nearest integer, half to even.
+_ROUND = np.float32(3 << 22)
 
 
 def num_blocks(num_values: int, block_size: int) -> int:
@@ -40,31 +44,33 @@ def num_blocks(num_values: int, block_size: int) -> int:
     return -(-num_values // block_size)
 
 
-def _rows_of_blocks(values: Tensor, block_size: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield some elements, their blocks, and their values (B, block_size); a shorter last block comes by itself."""
-    num_whole = values.numel() // block_size
-    step = max(1, _CHUNK_VALUES // block_size)
-    for start in range(0, num_whole, step):
-        blocks = slice(start, min(start + step, num_whole))
-        elements = slice(blocks.start * block_size, blocks.stop * block_size)
-        yield elements, blocks, values[elements].view(-1, block_size)
-    if values.numel() > num_whole * block_size:
-        tail = slice(num_whole * block_size, values.numel())
-        yield tail, slice(num_whole, num_whole + 1), values[tail].unsqueeze(0)
+@kernel
+def _largest_magnitude(values: _Floats) -> np.float32:
+    # As integers, because the order of floats that are not negative is that of their bits, and integers take no care of
+    # NaN: this is one instruction for many values.
+    bits = values.view(np.uint32)
+    largest = np.uint32(0)
+    for i in range(bits.size):
+        largest = max(largest, bits[i] & _MAGNITUDE)
+    result: np.float32 = np.array([largest], dtype=np.uint32).view(np.float32)[0]
+    return result
 
 
-def _divide(rows: Tensor, scale: Tensor) -> Tensor:
-    """Return `rows` (B, block_size) over `scale` (B,), and rows of scale 0 as they are."""
-    return rows / torch.where(scale > 0, scale, 1.0).unsqueeze(1)
+@kernel
+def _multiply_blocks(codes: npt.NDArray[Any], scales: _Floats, block_size: int, values: _Floats) -> None:
+    """Write the product of each block of `codes` (M,) and its scale (G,) to `values` (M,)."""
+    for block in range(scales.size):
+        for i in range(block * block_size, min((block + 1) * block_size, values.size)):
+            values[i] = np.float32(codes[i]) * scales[block]
 
 
-def _multiply_blocks(values: npt.NDArray[np.float32], scales: npt.NDArray[np.float32], block_size: int) -> None:
+@kernel
+def _scale_blocks(values: _Floats, scales: _Floats, block_size: int) -> None:
     """Multiply each block of `values` (M,) in place by its scale (G,)."""
-    num_whole = values.size // block_size
-    blocks = values[: num_whole * block_size].reshape(num_whole, block_size)
-    blocks *= scales[:num_whole, np.newaxis]
-    if scales.size > num_whole:
-        values[num_whole * block_size :] *= scales[num_whole]
+    for block in range(scales.size):
+        part = values[block * block_size : (block + 1) * block_size]
+        for i in range(part.size):
+            part[i] *= scales[block]
 
 
 def _require_scales(scales: npt.NDArray[np.float32], largest: float) -> None:
@@ -73,13 +79,21 @@ def _require_scales(scales: npt.NDArray[np.float32], largest: float) -> None:
         raise InvalidDelta(f"{num_bad} of {scales.size} scales are negative, not finite or too large")
 
 
-def _int8_scales(absmax: Tensor) -> Tensor:
-    """Return the scale of each block (B,): absmax / 127, rounded up so that no code passes 127."""
-    scales = absmax / 127
-    # Among the denormals rounding down can lose half of the quotient; in fp64 the product is exact.
-    too_small = scales.double() * 127 < absmax.double()
-    scales = torch.where(too_small, torch.nextafter(scales, torch.tensor(torch.inf)), scales)
-    return scales.clamp(max=MAX_INT8_SCALE)
+@kernel
+def _quantize_int8(values: _Floats, block_size: int, scales: _Floats, codes: npt.NDArray[np.int8]) -> None:
+    for block in range(scales.size):
+        part = values[block * block_size : (block + 1) * block_size]
+        absmax = _largest_magnitude(part)
+        scale = np.float32(absmax / np.float32(127))
+        # Among the denormals rounding down can lose half of the quotient; in fp64 the product is exact.
+        if np.float64(scale) * 127 < np.float64(absmax):
+            scale = np.nextafter(scale, np.float32(np.inf))
+        scale = min(scale, np.float32(MAX_INT8_SCALE))
+        scales[block] = scale
+        divisor = scale if scale > 0 else np.float32(1)
+        block_codes = codes[block * block_size : (block + 1) * block_size]
+        for i in range(part.size):
+            block_codes[i] = np.int8((part[i] / divisor + _ROUND) - _ROUND)
 
 
 def quantize_int8(values: Tensor, block_size: int) -> Sections:
@@ -89,13 +103,10 @@ def quantize_int8(values: Tensor, block_size: int) -> Sections:
     fp32: 0.03 bit per value at block size 1024, and, unlike 16-bit ones, they have the range of the values and round
     finely enough to keep the bound.
     """
-    codes = torch.empty(values.numel(), dtype=torch.int8)
-    scales = torch.empty(num_blocks(values.numel(), block_size))
-    for elements, blocks, rows in _rows_of_blocks(values, block_size):
-        scales[blocks] = _int8_scales(rows.abs().amax(dim=1))
-        codes[elements] = _divide(rows, scales[blocks]).round_().view(-1)
-    scale_planes = split_planes(scales.numpy().view(np.uint32))
-    return {"scales": np.concatenate(scale_planes), "codes": codes.numpy().view(np.uint8)}
+    codes = np.empty(values.numel(), dtype=np.int8)
+    scales = np.empty(num_blocks(codes.size, block_size), dtype=np.float32)
+    _quantize_int8(values.numpy(), block_size, scales, codes)
+    return {"scales": split_planes(scales.view(np.uint32)).reshape(-1), "codes": codes.view(np.uint8)}
 
 
 def dequantize_int8(sections: Sections, num_values: int, block_size: int) -> Tensor:
@@ -108,8 +119,8 @@ def dequantize_int8(sections: Sections, num_values: int, block_size: int) -> Ten
     _require_scales(scales, MAX_INT8_SCALE)
     if codes.min(initial=0) < -127:
         raise InvalidDelta(f"{int(np.count_nonzero(codes == -128))} codes are -128, outside [-127, 127]")
-    values = codes.astype(np.float32)
-    _multiply_blocks(values, scales, block_size)
+    values = np.empty(codes.size, dtype=np.float32)
+    _multiply_blocks(codes, scales, block_size, values)
     return torch.from_numpy(values)
 
 
@@ -123,37 +134,74 @@ def _round_down_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]
     return bits.view(np.float32)
 
 
-def absmax_scale(rows: Tensor) -> Tensor:
-    """Return the least bf16 scale of each row (B,) at which 7 * scale reaches its largest magnitude."""
-    absmax = rows.abs().amax(dim=1)
-    below = torch.from_numpy(_round_down_bf16((absmax / 7).numpy()))
-    above = (below.view(torch.int32) + 0x10000).view(torch.float32)
-    return torch.where(below.double() * 7 < absmax.double(), above, below)
+@kernel
+def absmax_scales(values: _Floats, block_size: int) -> _Floats:
+    """Return of each block (G,) the least bf16 scale at which 7 * scale reaches its largest magnitude."""
+    scales = np.empty(-(-values.size // block_size), dtype=np.float32)
+    bits = scales.view(np.uint32)
+    for block in range(scales.size):
+        absmax = _largest_magnitude(values[block * block_size : (block + 1) * block_size])
+        scales[block] = absmax / np.float32(7)
+        bits[block] &= np.uint32(0xFFFF0000)
+        if np.float64(scales[block]) * 7 < np.float64(absmax):
+            bits[block] += np.uint32(0x10000)
+    return scales
 
 
-# Sums by numpy: the order in which it adds depends neither on the width of vectors nor on the number of threads, so a
-# replay on another machine meets the same scales.
+# Sums are of eight numbers in turn, in fp64, and then of those: the order of additions is written down here, whatever
+# the width of a processor's vectors, so a replay on another machine meets the same scales.
 
 
-def rms_scale(rows: Tensor) -> Tensor:
-    """Return the root mean square of each row (B,): the standard deviation of values of mean 0."""
-    wide = rows.numpy().astype(np.float64)
-    return torch.from_numpy(np.sqrt(np.mean(wide * wide, axis=1)))
+@kernel
+def rms_scales(values: _Floats, block_size: int) -> _Floats:
+    """Return the root mean square of each block (G,): the standard deviation of values of mean 0."""
+    scales = np.empty(-(-values.size // block_size), dtype=np.float32)
+    for block in range(scales.size):
+        part = values[block * block_size : (block + 1) * block_size]
+        sums = np.zeros(8)
+        for i in range(part.size):
+            sums[i & 7] += np.float64(part[i]) * np.float64(part[i])
+        scales[block] = np.sqrt(sums.sum() / part.size)
+    return scales
 
 
-def mean_magnitude_scale(rows: Tensor) -> Tensor:
-    """Return the mean magnitude of each row (B,)."""
-    return torch.from_numpy(np.mean(np.abs(rows.numpy().astype(np.float64)), axis=1))
+@kernel
+def mean_magnitude_scales(values: _Floats, block_size: int) -> _Floats:
+    """Return the mean magnitude of each block (G,)."""
+    scales = np.empty(-(-values.size // block_size), dtype=np.float32)
+    for block in range(scales.size):
+        part = values[block * block_size : (block + 1) * block_size]
+        sums = np.zeros(8)
+        for i in range(part.size):
+            sums[i & 7] += abs(np.float64(part[i]))
+        scales[block] = sums.sum() / part.size
+    return scales
+
+
+@kernel
+def _nearest_levels(values: _Floats, block_size: int, scales: _Floats, thresholds: _Floats, codes: Bytes) -> None:
+    """Write to `codes` (M,) how many of the `thresholds` are at most the ratio of each value to its block's scale."""
+    ratios = np.empty(block_size, dtype=np.float32)
+    for block in range(scales.size):
+        part = values[block * block_size : (block + 1) * block_size]
+        block_codes = codes[block * block_size : (block + 1) * block_size]
+        divisor = scales[block] if scales[block] > 0 else np.float32(1)
+        for i in range(part.size):
+            ratios[i] = part[i] / divisor
+            block_codes[i] = 0
+        for threshold in thresholds:
+            for i in range(part.size):
+                block_codes[i] += np.uint8(ratios[i] >= threshold)
 
 
 class Levels(NamedTuple):
     """A quantizer whose value is `levels[code]` times a bf16 scale per block; `levels` are symmetric and ascending.
 
-    `scale` maps rows of values (B, block_size) to their scales (B,), which are then rounded to bf16.
+    `scales(values, block_size)` returns the scale of each block (G,) of `values` (M,), which is then rounded to bf16.
     """
 
     levels: tuple[float, ...]
-    scale: Callable[[Tensor], Tensor]
+    scales: Callable[[_Floats, int], _Floats]
 
     @property
     def max_scale(self) -> float:
@@ -163,16 +211,14 @@ class Levels(NamedTuple):
 
     def quantize(self, values: Tensor, block_size: int) -> Sections:
         """Return `values` (M,) as the codes of the nearest levels, packed, and one scale per block of `block_size`."""
-        levels = torch.tensor(self.levels)
-        thresholds = (levels[1:] + levels[:-1]) / 2
-        codes = torch.empty(values.numel(), dtype=torch.uint8)
-        scales = torch.empty(num_blocks(values.numel(), block_size), dtype=torch.bfloat16)
-        for elements, blocks, rows in _rows_of_blocks(values, block_size):
-            scales[blocks] = self.scale(rows).clamp(max=self.max_scale)
-            ratios = _divide(rows, scales[blocks].float())
-            codes[elements] = torch.bucketize(ratios, thresholds, out_int32=True, right=True).view(-1)
+        levels = np.array(self.levels, dtype=np.float32)
+        codes = np.empty(values.numel(), dtype=np.uint8)
+        exact = np.minimum(self.scales(values.numpy(), block_size), np.float32(self.max_scale))
+        scales = torch.from_numpy(exact).to(torch.bfloat16)
+        thresholds = (levels[1:] + levels[:-1]) / np.float32(2)
+        _nearest_levels(values.numpy(), block_size, scales.float().numpy(), thresholds, codes)
         planes = split_planes(scales.view(torch.int16).numpy().view(np.uint16))
-        return {"scales": np.concatenate(planes), "codes": pack_codes(codes.numpy(), len(levels))}
+        return {"scales": planes.reshape(-1), "codes": pack_codes(codes, levels.size)}
 
     def dequantize(self, sections: Sections, num_values: int, block_size: int) -> Tensor:
         """Return level * scale for the sections of `quantize`, always finite.
@@ -184,7 +230,7 @@ class Levels(NamedTuple):
         _require_scales(scales, self.max_scale)
         levels = np.array(self.levels, dtype=np.float32)
         values: npt.NDArray[np.float32] = unpack_codes(sections["codes"], num_values, levels.size, levels)
-        _multiply_blocks(values, scales, block_size)
+        _scale_blocks(values, scales, block_size)
         return torch.from_numpy(values)
 
     def section_bytes(self, num_values: int, block_size: int) -> dict[str, int]:
@@ -199,7 +245,7 @@ def _symmetric(*positive: float) -> tuple[float, ...]:
     return (*(-level for level in reversed(positive)), *positive)
 
 
-INT4 = Levels(tuple(float(level) for level in range(-7, 8)), absmax_scale)
-LLOYD3 = Levels(_symmetric(0.2451, 0.7560, 1.3439, 2.1519), rms_scale)
-LLOYD2 = Levels(_symmetric(0.4528, 1.5104), rms_scale)
-SIGN = Levels(_symmetric(1.0), mean_magnitude_scale)
+INT4 = Levels(tuple(float(level) for level in range(-7, 8)), absmax_scales)
+LLOYD3 = Levels(_symmetric(0.2451, 0.7560, 1.3439, 2.1519), rms_scales)
+LLOYD2 = Levels(_symmetric(0.4528, 1.5104), rms_scales)
+SIGN = Levels(_symmetric(1.0), mean_magnitude_scales)

@@ -14,13 +14,13 @@ Shapes: N elements of the tensor, M of them kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fedmerge.errors import InvalidDelta
+from fedmerge.jit import kernel
 from fedmerge.planes import Bytes, Sections, pack_codes, packed_bytes, unpack_codes
 
 Indices: TypeAlias = npt.NDArray[np.int64]
@@ -28,27 +28,12 @@ Indices: TypeAlias = npt.NDArray[np.int64]
 CHUNK_BITS = 12
 CHUNK_ELEMENTS = 1 << CHUNK_BITS
 
-# Choose from this many chunks at a time: their keys stay in cache.
-_CHUNKS_AT_ONCE = 32
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 def kept_of_chunk(num_elements: int, density: float) -> int:
     """Return how many of a chunk's `num_elements` (1 to 4096) elements are kept: their share, rounded, at least 1."""
     return max(1, int(density * num_elements + 0.5))
-
-
-def _split(num_elements: int, density: float) -> Iterator[tuple[int, int, int, int]]:
-    """Yield first element, number of chunks, elements and kept per chunk: of the whole chunks, then of a shorter last.
-
-    The whole chunks come a few at a time.
-    """
-    num_whole, num_last = divmod(num_elements, CHUNK_ELEMENTS)
-    kept_of_whole = kept_of_chunk(CHUNK_ELEMENTS, density)
-    for first in range(0, num_whole, _CHUNKS_AT_ONCE):
-        num_chunks = min(_CHUNKS_AT_ONCE, num_whole - first)
-        yield first * CHUNK_ELEMENTS, num_chunks, CHUNK_ELEMENTS, kept_of_whole
-    if num_last:
-        yield num_whole * CHUNK_ELEMENTS, 1, num_last, kept_of_chunk(num_last, density)
 
 
 def num_indices(num_elements: int, density: float) -> int:
@@ -64,19 +49,85 @@ def largest_of_chunks(values: npt.NDArray[np.float32], density: float) -> Indice
     Of equal magnitudes the one with the lower index is taken, so the choice is the same on every machine.
     """
     indices = np.empty(num_indices(values.size, density), dtype=np.int64)
-    done = 0
-    for first, num_chunks, size, kept in _split(values.size, density):
-        rows = np.abs(values[first : first + num_chunks * size]).reshape(num_chunks, size)
-        # The bits of floats that are not negative are in the floats' order. With the position below them, counted from
-        # the end, keys are all different, and what a partition puts at the top is no matter of how it works.
-        positions_down = np.arange(size - 1, -1, -1)
-        keys = (rows.view(np.int32).astype(np.int64) << CHUNK_BITS) | positions_down
-        top = np.partition(keys, size - kept, axis=1)[:, size - kept :]
-        positions = np.sort(size - 1 - (top & (CHUNK_ELEMENTS - 1)), axis=1)
-        starts = first + size * np.arange(num_chunks)[:, np.newaxis]
-        indices[done : done + positions.size] = (starts + positions).reshape(-1)
-        done += positions.size
+    _choose(values.view(np.uint32), *_kept_of_whole_and_last(values.size, density), indices)
     return indices
+
+
+def _kept_of_whole_and_last(num_elements: int, density: float) -> tuple[int, int]:
+    return kept_of_chunk(CHUNK_ELEMENTS, density), kept_of_chunk(num_elements % CHUNK_ELEMENTS, density)
+
+
+@kernel
+def _choose(bits: npt.NDArray[np.uint32], kept_of_whole: int, kept_of_last: int, indices: Indices) -> None:
+    """Write the indices of the largest magnitudes of each chunk, of floats with these bits, to `indices` (M,).
+
+    The bits of floats that are not negative are in the floats' order. Each chunk is folded, up to 16 to 1, by taking
+    maxima of elements that are a stride apart. The magnitude that as many of the maxima reach as are to be kept is at
+    most the one that is sought, and most of the chunk is below it, left out without being looked at one by one.
+    """
+    maxima, candidates, work = np.empty((3, CHUNK_ELEMENTS), dtype=np.uint32)
+    columns, positions = np.empty((2, CHUNK_ELEMENTS), dtype=np.int64)
+    counts = np.empty(1 << 11, dtype=np.int64)
+    done = 0
+    for first in range(0, bits.size, CHUNK_ELEMENTS):
+        chunk = bits[first : first + CHUNK_ELEMENTS]
+        kept = kept_of_whole if chunk.size == CHUNK_ELEMENTS else kept_of_last
+        fold = 16
+        while fold > 1 and chunk.size < 2 * kept * fold:
+            fold //= 2
+        stride = -(-chunk.size // fold)
+        maxima[:stride] = 0
+        for start in range(0, chunk.size, stride):
+            row = chunk[start : start + stride]
+            for i in range(row.size):
+                maxima[i] = max(maxima[i], row[i] & _MAGNITUDE)
+        bound, _ = _at_rank(maxima[:stride], kept, counts, work)
+        num_columns = num_candidates = 0
+        for i in range(stride):
+            columns[num_columns] = i
+            num_columns += maxima[i] >= bound
+        for start in range(0, chunk.size, stride):
+            for column in columns[:num_columns]:
+                if start + column < chunk.size:
+                    magnitude = chunk[start + column] & _MAGNITUDE
+                    candidates[num_candidates] = magnitude
+                    positions[num_candidates] = start + column
+                    num_candidates += magnitude >= bound
+        least, num_ties = _at_rank(candidates[:num_candidates], kept, counts, work)
+        for i in range(num_candidates):
+            if candidates[i] > least or (candidates[i] == least and num_ties > 0):
+                num_ties -= candidates[i] == least
+                indices[done] = first + positions[i]
+                done += 1
+
+
+@kernel
+def _at_rank(
+    keys: npt.NDArray[np.uint32], rank: int, counts: npt.NDArray[np.int64], work: npt.NDArray[np.uint32]
+) -> tuple[np.uint32, int]:
+    """Return the key (of 31 bits) that `rank` (at least 1) of `keys` reach, and how many of those are equal to it.
+
+    Digit by digit from the top: keys are counted by digit, and those of the digit in which the rank falls go on.
+    """
+    num_keys = keys.size
+    work[:num_keys] = keys
+    for shift in (20, 10, 0):
+        counts[:] = 0
+        digit = 0
+        for i in range(num_keys):
+            own = (work[i] >> shift) & (0x7FF if shift == 20 else 0x3FF)
+            counts[own] += 1
+            digit = max(digit, own)
+        while counts[digit] < rank:
+            rank -= counts[digit]
+            digit -= 1
+        num_left = 0
+        for i in range(num_keys):
+            key = work[i]
+            work[num_left] = key
+            num_left += ((key >> shift) & (0x7FF if shift == 20 else 0x3FF)) == digit
+        num_keys = num_left
+    return work[0], rank
 
 
 def _low_bits(density: float) -> int:
@@ -119,17 +170,25 @@ def decode_indices(sections: Sections, num_elements: int, density: float) -> Ind
     gaps = _unpack(sections["gaps_low"], num_gaps, low_bits, 0)
     gaps += _unpack(sections["gaps_high"], num_gaps, CHUNK_BITS - low_bits, low_bits)
     indices = np.empty(num_gaps, dtype=np.int64)
-    done = num_bad = 0
-    for first, num_chunks, size, kept in _split(num_elements, density):
-        end = done + num_chunks * kept
-        positions = np.cumsum(gaps[done:end].reshape(num_chunks, kept) + 1, axis=1) - 1
-        num_bad += int(np.count_nonzero(positions[:, -1] >= size))
-        starts = first + size * np.arange(num_chunks)[:, np.newaxis]
-        indices[done:end] = (starts + positions).reshape(-1)
-        done = end
+    num_bad = _add_gaps(gaps, num_elements, *_kept_of_whole_and_last(num_elements, density), indices)
     if num_bad:
         raise InvalidDelta(f"the indices of {num_bad} chunks go past their end")
     return indices
+
+
+@kernel
+def _add_gaps(gaps: Indices, num_elements: int, kept_of_whole: int, kept_of_last: int, indices: Indices) -> int:
+    """Write the index that each gap leads to, and return the number of chunks in which the last is past the end."""
+    done = num_bad = 0
+    for first in range(0, num_elements, CHUNK_ELEMENTS):
+        num_chunk = min(CHUNK_ELEMENTS, num_elements - first)
+        position = -1
+        for _ in range(kept_of_whole if num_chunk == CHUNK_ELEMENTS else kept_of_last):
+            position += 1 + gaps[done]
+            indices[done] = first + position
+            done += 1
+        num_bad += position >= num_chunk
+    return num_bad
 
 
 def _unpack(packed: Bytes, num_codes: int, num_bits: int, shift: int) -> npt.NDArray[Any]:

@@ -9,33 +9,65 @@ byte they cost 2.07, and their entropy is 1.91.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fedmerge.errors import InvalidDelta
+from fedmerge.jit import kernel
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Sections: TypeAlias = Mapping[str, Bytes]
 
 
-def split_planes(bits: npt.NDArray[Any]) -> list[Bytes]:
-    """Return the byte planes of float bit patterns, least significant first, the sign rotated to the lowest bit."""
-    width = bits.itemsize
-    rotated = (bits << 1) | (bits >> (8 * width - 1))
-    return [(rotated >> (8 * plane)).astype(np.uint8) for plane in range(width)]
+# A kernel that goes over its input several times does so for this many values at a time: they stay in cache.
+_CHUNK_VALUES = 1 << 13
 
 
-def join_planes(planes: list[Bytes]) -> npt.NDArray[Any]:
-    """Return the float bit patterns that `split_planes` split, as uint16 or uint32."""
-    width = len(planes)
-    rotated = np.empty((planes[0].size, width), dtype=np.uint8)
-    for plane, column in enumerate(planes):
-        rotated[:, plane] = column
-    bits = rotated.reshape(-1).view(f"<u{width}")
-    return (bits >> 1) | (bits << (8 * width - 1))
+def split_planes(bits: npt.NDArray[Any]) -> Bytes:
+    """Return the byte planes (width, M) of float bit patterns (M,), uint16 or uint32, least significant byte first.
+
+    The sign is rotated to the lowest bit.
+    """
+    planes = np.empty((bits.itemsize, bits.size), dtype=np.uint8)
+    _split(bits, planes)
+    return planes
+
+
+@kernel
+def _split(bits: npt.NDArray[Any], planes: Bytes) -> None:
+    sign_bit = 8 * len(planes) - 1
+    for start in range(0, bits.size, _CHUNK_VALUES):
+        chunk = bits[start : start + _CHUNK_VALUES]
+        for plane in range(len(planes)):
+            column = planes[plane, start : start + _CHUNK_VALUES]
+            for i in range(chunk.size):
+                column[i] = (((chunk[i] << 1) | (chunk[i] >> sign_bit)) >> (8 * plane)) & 0xFF
+
+
+def join_planes(planes: Sequence[Bytes]) -> npt.NDArray[Any]:
+    """Return the float bit patterns (M,) that `split_planes` split: uint16 of two planes, uint32 of four."""
+    bits: npt.NDArray[Any] = np.empty(planes[0].size, dtype=f"u{len(planes)}")
+    if len(planes) == 2:
+        _join_two(planes[0], planes[1], bits)
+    else:
+        _join_four(planes[0], planes[1], planes[2], planes[3], bits)
+    return bits
+
+
+@kernel
+def _join_two(plane0: Bytes, plane1: Bytes, bits: npt.NDArray[np.uint16]) -> None:
+    for i in range(bits.size):
+        bits[i] = (plane0[i] >> 1) | (plane1[i] << 7) | (plane0[i] << 15)
+
+
+@kernel
+def _join_four(plane0: Bytes, plane1: Bytes, plane2: Bytes, plane3: Bytes, bits: npt.NDArray[np.uint32]) -> None:
+    for i in range(bits.size):
+        low = (plane0[i] >> 1) | (plane0[i] << 31)
+        bits[i] = low | (plane1[i] << 7) | (plane2[i] << 15) | (plane3[i] << 23)
 
 
 def codes_per_byte(num_levels: int) -> int:
@@ -53,14 +85,18 @@ def pack_codes(codes: Bytes, num_levels: int) -> Bytes:
 
     The last byte is filled with zeros.
     """
-    per_byte = codes_per_byte(num_levels)
-    padded = np.zeros(packed_bytes(codes.size, num_levels) * per_byte, dtype=np.uint8)
-    padded[: codes.size] = codes
-    packed = padded[per_byte - 1 :: per_byte].copy()
-    for digit in range(per_byte - 2, -1, -1):
-        packed *= num_levels
-        packed += padded[digit::per_byte]
+    packed = np.empty(packed_bytes(codes.size, num_levels), dtype=np.uint8)
+    _pack(codes, num_levels, codes_per_byte(num_levels), packed)
     return packed
+
+
+@kernel
+def _pack(codes: Bytes, num_levels: int, per_byte: int, packed: Bytes) -> None:
+    for byte in range(packed.size):
+        value = 0
+        for i in range(min(codes.size, (byte + 1) * per_byte) - 1, byte * per_byte - 1, -1):
+            value = value * num_levels + codes[i]
+        packed[byte] = value
 
 
 def unpack_codes(packed: Bytes, num_codes: int, num_levels: int, meaning: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -77,5 +113,18 @@ def unpack_codes(packed: Bytes, num_codes: int, num_levels: int, meaning: npt.ND
     if packed.size and packed[-1] >= num_levels**num_last:
         raise InvalidDelta("the last byte is not filled with zeros")
     symbols = np.arange(num_symbols)[:, np.newaxis] // num_levels ** np.arange(per_byte)
-    result: npt.NDArray[Any] = meaning[symbols % num_levels][packed].reshape(-1)[:num_codes]
+    result = np.empty(num_codes, dtype=meaning.dtype)
+    _look_up(packed, meaning[symbols % num_levels], result)
     return result
+
+
+@kernel
+def _look_up(packed: Bytes, table: npt.NDArray[Any], result: npt.NDArray[Any]) -> None:
+    """Write row `table[byte]` for each byte, one after another, as far as `result` goes."""
+    per_byte = table.shape[1]
+    num_whole = result.size // per_byte
+    for byte in range(num_whole):
+        for digit in range(per_byte):
+            result[byte * per_byte + digit] = table[packed[byte], digit]
+    for i in range(num_whole * per_byte, result.size):
+        result[i] = table[packed[num_whole], i - num_whole * per_byte]

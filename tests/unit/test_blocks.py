@@ -108,6 +108,22 @@ def test_scales_are_what_they_are_said_to_be_to_the_precision_of_bf16(
             assert abs(scale - expected) <= expected * 2.0**-8 + SMALLEST_BF16
 
 
+@each_type
+@given(values=VALUES, block_size=st.integers(8, 40))
+@settings(deadline=None, max_examples=200)
+def test_codes_have_the_bits_of_a_second_implementation(
+    name: str, values: npt.NDArray[np.float32], block_size: int
+) -> None:
+    sections = encode(name, values, block_size)
+    levels = torch.tensor(LEVELS[name])
+    scales = torch.from_numpy(np.repeat(reference_scales(sections["scales"]), block_size)[: values.size]).float()
+    ratios = torch.from_numpy(values.copy()) / torch.where(scales > 0, scales, 1.0)
+    codes = torch.bucketize(ratios, (levels[1:] + levels[:-1]) / 2, right=True)
+    digits = [int(byte) // len(levels) ** i % len(levels) for byte in sections["codes"] for i in range(PER_BYTE[name])]
+    assert digits[: values.size] == codes.tolist()
+    assert decode(name, sections, values.size, block_size).tobytes() == (levels[codes] * scales).numpy().tobytes()
+
+
 @given(values=VALUES, block_size=st.integers(8, 40))
 @settings(deadline=None, max_examples=300)
 def test_int4_error_is_at_most_half_a_step(values: npt.NDArray[np.float32], block_size: int) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmerge.errors import InvalidDelta
-from fedmerge.planes import codes_per_byte, pack_codes, packed_bytes, unpack_codes
+from fedmerge.planes import codes_per_byte, join_planes, pack_codes, packed_bytes, split_planes, unpack_codes
 
 
 @st.composite
@@ -18,6 +20,7 @@ def coded(draw: st.DrawFn) -> tuple[int, list[int]]:
 
 
 @given(coded())
+@settings(deadline=None)
 def test_packed_codes_are_the_digits_of_numbers_in_that_base(case: tuple[int, list[int]]) -> None:
     num_levels, codes = case
     packed = pack_codes(np.array(codes, np.uint8), num_levels)
@@ -31,6 +34,7 @@ def test_packed_codes_are_the_digits_of_numbers_in_that_base(case: tuple[int, li
 
 
 @given(num_levels=st.integers(2, 256), packed=st.binary(min_size=1, max_size=6), data=st.data())
+@settings(deadline=None)
 def test_bytes_are_refused_unless_packing_makes_them(num_levels: int, packed: bytes, data: st.DataObject) -> None:
     per_byte = codes_per_byte(num_levels)
     num_codes = data.draw(st.integers((len(packed) - 1) * per_byte + 1, len(packed) * per_byte))
@@ -50,3 +54,14 @@ def test_bytes_that_are_no_codes_are_counted() -> None:
         unpack_codes(np.array([224, 225, 255], np.uint8), 6, 15, np.arange(15))
     with pytest.raises(InvalidDelta, match="the last byte is not filled with zeros"):
         unpack_codes(np.array([0, 15], np.uint8), 3, 15, np.arange(15))
+
+
+@pytest.mark.parametrize("num_values", [0, 1, 8191, 8193, 30_000])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_planes_are_the_bytes_of_rotated_integers(dtype: type[np.unsignedinteger[Any]], num_values: int) -> None:
+    width = np.dtype(dtype).itemsize
+    bits = np.random.default_rng(0).integers(0, 1 << (8 * width), num_values).astype(dtype)
+    planes = split_planes(bits)
+    rotated = bits * 2 + bits // (1 << (8 * width - 1))
+    np.testing.assert_array_equal(np.stack(planes, axis=-1).reshape(-1), rotated.view(np.uint8))
+    np.testing.assert_array_equal(join_planes(list(planes)), bits, strict=True)

@@ -93,6 +93,30 @@ def test_int8_is_the_formula_whatever_the_length(num_values: int) -> None:
     np.testing.assert_array_equal(QUANTIZERS["int8"].dequantize(sections, num_values, 1000).numpy(), expected)
 
 
+def int8_by_torch(values: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and codes by whole-tensor operations."""
+    rows = torch.zeros(-(-values.numel() // block_size) * block_size)
+    rows[: values.numel()] = values
+    rows = rows.view(-1, block_size)
+    absmax = rows.abs().amax(dim=1)
+    scales = absmax / 127
+    scales = torch.where(scales.double() * 127 < absmax.double(), scales.nextafter(torch.tensor(torch.inf)), scales)
+    scales = scales.clamp(max=float(np.nextafter(np.float32(LARGEST) / np.float32(127), np.float32(0))))
+    ratios = rows / torch.where(scales > 0, scales, 1.0).unsqueeze(1)
+    return scales, ratios.round().to(torch.int8).view(-1)[: values.numel()]
+
+
+@given(values=VALUES, block_size=BLOCK_SIZES)
+@example(values=np.array([128 * SMALLEST, SMALLEST], np.float32), block_size=8)
+@example(values=np.array([LARGEST, -LARGEST, 1.0], np.float32), block_size=8)
+@settings(deadline=None, max_examples=300)
+def test_int8_has_the_bits_of_a_second_implementation(values: npt.NDArray[np.float32], block_size: int) -> None:
+    scales, codes = int8_by_torch(torch.from_numpy(values.copy()), block_size)
+    sections = QUANTIZERS["int8"].quantize(torch.from_numpy(values.copy()), block_size)
+    assert reference_scales(sections["scales"]).tobytes() == scales.numpy().tobytes()
+    assert sections["codes"].tobytes() == codes.numpy().tobytes()
+
+
 def test_int8_rounds_half_to_even() -> None:
     values = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5])
     sections = QUANTIZERS["int8"].quantize(values, 8)
