@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import IO, Annotated, Any, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from fedmerge.codec import Codec
@@ -44,6 +45,7 @@ METADATA_KEY = "fedmerge"
 ZERO = "zero"
 MAX_HEADER_BYTES = 16 << 20
 MAX_WINDOW_BYTES = 1 << 23
+_COPY_BYTES = 1 << 20
 
 # Values up to here, divided by the density, are finite in every value type and after every rounding: what comes back is
 # at most 2.2 times the largest value (the outermost level of lloyd3).
@@ -141,25 +143,24 @@ def _compressor(level: int) -> zstandard.ZstdCompressor:
 
 
 def _encode(
-    values: Tensor, spec: TensorSpec, codec: Codec, seed: int, compressor: zstandard.ZstdCompressor
-) -> tuple[_Frame, Bytes]:
-    """Return the frame of flat fp32 `values` and its bytes; raise `InputError` for values that can't travel."""
+    values: Tensor, spec: TensorSpec, codec: Codec, seed: int, compressor: zstandard.ZstdCompressor, *, out: IO[bytes]
+) -> _Frame:
+    """Write the frame of flat fp32 `values` to `out`; raise `InputError` for values that can't travel."""
     low, high = (float(bound) for bound in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
     if low == high == 0:
-        return _Frame(shape=spec.shape, dtype="F32", encoding=ZERO, sections=()), np.empty(0, dtype=np.uint8)
+        return _Frame(shape=spec.shape, dtype="F32", encoding=ZERO, sections=())
     limit = MAX_VALUE * codec.density
     if not max(-low, high) <= limit:
         num_bad = int((~(values.double().abs() <= limit)).sum())
         raise InputError(f"{num_bad} values are NaN, infinite or beyond {limit:.3g}", hint="training diverged")
     kept = SPARSIFIERS[codec.sparsifier(spec)].sparsify(values, seed, codec.density)
-    sections, stored = [], []
+    sections = []
     for kind, raw in {**kept.indices, **QUANTIZERS[codec.values].quantize(kept.values, codec.block_size)}.items():
-        coded = np.frombuffer(compressor.compress(raw.data), dtype=np.uint8)
-        coder = "zstd" if coded.size < raw.size else "raw"
-        stored.append(coded if coder == "zstd" else raw)
-        sections.append(_Section(kind, raw.size, stored[-1].size, coder))
-    frame = _Frame(shape=spec.shape, dtype="F32", encoding=codec.encoding(spec), sections=tuple(sections))
-    return frame, np.concatenate(stored)
+        coded = compressor.compress(raw.data)
+        coder, stored = ("zstd", memoryview(coded)) if len(coded) < raw.size else ("raw", raw.data)
+        sections.append(_Section(kind, raw.size, stored.nbytes, coder))
+        out.write(stored)
+    return _Frame(shape=spec.shape, dtype="F32", encoding=codec.encoding(spec), sections=tuple(sections))
 
 
 def write_delta(path: Path, delta: TensorMap, schema: Schema, codec: Codec, *, seed: int) -> DeltaStats:
@@ -167,8 +168,9 @@ def write_delta(path: Path, delta: TensorMap, schema: Schema, codec: Codec, *, s
 
     `schema` says which tensors there must be, in which shapes (its integer tensors have no task vector and are left
     out); `seed` is the round's seed for this sender, from which each tensor's mask is derived. Tensors are read one at
-    a time; the coded frames stay in memory until the file is written. The file appears whole or not at all. The same
-    delta, codec, seed and library versions give the same bytes.
+    a time, and none is kept: frames wait in a nameless file beside `path` for the header, which comes first. The file
+    appears whole or not at all, and its owner alone can read it. The same delta, codec, seed and library versions give
+    the same bytes.
 
     Raises `ModelMismatch` when names or shapes differ from `schema`, `InputError` for NaN or infinite values, and
     `ResourceError` when the disk does not take the file.
@@ -178,27 +180,42 @@ def write_delta(path: Path, delta: TensorMap, schema: Schema, codec: Codec, *, s
     require_same_schema(schema, {name: schema.get(name, TensorSpec((), "F32")) for name in delta}, where=where)
     compressor = _compressor(codec.zstd_level)
     frames: dict[str, _Frame] = {}
-    payload: dict[str, Bytes] = {}
-    for name, spec in schema.items():
-        tensor = delta[name]
-        require_same_schema({name: spec}, schema_of({name: tensor}), where=where)
-        values = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
-        try:
-            frames[name], payload[name] = _encode(values, spec, codec, derive_seed(seed, name), compressor)
-        except InputError as err:
-            raise InputError(f"{where}: {name}: {err.message}", hint=err.hint) from err
-    header = _Header(format=FORMAT, version=VERSION, codec=codec.to_dict(), frames=frames)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(payload, part, metadata={METADATA_KEY: header.model_dump_json()})
-        if _header_bytes(part) > MAX_HEADER_BYTES:
-            raise InputError(f"{where}: {len(frames)} tensors are too many for one delta file")
+        with tempfile.TemporaryFile(dir=path.parent) as payload:
+            for name, spec in schema.items():
+                tensor = delta[name]
+                require_same_schema({name: spec}, schema_of({name: tensor}), where=where)
+                values = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
+                try:
+                    frames[name] = _encode(values, spec, codec, derive_seed(seed, name), compressor, out=payload)
+                except InputError as err:
+                    raise InputError(f"{where}: {name}: {err.message}", hint=err.hint) from err
+            header = _Header(format=FORMAT, version=VERSION, codec=codec.to_dict(), frames=frames)
+            table = _safetensors_header(header)
+            if len(table) > MAX_HEADER_BYTES:
+                raise InputError(f"{where}: {len(frames)} tensors are too many for one delta file")
+            payload.seek(0)
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(len(table).to_bytes(8, "little") + table)
+                shutil.copyfileobj(payload, file, _COPY_BYTES)
         part.replace(path)
         return header.stats(path.stat().st_size)
-    except (SafetensorError, OSError) as err:
+    except OSError as err:
         raise ResourceError(f"{path}: could not write the delta ({err})", hint="is the disk full?") from err
     finally:
         part.unlink(missing_ok=True)
+
+
+def _safetensors_header(header: _Header) -> bytes:
+    """Return the table at the start of a safetensors file: where each frame is, and as metadata what it is."""
+    table: dict[str, Any] = {"__metadata__": {METADATA_KEY: header.model_dump_json()}}
+    end = 0
+    for name, frame in header.frames.items():
+        start, end = end, end + frame.coded_bytes
+        table[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def _invalid(path: Path, problem: str) -> InvalidDelta:

@@ -320,6 +320,32 @@ def test_the_same_delta_gives_the_same_bytes(codec: Codec, tmp_path: Path) -> No
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_the_file_is_the_one_that_safetensors_writes(tmp_path: Path) -> None:
+    written = Written(tmp_path / "d", CODECS["topk int4"])
+    data = written.path.read_bytes()
+    save_file(written.frames, tmp_path / "d", metadata={"fedmerge": metadata_of(written.path)})
+    assert (tmp_path / "d").read_bytes() == data
+    write_delta(tmp_path / "new", written.delta, written.schema, written.codec, seed=SEED)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+
+
+class Computed(dict[str, torch.Tensor]):
+    """A delta whose tensors are made anew whenever they are asked for."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.randn(super().__getitem__(name).shape, generator=torch.Generator().manual_seed(len(name)))
+
+
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_no_frame_stays_in_memory(values: str, tmp_path: Path) -> None:
+    delta = Computed({"w" * number: torch.zeros(1 << 18).expand(1 << 18) for number in range(1, 21)})
+    tracemalloc.start()  # of which numpy and zstandard tell, torch does not
+    stats = write_delta(tmp_path / "d", delta, schema_of(delta), Codec(values=values), seed=SEED)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 3 * 4 * (1 << 18) < stats.payload_bytes
+
+
 def test_stats_count_what_is_there(tmp_path: Path) -> None:
     delta = a_delta()
     codec = CODECS["seeded int8"]
