@@ -1,0 +1,44 @@
+"""Mutants of delta files, as `benchmarks/fuzz.py` makes them, by the thousand; and bugs that they have to find."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fuzz", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fuzz"] = module  # where its dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_mutant_is_refused_by_name_or_decodes_to_what_the_plan_says(fuzz: ModuleType, tmp_path: Path) -> None:
+    fuzzer = fuzz.Fuzzer(tmp_path)
+    num_mutants = sum(fuzzer.run(seed) for seed in range(1_000_000, 1_000_500))
+    assert num_mutants > 4_000
+    # Both outcomes of most mutations: they reach past every check, and are stopped by some.
+    for mutation in ("replace_bytes", "fill", "scramble", "set_float", "exchange"):
+        assert fuzzer.counts[mutation, "refused"] > 20
+        assert fuzzer.counts[mutation, "decoded"] > 20
+    assert sum(fuzzer.counts[kind, "refused"] for kind, _ in fuzzer.counts if kind.startswith("file")) > 20
+
+
+@pytest.mark.parametrize("bug", ["indices", "expansion"])
+def test_a_check_that_is_missing_is_found(
+    bug: str, fuzz: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuzzer = fuzz.Fuzzer(tmp_path)
+    fuzz.PLANTED[bug](monkeypatch.setattr)
+    with pytest.raises(fuzz.Failure):
+        sum(map(fuzzer.run, range(200)))
