@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmerge.codec import Codec
-from fedmerge.errors import RoundFailed
+from fedmerge.errors import ConfigError, RoundFailed
 from fedmerge.frame import write_delta
 from fedmerge.merge import Recipe, merge_deltas
 from fedmerge.outer import OUTER
+from fedmerge.robust import Inputs, harden
 from fedmerge.screen import ScreenPolicy, Verdict, screen
 from fedmerge.seeds import derive_seed
 from fedmerge.statements import RoundSpec
@@ -60,13 +61,23 @@ class RoundUpdate(Mapping[str, Tensor]):
         self._previous_state = previous_state
         self._names = sorted(next(iter(deltas.values())))
         accepted = [verdict for verdict in verdicts if verdict.accepted]
-        self._merged = merge_deltas(
+        policy = ScreenPolicy.from_dict(spec.screen)
+        inputs = Inputs(
             [deltas[verdict.node_id] for verdict in accepted],
             [verdict.weight for verdict in accepted],
+            [verdict.scale for verdict in accepted],
+        )
+        try:
+            inputs = harden(inputs, policy.robust, policy.max_bad)
+        except ConfigError as err:
+            raise RoundFailed(f"after screening, {err.message}") from err
+        self._merged = merge_deltas(
+            inputs.deltas,
+            inputs.weights,
             Recipe.from_dict(spec.merge),
             base=before,
             seed=derive_seed("merge", spec.merge_seed, spec.round),
-            scales=[verdict.scale for verdict in accepted],
+            scales=inputs.scales,
         )
 
     def __getitem__(self, name: str) -> Tensor:

@@ -37,13 +37,16 @@ class ScreenPolicy:
     A delta is rejected when its norm is more than `max_norm_ratio` (1 or more) times the median norm, if there are
     three or more to compare. `clip_norm_ratio` (above 0) scales longer ones down to that many times the median of the
     accepted. Weights follow the number of examples, of which at most `max_weight_ratio` (1 or more) times the median
-    count, or are equal. Raises `ConfigError` when a value is out of range.
+    count, or are equal. The accepted then go through the `robust` rules (`fedmerge.robust`), one after the other, which
+    hold against `max_bad` of them. Raises `ConfigError` when a value is out of range.
     """
 
     max_norm_ratio: float = 10.0
     clip_norm_ratio: float | None = None
     weighting: Literal["examples", "equal"] = "examples"
     max_weight_ratio: float = 3.0
+    robust: tuple[str, ...] = ()
+    max_bad: int = 1
 
     def __post_init__(self) -> None:
         for name in ("max_norm_ratio", "max_weight_ratio"):
@@ -53,10 +56,13 @@ class ScreenPolicy:
             raise ConfigError(f"screen: clip_norm_ratio = {self.clip_norm_ratio} should be a number above 0")
         if self.weighting not in {"examples", "equal"}:
             raise ConfigError(f"screen: weighting = {self.weighting!r} should be 'examples' or 'equal'")
+        if self.max_bad < 1:
+            raise ConfigError(f"screen: max_bad = {self.max_bad} should be 1 or more")
+        object.__setattr__(self, "robust", tuple(self.robust))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as JSON types."""
-        return asdict(self)
+        return {**asdict(self), "robust": list(self.robust)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ScreenPolicy:

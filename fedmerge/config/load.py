@@ -91,7 +91,7 @@ def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[_
         config = Config.model_validate(filled, context={"folder": folder.resolve()})
     except ValidationError as err:
         problems = [_Problem(error["loc"], _explain(error)) for error in err.errors(include_url=False)]
-    return config, problems + _merge_problems(filled["merge"]) + _feedback_problems(config)
+    return config, problems + _merge_problems(filled["merge"]) + _feedback_problems(config) + _robust_problems(config)
 
 
 def _feedback_problems(config: Config | None) -> list[_Problem]:
@@ -100,6 +100,19 @@ def _feedback_problems(config: Config | None) -> list[_Problem]:
         return []
     text = 'does not go with [outer] name = "nesterov": residuals on top of momentum diverge; take "sgd", or leave it 0'
     return [_Problem(("delta", "error_feedback"), text)]
+
+
+def _robust_problems(config: Config | None) -> list[_Problem]:
+    """Refuse robust rules that could not hold in a round of the least allowed size."""
+    if config is None or not config.screen.robust:
+        return []
+    from fedmerge.robust import require_rules
+
+    try:
+        require_rules(config.screen.robust, config.screen.max_bad, config.rounds.min_nodes)
+    except ConfigError as err:
+        return [_Problem(("screen", "robust"), err.message)]
+    return []
 
 
 def _huge_numbers(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:

@@ -14,7 +14,7 @@ from fedmerge.merge.della import della, della_linear
 from fedmerge.merge.geometric import geometric_median, model_stock
 from fedmerge.merge.masks import consensus, emr
 from fedmerge.merge.pcb import pcb
-from fedmerge.merge.robust import median, trimmed_mean
+from fedmerge.merge.robust import mean_around_median, median, trimmed_mean
 from fedmerge.merge.selection import cabs, magmax, sce
 from fedmerge.merge.spectral import iso_c, iso_cts, subspace_boosting, tsv
 from fedmerge.merge.spherical import karcher, multislerp, nuslerp, rda, slerp
@@ -41,6 +41,7 @@ METHODS: dict[str, MergeMethod] = {
     "consensus": consensus,
     "emr": emr,
     "median": median,
+    "mean_around_median": mean_around_median,
     "trimmed_mean": trimmed_mean,
     "slerp": slerp,
     "nuslerp": nuslerp,

@@ -36,6 +36,32 @@ def trimmed_mean(
     return _mean_of_middle(deltas, weights, math.floor(trimmed * len(deltas)))
 
 
+def mean_around_median(
+    deltas: Tensor, weights: Tensor, *, base: Tensor | None = None, seed: int = 0, trimmed: Trimmed = 0.2
+) -> Tensor:
+    """Return the mean of each entry's values nearest to their median: (*shape,) in fp32 (or fp64 if `deltas` are).
+
+    Bulyan's second half, arXiv 1802.07927: of the values of `deltas` (K, *shape) the 2 floor(`trimmed` * K) farthest
+    from the median go, on whichever side they are; of two as far, the larger goes. For K = n - 2 f chosen task vectors
+    it is Bulyan with `trimmed` = f / K. The weights (K,) are checked, not used. Raises `InputError` when they do not
+    fit the stack.
+    """
+    rows = as_rows(deltas)
+    row_weights(weights, len(rows), rows.dtype)
+    num_kept = len(rows) - 2 * math.floor(trimmed * len(rows))
+    merged = torch.empty_like(rows[0])
+    for block in blocks(merged.numel()):
+        ordered = rows[:, block].sort(dim=0, stable=True).values
+        middle = (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
+        nearest = (ordered - middle).abs().argsort(dim=0, stable=True)[:num_kept]
+        kept = ordered.gather(0, nearest.sort(dim=0).values)
+        total = kept[0].clone()
+        for values in kept[1:]:
+            total += values
+        merged[block] = total / num_kept
+    return merged.view(deltas.shape[1:])
+
+
 def _mean_of_middle(deltas: Tensor, weights: Tensor, num_trimmed: int) -> Tensor:
     """Return the mean over `deltas` (K, *shape) of each entry's values but the `num_trimmed` at either end."""
     rows = as_rows(deltas)

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from fedmerge.config import parse_config
+from fedmerge.errors import ConfigError
+from fedmerge.merge import METHODS
+from fedmerge.robust import RULES, Inputs, gram_of, harden, mixing_of
+from fedmerge.sim import simulate
+from fedmerge.tensors import Checkpoint
+from tests.conftest import TOML, StepTrainer, make_base
+
+Array = npt.NDArray[np.float64]
+NUM_NODES, NUM_BAD, NUM_ELEMENTS = 10, 2, 5000
+
+
+def honest(seed: int = 0, num_nodes: int = NUM_NODES - NUM_BAD) -> Array:
+    """Return what good sites send: a signal they share and noise of their own, half as large."""
+    draw = np.random.Generator(np.random.PCG64(seed))
+    signal = draw.standard_normal(NUM_ELEMENTS)
+    return signal + 0.5 * draw.standard_normal((num_nodes, NUM_ELEMENTS))
+
+
+# What the bad sites send, knowing all that the good ones do: (2, N) from (8, N).
+ATTACKS: dict[str, Callable[[Array], Array]] = {
+    "huge": lambda good: 1000 * good[:NUM_BAD],
+    "sign flip": lambda good: -good[:NUM_BAD],
+    "a little is enough": lambda good: np.tile(good.mean(0) - 1.0 * good.std(0), (NUM_BAD, 1)),
+    "inner product": lambda good: np.tile(-0.5 * good.mean(0), (NUM_BAD, 1)),
+    "random": lambda good: np.random.Generator(np.random.PCG64(9)).standard_normal((NUM_BAD, NUM_ELEMENTS)),
+    "one direction": lambda good: np.tile(np.linalg.norm(good[0]) / math.sqrt(NUM_ELEMENTS), (NUM_BAD, NUM_ELEMENTS)),
+}
+
+
+def tensor_maps(rows: Array) -> list[dict[str, Tensor]]:
+    """Split each row over two tensors, as a model has several."""
+    return [
+        {"a": torch.from_numpy(row[:2000].reshape(40, 50).astype(np.float32)), "b": torch.from_numpy(row[2000:])}
+        for row in rows
+    ]
+
+
+def merged(rows: Array, rules: list[str], method: str, **params: float) -> Array:
+    inputs = harden(Inputs(tensor_maps(rows), [1 / len(rows)] * len(rows), [1.0] * len(rows)), rules, NUM_BAD)
+    tensors = [
+        METHODS[method](torch.stack([delta[name] for delta in inputs.deltas]), torch.tensor(inputs.weights), **params)
+        for name in ("a", "b")
+    ]
+    return np.concatenate([tensor.numpy().reshape(-1).astype(np.float64) for tensor in tensors])
+
+
+def error(good: Array, found: Array) -> float:
+    return float(np.linalg.norm(found - good.mean(0)) / np.linalg.norm(good.mean(0)))
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_two_of_ten_can_not_steer_the_recommended_chain(attack: str) -> None:
+    good = honest()
+    rows = np.concatenate([good, ATTACKS[attack](good)])
+    assert error(good, merged(rows, ["arc", "nnm"], "trimmed_mean", trimmed=NUM_BAD / NUM_NODES)) < 0.15
+
+
+def test_they_steer_the_mean() -> None:
+    good = honest()
+    assert error(good, merged(np.concatenate([good, ATTACKS["huge"](good)]), [], "fedavg")) > 100
+
+
+@pytest.mark.parametrize("rule", ["multi_krum", "centered_clip", "geometric_median"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_each_rule_bounds_every_attack(rule: str, attack: str) -> None:
+    good = honest()
+    assert error(good, merged(np.concatenate([good, ATTACKS[attack](good)]), [rule], "fedavg")) < 0.25
+
+
+def test_bulyan_bounds_every_attack() -> None:
+    good = honest(num_nodes=9)
+    # Of the seven it chooses it averages three per entry, so their own noise alone is 0.5 / sqrt(3).
+    for attack in ATTACKS.values():
+        rows = np.concatenate([good, attack(good)])
+        assert error(good, merged(rows, ["bulyan"], "mean_around_median", trimmed=NUM_BAD / 7)) < 0.35
+
+
+def brute_krum(rows: Array, num_bad: int) -> int:
+    """The definition, on the vectors themselves."""
+    scores = []
+    for index, row in enumerate(rows):
+        others = [float(((row - other) ** 2).sum()) for place, other in enumerate(rows) if place != index]
+        scores.append(sum(sorted(others)[: len(rows) - num_bad - 2]))
+    return scores.index(min(scores))
+
+
+def test_krum_is_its_definition() -> None:
+    for seed in range(5):
+        rows = np.concatenate([honest(seed=seed), 3 * honest(seed=seed + 10)[:NUM_BAD]])
+        mixing = mixing_of(gram_of(tensor_maps(rows)), ["krum"], NUM_BAD)
+        assert mixing.tolist() == [[float(index == brute_krum(rows, NUM_BAD)) for index in range(len(rows))]]
+
+
+def test_nnm_is_its_definition() -> None:
+    rows = honest()
+    mixing = mixing_of(gram_of(tensor_maps(rows)), ["nnm"], NUM_BAD)
+    for index, row in enumerate(rows):
+        order = sorted(range(len(rows)), key=lambda other: float(((row - rows[other]) ** 2).sum()))
+        expected = rows[order[: len(rows) - NUM_BAD]].mean(0)
+        np.testing.assert_allclose(mixing[index] @ rows, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_arc_clips_as_many_as_it_says() -> None:
+    rows = honest() * np.linspace(1, 3, NUM_NODES - NUM_BAD)[:, None]
+    mixing = mixing_of(gram_of(tensor_maps(rows)), ["arc"], NUM_BAD)
+    lengths = np.linalg.norm(mixing @ rows, axis=1)
+    # 2 * (2 / 8) * (8 - 2) = 3 of 8
+    assert np.count_nonzero(np.diagonal(mixing) < 1) == 3
+    np.testing.assert_allclose(lengths[-4:], np.sort(np.linalg.norm(rows, axis=1))[-4], rtol=1e-5)
+
+
+def test_centered_clip_is_its_definition() -> None:
+    rows = np.concatenate([honest(), ATTACKS["huge"](honest())])
+    center = np.zeros(NUM_ELEMENTS)
+    for _ in range(5):
+        moves = rows - center
+        lengths = np.linalg.norm(moves, axis=1)
+        center = center + (moves * np.minimum(1, np.median(lengths) / lengths)[:, None]).mean(0)
+    mixing = mixing_of(gram_of(tensor_maps(rows)), ["centered_clip"], NUM_BAD)
+    np.testing.assert_allclose((mixing @ rows)[0], center, rtol=1e-3, atol=1e-4)
+
+
+def test_geometric_median_has_the_least_sum_of_distances() -> None:
+    rows = np.concatenate([honest(), ATTACKS["sign flip"](honest())])
+    point = (mixing_of(gram_of(tensor_maps(rows)), ["geometric_median"], NUM_BAD) @ rows)[0]
+    least = np.linalg.norm(rows - point, axis=1).sum()
+    for step in np.random.Generator(np.random.PCG64(1)).standard_normal((20, NUM_ELEMENTS)):
+        assert np.linalg.norm(rows - point - 0.02 * step, axis=1).sum() >= least
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_who_is_first_makes_no_difference(rule: str) -> None:
+    rows = np.concatenate([honest(), honest(seed=3)])
+    order = np.random.Generator(np.random.PCG64(2)).permutation(len(rows))
+    first = mixing_of(gram_of(tensor_maps(rows)), [rule], NUM_BAD) @ rows
+    second = mixing_of(gram_of(tensor_maps(rows[order])), [rule], NUM_BAD) @ rows[order]
+    if len(first) == len(rows):
+        first = first[order]
+    np.testing.assert_allclose(np.sort(second, axis=0), np.sort(first, axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_equal_deltas_stay() -> None:
+    rows = np.tile(honest()[:1], (NUM_NODES, 1))
+    for rule in RULES:
+        if RULES[rule].min_nodes(NUM_BAD) <= NUM_NODES:
+            np.testing.assert_allclose(merged(rows, [rule], "fedavg"), rows[0], rtol=1e-4, atol=1e-5)
+
+
+def test_zero_deltas_stay() -> None:
+    for rule in RULES:
+        if RULES[rule].min_nodes(NUM_BAD) <= NUM_NODES:
+            assert not merged(np.zeros((NUM_NODES, NUM_ELEMENTS)), [rule], "fedavg").any()
+
+
+@pytest.mark.parametrize(
+    ("rule", "least"),
+    [("arc", 5), ("nnm", 5), ("krum", 7), ("multi_krum", 7), ("bulyan", 11), ("centered_clip", 5)],
+)
+def test_too_few_nodes_are_refused(tmp_path: Path, rule: str, least: int) -> None:
+    make_base(tmp_path / "base")
+    for num_nodes, refused in ((least - 1, True), (least, False)):
+        extra = f'[screen]\nrobust = ["{rule}"]\nmax_bad = 2\n'
+        text = TOML.format(num_rounds=1, min_nodes=num_nodes, grace_s=1.0, extra=extra)
+        if refused:
+            with pytest.raises(ConfigError, match=f"screen.robust: {rule} against 2 bad nodes needs at least {least}"):
+                parse_config(text, folder=tmp_path, where="fedmerge.toml")
+        else:
+            parse_config(text, folder=tmp_path, where="fedmerge.toml")
+
+
+def test_a_federation_with_a_liar(tmp_path: Path) -> None:
+    """The liar is not so long that its norm alone gives it away, and still does not show in the model."""
+    make_base(tmp_path / "base")
+    rules = '[screen]\nrobust = ["arc", "nnm"]\n[merge]\nmethod = "trimmed_mean"\ntrimmed = 0.2\n'
+    text = TOML.format(num_rounds=1, min_nodes=5, grace_s=1.0, extra=rules)
+    config = parse_config(text, folder=tmp_path, where="fedmerge.toml")
+    trainers = {f"good-{seed}": StepTrainer(seed=7, scale=0.01) for seed in range(4)}
+    trainers["liar"] = StepTrainer(seed=8, scale=-0.08)
+    result = simulate(config, tmp_path / "base", trainers, clock=lambda: 0.0)
+    base, model = Checkpoint(tmp_path / "base"), Checkpoint(result.model_dir)
+    for name in ("matrix", "vector"):
+        step = trainers["good-0"].step(name, base[name])
+        assert (model[name] - base[name] - step).norm() < 0.02 * step.norm()
+
+
+def test_too_few_left_after_screening() -> None:
+    deltas = tensor_maps(honest()[:4])
+    with pytest.raises(ConfigError, match="nnm against 2 bad nodes needs at least 5 nodes, not 4"):
+        harden(Inputs(deltas, [0.25] * 4, [1.0] * 4), ["nnm"], 2)
+
+
+def test_chains_are_products() -> None:
+    gram = gram_of(tensor_maps(honest()))
+    for first, second in itertools.permutations(["arc", "nnm", "multi_krum"], 2):
+        one = mixing_of(gram, [first], 1)
+        two = mixing_of(one @ gram @ one.T, [second], 1)
+        np.testing.assert_allclose(mixing_of(gram, [first, second], 1), two @ one, rtol=1e-6, atol=1e-7)
