@@ -75,6 +75,8 @@ class Trainer(Protocol):
 # Pydantic models, so that options from a configuration file are checked before anything is loaded. Beside each stands,
 # in its module and called `Settings`, the model of what a plan may ask of it.
 TRAINERS: dict[str, str] = {
+    "checkpoint": "fedmerge_client.train.checkpoint:ExistingCheckpoint",
+    "command": "fedmerge_client.train.command:Command",
     "causal-lm": "fedmerge_client.train.causal_lm:CausalLM",
     "flower": "fedmerge_client.train.flower:FlowerApp",
     "text-classification": "fedmerge_client.train.text_classification:TextClassification",
