@@ -78,6 +78,7 @@ class Subject:
         generator = torch.Generator().manual_seed(1)
         delta = {f"t{i:02}": 1e-3 * torch.randn(shape, generator=generator) for i, shape in enumerate(SIZES)}
         delta["zero"] = torch.zeros(20, 20)
+        delta["rank1"] = 1e-3 * torch.randn(60, 1, generator=generator) @ torch.randn(1, 50, generator=generator)
         self.schema, self.path = schema_of(delta), directory / "delta"
         write_delta(self.path, delta, self.schema, self.codec, seed=PLAN_SEED)
         data = self.path.read_bytes()

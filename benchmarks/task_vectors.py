@@ -36,7 +36,7 @@ def language_model_shapes(num_layers: int, width: int, vocabulary: int) -> dict[
 
 
 def heavy_tailed(quick: bool) -> TensorMap:
-    """Student-t(5), rows and columns scaled log-normally, in the shapes of a language model: 100 or 10 M parameters."""
+    """Student-t(5), rows and columns scaled log-normally, in the shapes of a language model; kurtosis about 28."""
     rng = np.random.default_rng(0)
     result = {}
     for name, shape in language_model_shapes(*((4, 384, 8000) if quick else (12, 768, 20000))).items():
@@ -44,7 +44,7 @@ def heavy_tailed(quick: bool) -> TensorMap:
         for axis in range(len(shape)):
             scale_shape = [1] * len(shape)
             scale_shape[axis] = shape[axis]
-            draw *= rng.lognormal(0, 0.5, size=scale_shape)
+            draw *= rng.lognormal(0, 0.375, size=scale_shape)
         result[name] = torch.from_numpy(draw.astype(np.float32))
     return result
 
