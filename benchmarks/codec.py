@@ -47,6 +47,7 @@ from fedmerge.delta import subtract
 from fedmerge.errors import FedmergeError
 from fedmerge.frame import METADATA_KEY, DeltaFile, write_delta
 from fedmerge.indices import CHUNK_ELEMENTS, kept_of_chunk
+from fedmerge.layerwise import num_largest
 from fedmerge.planes import unpack_codes
 from fedmerge.quantize import QUANTIZERS
 from fedmerge.seeds import derive_seed
@@ -72,6 +73,8 @@ CODECS = {
     "top 64 int4": Codec(sparsify="topk", density=64 / 4096, values="int4", block_size=64),
     "top 64 lloyd2": Codec(sparsify="topk", density=64 / 4096, values="lloyd2", block_size=64),
     "top 64 sign": Codec(sparsify="topk", density=64 / 4096, values="sign", block_size=64),
+    "layer 64 sign": Codec(sparsify="layerwise_topk", density=64 / 4096, values="sign", block_size=64),
+    "layer 64 lloyd2": Codec(sparsify="layerwise_topk", density=64 / 4096, values="lloyd2", block_size=64),
     "top 123 sign": Codec(sparsify="topk", density=123 / 4096, values="sign", block_size=64),
 }
 NUM_LEVELS = {"int4": INT4, "lloyd3": LLOYD3, "lloyd2": LLOYD2, "sign": SIGN}
@@ -126,8 +129,12 @@ class Bound:
     num_indices: int
 
 
-def choices_bits(num_elements: int, density: float) -> float:
+def choices_bits(num_elements: int, density: float, sparsifier: str) -> float:
     """log2 of the number of ways to choose what top-k keeps."""
+    if sparsifier == "layerwise_topk":
+        kept = num_largest(num_elements, density)
+        logs = (math.lgamma(count + 1) for count in (kept, num_elements - kept))
+        return (math.lgamma(num_elements + 1) - sum(logs)) / math.log(2)
 
     def of_chunk(size: int) -> float:
         return math.log2(math.comb(size, kept_of_chunk(size, density))) if size else 0.0
@@ -145,8 +152,8 @@ def bound_of(delta: TensorMap, codec: Codec) -> Bound:
         sparsifier = codec.sparsifier(TensorSpec(tuple(tensor.shape), "F32"))
         seed = derive_seed(SEED, name)
         kept = SPARSIFIERS[sparsifier].sparsify(tensor.float().reshape(-1), seed, codec.density).values
-        if sparsifier == "topk":
-            indices += choices_bits(tensor.numel(), codec.density)
+        if "topk" in sparsifier:
+            indices += choices_bits(tensor.numel(), codec.density, sparsifier)
             num_indices += kept.numel()
         sections = dict(QUANTIZERS[codec.values].quantize(kept, codec.block_size))
         if "scales" in sections:
@@ -166,7 +173,9 @@ def index_bytes_of(path: Path) -> int:
     """Bytes of a delta file that say where the values belong."""
     with safe_open(path, framework="np") as file:
         frames = json.loads(file.metadata()[METADATA_KEY])["frames"].values()
-    return sum(coded for frame in frames for kind, _, coded, _ in frame["sections"] if kind.startswith("gaps"))
+    return sum(
+        coded for frame in frames for kind, _, coded, _ in frame["sections"] if kind.startswith(("gaps", "counts"))
+    )
 
 
 def cpu_seconds(work: Callable[[], Any]) -> float:

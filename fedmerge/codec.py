@@ -51,7 +51,7 @@ class Codec:
         if self.sparsify == "none" and self.density != 1.0:
             raise ConfigError(
                 f"codec.density: {self.density} has no effect without a sparsifier",
-                hint='set sparsify = "seeded" or "topk", or leave density out',
+                hint='set sparsify = "seeded", "topk" or "layerwise_topk", or leave density out',
             )
 
     def to_dict(self) -> dict[str, Any]:

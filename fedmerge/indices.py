@@ -141,11 +141,7 @@ def _low_bits(density: float) -> int:
 
 def index_bytes(num_elements: int, density: float) -> dict[str, int]:
     """Return the length of each section of `encode_indices`."""
-    num_gaps, low_bits = num_indices(num_elements, density), _low_bits(density)
-    return {
-        "gaps_low": packed_bytes(num_gaps, 1 << low_bits),
-        "gaps_high": packed_bytes(num_gaps, 1 << (CHUNK_BITS - low_bits)),
-    }
+    return gap_bytes(num_indices(num_elements, density), density)
 
 
 def encode_indices(indices: Indices, density: float) -> Sections:
@@ -154,10 +150,32 @@ def encode_indices(indices: Indices, density: float) -> Sections:
     gaps = np.diff(positions, prepend=-1) - 1
     kept = kept_of_chunk(CHUNK_ELEMENTS, density)
     gaps[::kept] = positions[::kept]  # the first index of each chunk
+    return pack_gaps(gaps, density)
+
+
+def pack_gaps(gaps: Indices, density: float) -> Sections:
+    """Return the two sections of `gaps` (M,), each below 4096."""
     low_bits = _low_bits(density)
     return {
         "gaps_low": pack_codes((gaps & ((1 << low_bits) - 1)).astype(np.uint8), 1 << low_bits),
         "gaps_high": pack_codes((gaps >> low_bits).astype(np.uint8), 1 << (CHUNK_BITS - low_bits)),
+    }
+
+
+def unpack_gaps(sections: Sections, num_gaps: int, density: float) -> npt.NDArray[Any]:
+    """Return the gaps (M,) of `pack_gaps`; raise `InvalidDelta` for bytes that no packing makes."""
+    low_bits = _low_bits(density)
+    gaps = _unpack(sections["gaps_low"], num_gaps, low_bits, 0)
+    gaps += _unpack(sections["gaps_high"], num_gaps, CHUNK_BITS - low_bits, low_bits)
+    return gaps
+
+
+def gap_bytes(num_gaps: int, density: float) -> dict[str, int]:
+    """Return the length of each section of `pack_gaps`."""
+    low_bits = _low_bits(density)
+    return {
+        "gaps_low": packed_bytes(num_gaps, 1 << low_bits),
+        "gaps_high": packed_bytes(num_gaps, 1 << (CHUNK_BITS - low_bits)),
     }
 
 
@@ -166,10 +184,8 @@ def decode_indices(sections: Sections, num_elements: int, density: float) -> Ind
 
     Raises `InvalidDelta` for gaps that lead past the end of their chunk, and for bytes that no packing makes.
     """
-    num_gaps, low_bits = num_indices(num_elements, density), _low_bits(density)
-    gaps = _unpack(sections["gaps_low"], num_gaps, low_bits, 0)
-    gaps += _unpack(sections["gaps_high"], num_gaps, CHUNK_BITS - low_bits, low_bits)
-    indices = np.empty(num_gaps, dtype=np.int64)
+    gaps = unpack_gaps(sections, num_indices(num_elements, density), density)
+    indices = np.empty(gaps.size, dtype=np.int64)
     num_bad = _add_gaps(gaps, num_elements, *_kept_of_whole_and_last(num_elements, density), indices)
     if num_bad:
         raise InvalidDelta(f"the indices of {num_bad} chunks go past their end")

@@ -3,7 +3,8 @@
 A sparsifier is a pure function of one flat tensor and of what both ends know already (a seed and a density). `seeded`
 is DARE ("Language models are super Mario", arXiv 2311.03099) put on the wire: both ends draw the same Bernoulli mask,
 so the kept values travel without a byte of index, and dividing them by the density makes the result unbiased. `topk`
-sends the largest elements and where they are (`fedmerge.indices`); what it leaves out is lost, so it is biased.
+sends the largest elements of every 4096 and where they are (`fedmerge.indices`), `layerwise_topk` those of the whole
+tensor (`fedmerge.layerwise`), which has a lower error; what they leave out is lost, so they are biased.
 
 Shapes: N elements of the tensor, M of them kept.
 """
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge.indices import decode_indices, encode_indices, index_bytes, largest_of_chunks, num_indices
+from fedmerge.indices import Indices, decode_indices, encode_indices, index_bytes, largest_of_chunks, num_indices
+from fedmerge.layerwise import counted_index_bytes, decode_counted, encode_counted, largest_of_tensor, num_largest
 from fedmerge.planes import Sections
 from fedmerge.seeds import bernoulli_mask
 
@@ -104,8 +106,7 @@ def scatter_topk(kept: Kept, num_elements: int, seed: int, density: float) -> Te
 
     Raises `InvalidDelta` for indices outside of their chunk.
     """
-    indices = torch.from_numpy(decode_indices(kept.indices, num_elements, density))
-    return torch.zeros(num_elements).index_copy_(0, indices, kept.values)
+    return _place(kept.values, decode_indices(kept.indices, num_elements, density), num_elements)
 
 
 def count_topk(num_elements: int, seed: int, density: float) -> int:
@@ -113,8 +114,34 @@ def count_topk(num_elements: int, seed: int, density: float) -> int:
     return num_indices(num_elements, density)
 
 
+def keep_layerwise_topk(values: Tensor, seed: int, density: float) -> Kept:
+    """Keep the largest magnitudes of `values` (N,), ties to the lower index."""
+    indices = largest_of_tensor(values.numpy(), density)
+    return Kept(encode_counted(indices, values.numel(), density), values[torch.from_numpy(indices)])
+
+
+def scatter_layerwise_topk(kept: Kept, num_elements: int, seed: int, density: float) -> Tensor:
+    """Return a tensor (N,) with the values of `kept` at its indices and zero elsewhere, without rescaling.
+
+    Raises `InvalidDelta` for counts that do not sum to M, and for indices outside of their chunk.
+    """
+    return _place(kept.values, decode_counted(kept.indices, num_elements, density), num_elements)
+
+
+def count_layerwise_topk(num_elements: int, seed: int, density: float) -> int:
+    """Return the number of elements that are kept: `density` of all, at least 1."""
+    return num_largest(num_elements, density)
+
+
+def _place(values: Tensor, indices: Indices, num_elements: int) -> Tensor:
+    return torch.zeros(num_elements).index_copy_(0, torch.from_numpy(indices), values)
+
+
 SPARSIFIERS: dict[str, Sparsifier] = {
     "none": Sparsifier(keep_all, scatter_all, count_all, no_index_bytes),
     "seeded": Sparsifier(keep_seeded, scatter_seeded, count_seeded, no_index_bytes),
     "topk": Sparsifier(keep_topk, scatter_topk, count_topk, index_bytes),
+    "layerwise_topk": Sparsifier(
+        keep_layerwise_topk, scatter_layerwise_topk, count_layerwise_topk, counted_index_bytes
+    ),
 }

@@ -101,7 +101,7 @@ Labels: TypeAlias = Annotated[
     WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 2}, {"type": "string"}]}),
 ]
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
-ValueType: TypeAlias = Literal["fp32", "bf16", "int8", "int4", "lloyd3", "lloyd2", "sign"]
+ValueType: TypeAlias = Literal["fp32", "bf16", "fp16", "int8", "int4", "lloyd3", "lloyd2", "sign"]
 
 
 class Section(BaseModel):
@@ -215,15 +215,16 @@ class Train(OpenSection):
 class Delta(Section):
     """How task vectors, and the update that is published, are encoded on their way."""
 
-    sparsify: Literal["none", "seeded", "topk"] = "none"
+    sparsify: Literal["none", "seeded", "topk", "layerwise_topk"] = "none"
     """Elements that travel: all ("none"), or a random part that sender and receiver draw from the same seed, rescaled
-    to keep its mean, so that no index travels ("seeded"), or the largest of every 4096 and their indices ("topk")."""
+    to keep its mean, so that no index travels ("seeded"), or the largest of every 4096 ("topk") or of a whole tensor
+    ("layerwise_topk") and their indices."""
     density: float = Field(default=1.0, ge=1e-6, le=1)
-    """Share of the elements that "seeded" or "topk" keeps, at most 1."""
+    """Share of the elements that a sparsifier keeps, at most 1."""
     values: ValueType = "int8"
-    """Number format of the elements that travel: "fp32", "bf16", or a few bits and one scale per block: evenly spaced
-    ("int8", or "int4", which wants a block_size of 64), 8 or 4 levels made for Gaussian values ("lloyd3", "lloyd2"), or
-    the sign alone ("sign", the match for "topk")."""
+    """Number format of the elements that travel: "fp32", "bf16", "fp16", or a few bits and one scale per block: evenly
+    spaced ("int8", or "int4", which wants a block_size of 64), 8 or 4 levels made for Gaussian values ("lloyd3",
+    "lloyd2"), or the sign alone ("sign", the match for "topk")."""
     block_size: int = Field(default=1024, ge=8, le=1 << 20)
     """Elements that share a scale, in number formats that have scales."""
     small_elements: int = Field(default=4096, ge=0, le=1 << 31)
@@ -231,7 +232,7 @@ class Delta(Section):
     zstd_level: int = Field(default=3, ge=1, le=19)
     """Effort of the final compression, from 1 (fast) to 19 (small)."""
     error_feedback: float = Field(default=0.0, ge=0, le=1)
-    """Share of what "topk" left unsent that a node adds to its next delta; 0 forgets it. Over many rounds 0.95 is
+    """Share of what top-k left unsent that a node adds to its next delta; 0 forgets it. Over many rounds 0.95 is
     recommended, with [outer] name = "sgd" alone."""
     downlink: ValueType = "fp32"
     """Number format of the update that nodes fetch after a round; the same choices as values."""
@@ -240,15 +241,17 @@ class Delta(Section):
     @classmethod
     def _has_effect(cls, value: float, info: ValidationInfo) -> float:
         if value != 1.0 and info.data.get("sparsify") == "none":
-            raise ValueError('has no effect without sparsify = "seeded" or "topk"')
+            raise ValueError('has no effect without sparsify = "seeded", "topk" or "layerwise_topk"')
         return value
 
     @field_validator("error_feedback")
     @classmethod
     def _has_a_residual(cls, value: float, info: ValidationInfo) -> float:
         # Values alone lose next to nothing, and "seeded" is unbiased, so its rescaled values overshoot the residual.
-        if value and info.data.get("sparsify", "topk") != "topk":
-            raise ValueError('goes with sparsify = "topk" alone: the others leave nothing out that is to be sent later')
+        if value and info.data.get("sparsify", "topk") not in {"topk", "layerwise_topk"}:
+            raise ValueError(
+                'goes with "topk" and "layerwise_topk" alone: the others leave nothing out to be sent later'
+            )
         return value
 
 

@@ -10,7 +10,7 @@ from fedmerge.codec import Codec
 from fedmerge.errors import ConfigError
 
 KEYS = "one of: sparsify, density, values, block_size, small_elements, zstd_level"
-VALUES = "one of: fp32, bf16, int8, int4, lloyd3, lloyd2, sign"
+VALUES = "one of: fp32, bf16, fp16, int8, int4, lloyd3, lloyd2, sign"
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ VALUES = "one of: fp32, bf16, int8, int4, lloyd3, lloyd2, sign"
         (
             {"sparsify": "seed"},
             "codec.sparsify: unknown name 'seed'; did you mean 'seeded'?",
-            "one of: none, seeded, topk",
+            "one of: none, seeded, topk, layerwise_topk",
         ),
         ({"values": 8}, "codec.values: 8 is not of type str", None),
         ({"block_size": "1024"}, "codec.block_size: '1024' is not of type int", None),
@@ -38,7 +38,7 @@ VALUES = "one of: fp32, bf16, int8, int4, lloyd3, lloyd2, sign"
         (
             {"density": 0.5},
             "codec.density: 0.5 has no effect",
-            'set sparsify = "seeded" or "topk", or leave density out',
+            'set sparsify = "seeded", "topk" or "layerwise_topk", or leave density out',
         ),
     ],
 )

@@ -62,7 +62,8 @@ sizes = counts | st.builds("{}{}".format, st.integers(1, 900), st.sampled_from([
 trainer_settings = st.dictionaries(
     st.sampled_from(["epochs", "lr", "batch_size", "text_column", "prompt"]), counts | positive | st.booleans() | words
 )
-values = st.sampled_from(["fp32", "bf16", "int8", "int4", "lloyd3", "lloyd2", "sign"])
+TOPK = ["topk", "layerwise_topk"]
+values = st.sampled_from(["fp32", "bf16", "fp16", "int8", "int4", "lloyd3", "lloyd2", "sign"])
 
 
 def table(required: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -73,8 +74,8 @@ Table: TypeAlias = st.SearchStrategy[dict[str, Any]]
 tls: Table = st.builds(dict) | st.fixed_dictionaries({"tls_cert": paths, "tls_key": paths})
 sparsifier: Table = (
     st.builds(dict)
-    | st.fixed_dictionaries({"sparsify": st.sampled_from(["seeded", "topk"]), "density": st.floats(1e-6, 1)})
-    | st.fixed_dictionaries({"sparsify": st.just("topk"), "error_feedback": st.floats(0, 1)})
+    | st.fixed_dictionaries({"sparsify": st.sampled_from(["seeded", *TOPK]), "density": st.floats(1e-6, 1)})
+    | st.fixed_dictionaries({"sparsify": st.sampled_from(TOPK), "error_feedback": st.floats(0, 1)})
 )
 merges: Table = st.builds(dict) | st.fixed_dictionaries(
     {"method": st.just("ties")},
@@ -268,23 +269,26 @@ BAD: list[tuple[str, list[str]]] = [
     (
         MINIMAL + "[delta]\nvalues = 'int9'\n",
         [
-            "6: delta.values: should be one of 'fp32', 'bf16', 'int8', 'int4', 'lloyd3', 'lloyd2', 'sign', not 'int9'; "
-            "did you mean 'int8'?"
+            "6: delta.values: should be one of 'fp32', 'bf16', 'fp16', 'int8', 'int4', 'lloyd3', 'lloyd2', 'sign', "
+            "not 'int9'; did you mean 'int8'?"
         ],
     ),
-    (MINIMAL + "[delta]\ndensity = 0.5\n", ['6: delta.density: has no effect without sparsify = "seeded" or "topk"']),
+    (
+        MINIMAL + "[delta]\ndensity = 0.5\n",
+        ['6: delta.density: has no effect without sparsify = "seeded", "topk" or "layerwise_topk"'],
+    ),
     (
         MINIMAL + "[delta]\nerror_feedback = 0.95\n",
         [
-            '6: delta.error_feedback: goes with sparsify = "topk" alone: '
-            "the others leave nothing out that is to be sent later"
+            '6: delta.error_feedback: goes with "topk" and "layerwise_topk" alone: '
+            "the others leave nothing out to be sent later"
         ],
     ),
     (
         MINIMAL + "[delta]\nerror_feedback = 0.95\nsparsify = 'seeded'\ndensity = 0.5\n",
         [
-            '6: delta.error_feedback: goes with sparsify = "topk" alone: '
-            "the others leave nothing out that is to be sent later"
+            '6: delta.error_feedback: goes with "topk" and "layerwise_topk" alone: '
+            "the others leave nothing out to be sent later"
         ],
     ),
     (

@@ -33,6 +33,7 @@ SEED = 2**40 + 7
 CODECS = {
     "int8": Codec(),
     "bf16": Codec(values="bf16"),
+    "fp16": Codec(values="fp16"),
     "fp32": Codec(values="fp32"),
     "seeded int8": Codec(sparsify="seeded", density=0.25, small_elements=8, block_size=64),
     "seeded bf16": Codec(sparsify="seeded", density=0.25, values="bf16", small_elements=0),
@@ -49,6 +50,8 @@ CODECS = {
     "topk lloyd3": Codec(sparsify="topk", density=0.1, values="lloyd3", small_elements=8, block_size=64),
     "topk lloyd2": Codec(sparsify="topk", density=0.1, values="lloyd2", small_elements=0, block_size=64),
     "topk sign": Codec(sparsify="topk", density=0.01, values="sign", small_elements=8),
+    "layerwise fp16": Codec(sparsify="layerwise_topk", density=1 / 64, values="fp16", small_elements=0),
+    "layerwise sign": Codec(sparsify="layerwise_topk", density=0.1, values="sign", small_elements=8, block_size=64),
 }
 each_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
 
@@ -58,6 +61,7 @@ RELATIVE_ERROR = {
     "int8": 1 / 254 + 2**-22,
     "int4": (1 + 2**-7) / 14 + 2**-20,
     "bf16": 2**-8,
+    "fp16": 2**-11,
     "fp32": 0.0,
     "lloyd3": 1.0,
     "lloyd2": 1.0,
@@ -131,6 +135,8 @@ def test_a_delta_comes_back_within_the_error_of_its_codec(codec: Codec, tmp_path
         dense = codec.sparsify == "none" or (tensor.ndim < 2 and tensor.numel() < codec.small_elements)
         if not dense and tensor.ndim > 0 and codec.sparsify == "topk":
             expected = largest(tensor, codec.density)
+        elif not dense and tensor.ndim > 0 and codec.sparsify == "layerwise_topk":
+            expected = largest(tensor, codec.density, chunk_elements=tensor.numel() or 1)
         elif not dense and tensor.ndim > 0:
             mask = bernoulli_mask(derive_seed(SEED, name), tensor.numel(), codec.density).reshape(tensor.shape)
             expected = torch.where(mask, tensor / codec.density, 0)
@@ -139,11 +145,11 @@ def test_a_delta_comes_back_within_the_error_of_its_codec(codec: Codec, tmp_path
         assert (decoded[name] - expected).abs().le(bound).all()
 
 
-def largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """`tensor` with zeros for all but the largest elements of each 4096, by sorting."""
+def largest(tensor: torch.Tensor, density: float, chunk_elements: int = 4096) -> torch.Tensor:
+    """`tensor` with zeros for all but the largest elements of each chunk, by sorting."""
     dense = torch.zeros_like(tensor).reshape(-1)
-    for start in range(0, tensor.numel(), 4096):
-        chunk = tensor.reshape(-1)[start : start + 4096]
+    for start in range(0, tensor.numel(), chunk_elements):
+        chunk = tensor.reshape(-1)[start : start + chunk_elements]
         num_kept = max(1, math.floor(density * chunk.numel() + 0.5))
         kept = chunk.abs().sort(descending=True, stable=True).indices[:num_kept]
         dense[start + kept] = chunk[kept]
@@ -174,6 +180,8 @@ def test_any_shape_and_any_value_comes_back(
     elif array.size:
         wide = array.astype(np.float64)
         scale = np.abs(wide) if values == "bf16" else np.abs(wide).max()
+        if values == "fp16":  # half of an ulp, and for values that small, of the least fp16
+            scale = np.maximum(np.abs(wide), 2.0**-28 * np.abs(wide).max())
         smallest = 2.0**-149 if values == "int8" else 2.0**-133
         assert (np.abs(decoded - wide) <= RELATIVE_ERROR[values] * scale + smallest).all()
 
@@ -236,7 +244,7 @@ def decode_from_the_format(path: Path, schema: Schema, codec: Codec) -> dict[str
         dense = np.zeros(spec.num_elements)
         if claim["encoding"] != "zero":
             num_kept = spec.num_elements
-            if claim["encoding"].startswith("topk+"):
+            if "topk+" in claim["encoding"]:
                 num_kept = len(indices_from_the_format(parts, spec.num_elements, codec.density))
             elif claim["encoding"].startswith("seeded+"):
                 num_kept = int(bernoulli_mask(derive_seed(SEED, name), num_kept, codec.density).sum())
@@ -245,7 +253,7 @@ def decode_from_the_format(path: Path, schema: Schema, codec: Codec) -> dict[str
                 words = np.random.Philox(key=derive_seed(SEED, name)).random_raw(spec.num_elements // 2 + 1)
                 draws = np.stack([words & 0xFFFFFFFF, words >> 32], axis=1).reshape(-1)[: spec.num_elements]
                 dense[draws < round(codec.density * 2**32)] = kept / codec.density
-            elif claim["encoding"].startswith("topk+"):
+            elif "topk+" in claim["encoding"]:
                 dense[indices_from_the_format(parts, spec.num_elements, codec.density)] = kept
             else:
                 dense[:] = kept
@@ -263,7 +271,10 @@ def indices_from_the_format(parts: dict[str, npt.NDArray[np.uint64]], num_elemen
     indices, gap = [], 0
     for start in range(0, num_elements, 4096):
         index = start - 1
-        for _ in range(max(1, math.floor(density * min(4096, num_elements - start) + 0.5))):
+        num_kept = max(1, math.floor(density * min(4096, num_elements - start) + 0.5))
+        if "counts_low" in parts:
+            num_kept = int(parts["counts_low"][start // 4096] + 256 * parts["counts_high"][start // 4096])
+        for _ in range(num_kept):
             index += 1 + low[gap] + 2**low_bits * high[gap]
             indices.append(index)
             gap += 1
@@ -301,6 +312,10 @@ def values_from_the_format(
         scaled: npt.NDArray[np.float64] = np.repeat(scales, codec.block_size)[:num_values]
         return levels[digits[:num_values]] * scaled
     planes = [parts[kind] for kind in sorted(parts) if kind.startswith("plane")]
+    if codec.values == "fp16":
+        rotated = planes[0] | planes[1] << np.uint64(8)
+        halves = ((rotated >> 1) | ((rotated & 1) << np.uint64(15))).astype(np.uint16).view(np.float16)
+        return halves.astype(np.float64) * 2.0 ** (int(parts["exponent"][0]) - 112 - 15)
     return floats(planes, len(planes))
 
 
@@ -769,6 +784,11 @@ def test_scales_must_be_finite(tmp_path: Path) -> None:
     ("name", "section", "content", "match"),
     [
         ("topk sign", 1, b"\xff" * 16, "the indices of 1 chunks go past their end"),
+        ("layerwise sign", 0, b"\x9f", "the counts of its chunks sum to 159, not 158"),
+        ("layerwise sign", 1, b"\x01", "the counts of its chunks sum to 414, not 158"),
+        ("layerwise sign", 3, b"\xff" * 79, "the indices of 1 chunks go past their end"),
+        ("fp16", 0, b"\xff", "the exponent is 143, above 128"),
+        ("fp16", 2, b"\xff" * 1584, "1584 values are NaN or infinite"),
         ("int4", 1, b"\xe1" * 792, "792 bytes are no 2 codes of 15 levels"),
         ("lloyd3", 1, b"\x40" * 792, "792 bytes are no 2 codes of 8 levels"),
         ("sign", 0, b"\x00" * 6 + b"\xff" * 6, "6 of 6 scales"),
@@ -805,7 +825,7 @@ def test_indices_travel_before_their_values(tmp_path: Path) -> None:
 JUNK: list[Any] = [None, True, -1, 0, 1, 7, 1 << 47, 10**30, 0.5, float("inf"), "", "zero", "raw", [], {}, [[]]]
 
 
-@pytest.mark.parametrize("name", ["int8", "seeded bf16", "int4", "topk lloyd2"])
+@pytest.mark.parametrize("name", ["int8", "seeded bf16", "int4", "topk lloyd2", "layerwise sign"])
 def test_mutated_headers_are_refused_or_decode_to_finite_tensors(name: str, tmp_path: Path) -> None:
     written = Written(tmp_path / "d", CODECS[name])
     pristine = written.header

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -45,6 +48,36 @@ def test_bf16_rounds_to_nearest_even(values: npt.NDArray[np.float32], block_size
     upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     expected = (upper << 16).astype(np.uint32).view(np.float32)
     assert roundtrip("bf16", values, block_size).tobytes() == expected.tobytes()
+
+
+def fp16_of(value: float, least: int) -> Fraction:
+    """`value` rounded to the 11 bits of an fp16, or to a multiple of 2^least, whichever is coarser; ties to even."""
+    exact = Fraction(value)
+    unit = Fraction(2) ** max(least, math.frexp(value)[1] - 11)
+    return round(exact / unit) * unit
+
+
+@given(values=VALUES, block_size=BLOCK_SIZES)
+@example(values=np.array([65504.0, 2.0**-30, 3e-8], np.float32), block_size=8)
+@example(values=np.array([1e-6, -3.1e-7, SMALLEST], np.float32), block_size=8)
+@settings(deadline=None)
+def test_fp16_rounds_to_nearest_even_under_the_tensors_own_power_of_two(
+    values: npt.NDArray[np.float32], block_size: int
+) -> None:
+    values = values / np.float32(2)  # the largest fp32 rounds up to a power of two that is none
+    decoded = roundtrip("fp16", values, block_size)
+    exponent = max(-112, math.frexp(float(np.abs(values).max(initial=0)))[1])
+    # With the largest under 2^15, the least fp16 is 2^-24.
+    expected = [np.float32(float(fp16_of(float(value), exponent - 39))) for value in values]
+    np.testing.assert_array_equal(decoded, np.array(expected, np.float32))
+
+
+@pytest.mark.parametrize("exponent", [241, 255])
+def test_an_fp16_exponent_out_of_range_is_refused(exponent: int) -> None:
+    sections = dict(QUANTIZERS["fp16"].quantize(torch.ones(3), 8))
+    sections["exponent"] = np.array([exponent], np.uint8)
+    with pytest.raises(InvalidDelta, match=f"the exponent is {exponent - 112}, above 128"):
+        QUANTIZERS["fp16"].dequantize(sections, 3, 8)
 
 
 @given(values=VALUES, block_size=BLOCK_SIZES)

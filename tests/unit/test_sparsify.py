@@ -11,6 +11,7 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from fedmerge.errors import InvalidDelta
 from fedmerge.sparsify import SPARSIFIERS, Kept, travels_dense
@@ -143,6 +144,92 @@ def test_topk_keeps_the_largest_of_each_chunk_and_of_equals_the_first(
     np.testing.assert_array_equal(topk.scatter(kept, values.size, 0, density).numpy(), expected)
 
 
+@given(values=tensors(), density=st.floats(1e-6, 1) | st.sampled_from([1 / 4096, 1 / 64, 1 / 40, 0.1, 0.5]))
+@settings(deadline=None, max_examples=60)
+def test_layerwise_topk_keeps_the_largest_of_all_and_of_equals_the_first(
+    values: npt.NDArray[np.float32], density: float
+) -> None:
+    topk = SPARSIFIERS["layerwise_topk"]
+    num_kept = max(1, math.floor(density * values.size + 0.5)) if values.size else 0
+    chosen = np.sort(np.argsort(-np.abs(values), kind="stable")[:num_kept])
+    kept = topk.sparsify(torch.from_numpy(values.copy()), 0, density)
+    np.testing.assert_array_equal(kept.values.numpy(), values[chosen])
+    assert topk.num_kept(values.size, 0, density) == num_kept
+    assert {kind: section.size for kind, section in kept.indices.items()} == topk.index_bytes(values.size, density)
+    expected = np.zeros_like(values)
+    expected[chosen] = values[chosen]
+    np.testing.assert_array_equal(topk.scatter(kept, values.size, 0, density).numpy(), expected)
+
+
+@given(
+    values=arrays(np.float32, st.integers(1, 300), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
+    density=st.floats(1e-6, 1),
+)
+@settings(deadline=None)
+def test_layerwise_topk_orders_any_magnitudes(values: npt.NDArray[np.float32], density: float) -> None:
+    kept = SPARSIFIERS["layerwise_topk"].sparsify(torch.from_numpy(values.copy()), 0, density)
+    num_kept = kept.values.numel()
+    np.testing.assert_array_equal(np.sort(np.abs(kept.values.numpy())), np.sort(np.abs(values))[-num_kept:])
+
+
+def test_one_threshold_has_less_error_than_one_for_each_chunk() -> None:
+    scales = torch.tensor([0.1, 1.0, 3.0, 0.3]).repeat_interleave(4096)
+    values = torch.randn(4 * 4096, generator=torch.Generator().manual_seed(0)) * scales
+    error = {}
+    for name in ("topk", "layerwise_topk"):
+        kept = SPARSIFIERS[name].sparsify(values, 0, 1 / 64)
+        assert kept.values.numel() == 256
+        error[name] = float((SPARSIFIERS[name].scatter(kept, values.numel(), 0, 1 / 64) - values).norm())
+    largest = values.abs().sort(descending=True).values
+    assert math.isclose(error["layerwise_topk"], float(largest[256:].norm()), rel_tol=1e-5)
+    assert error["layerwise_topk"] < 0.95 * error["topk"]
+
+
+def test_counts_and_gaps_stand_side_by_side() -> None:
+    values = torch.zeros(3 * 4096 + 100)
+    values[4096:8192] = 1.0
+    values[[8192 + 0x123, 8192 + 0x125, 3 * 4096 + 99]] = 2.0
+    density = 4099 / values.numel()
+    sections = SPARSIFIERS["layerwise_topk"].sparsify(values, 0, density).indices
+    assert list(sections) == ["counts_low", "counts_high", "gaps_low", "gaps_high"]
+    assert sections["counts_low"].tolist() == [0, 0, 2, 1]
+    assert sections["counts_high"].tolist() == [0, 0x10, 0, 0]
+    assert sections["gaps_low"].tolist() == [0] * 4096 + [0x23, 0x01, 99]
+    assert sections["gaps_high"].tolist() == [0] * 2048 + [0x01, 0x00]
+
+
+@pytest.mark.parametrize(
+    ("kind", "chunk", "change", "match"),
+    [
+        ("counts_low", 0, 1, "the counts of its chunks sum to 6, not 5"),
+        ("counts_high", 1, 255, "the counts of its chunks sum to 65285, not 5"),
+        ("gaps_low", 0, 1, "the indices of 1 chunks go past their end"),
+        ("gaps_low", 2, 1, "the indices of 1 chunks go past their end"),
+    ],
+)
+def test_counts_must_sum_and_indices_stay_in_their_chunk(kind: str, chunk: int, change: int, match: str) -> None:
+    topk, num_elements = SPARSIFIERS["layerwise_topk"], 2 * 4096 + 100
+    values = torch.zeros(num_elements)
+    values[[0, 4095, 4096, 8191, 8291]] = 1.0
+    density = 5 / num_elements
+    kept = topk.sparsify(values, 0, density)
+    assert torch.equal(topk.scatter(kept, num_elements, 0, density), values)
+    section = kept.indices[kind].copy()
+    section[chunk] += change
+    with pytest.raises(InvalidDelta, match=match):
+        topk.scatter(Kept({**kept.indices, kind: section}, kept.values), num_elements, 0, density)
+
+
+def test_counts_moved_between_chunks_leave_one() -> None:
+    topk, num_elements = SPARSIFIERS["layerwise_topk"], 2 * 4096
+    kept = topk.sparsify(torch.cat([torch.ones(4096), torch.zeros(4096)]), 0, 0.5)
+    kept.indices["counts_low"][:], kept.indices["counts_high"][:] = [255, 1], [15, 0]
+    assert int(topk.scatter(kept, num_elements, 0, 0.5).sum()) == 4096
+    kept.indices["counts_low"][:], kept.indices["counts_high"][:] = [1, 255], [16, 255]
+    with pytest.raises(InvalidDelta, match="sum to 69632, not 4096"):
+        topk.scatter(kept, num_elements, 0, 0.5)
+
+
 def test_topk_leaves_nothing_larger_behind_and_has_the_least_error() -> None:
     values = torch.randn(16 * 4096, generator=torch.Generator().manual_seed(0))
     topk = SPARSIFIERS["topk"]
@@ -156,8 +243,9 @@ def test_topk_leaves_nothing_larger_behind_and_has_the_least_error() -> None:
 
 @pytest.mark.parametrize("density", [0.001, 1 / 64, 0.1])
 @pytest.mark.parametrize("num_elements", [1, 100, 4096, 4097, 20_000])
-def test_index_bytes_of_any_content_are_refused_or_are_indices(num_elements: int, density: float) -> None:
-    topk = SPARSIFIERS["topk"]
+@pytest.mark.parametrize("name", ["topk", "layerwise_topk"])
+def test_index_bytes_of_any_content_are_refused_or_are_indices(name: str, num_elements: int, density: float) -> None:
+    topk = SPARSIFIERS[name]
     rng = np.random.default_rng(num_elements)
     values = torch.ones(topk.num_kept(num_elements, 0, density))
     outcomes = {True: 0, False: 0}
@@ -166,6 +254,10 @@ def test_index_bytes_of_any_content_are_refused_or_are_indices(num_elements: int
         high = [1, 2, 16, 256][trial % 4]
         sizes = topk.index_bytes(num_elements, density)
         sections = {kind: rng.integers(0, high, size).astype(np.uint8) for kind, size in sizes.items()}
+        if name == "layerwise_topk" and trial % 8:  # counts that sum, most of the time, or no gap would be looked at
+            chunk_sizes = [min(4096, num_elements - start) for start in range(0, num_elements, 4096)]
+            counts = rng.multinomial(values.numel(), np.array(chunk_sizes) / num_elements)
+            sections |= {"counts_low": counts.astype(np.uint8), "counts_high": (counts >> 8).astype(np.uint8)}
         try:
             dense = topk.scatter(Kept(sections, values), num_elements, 0, density)
         except InvalidDelta:
