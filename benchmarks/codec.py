@@ -149,7 +149,7 @@ def bound_of(delta: TensorMap, codec: Codec) -> Bound:
     for name, tensor in delta.items():
         if not tensor.any():
             continue
-        sparsifier = codec.sparsifier(TensorSpec(tuple(tensor.shape), "F32"))
+        sparsifier = codec.encoding(TensorSpec(tuple(tensor.shape), "F32")).sparsifier
         seed = derive_seed(SEED, name)
         kept = SPARSIFIERS[sparsifier].sparsify(tensor.float().reshape(-1), seed, codec.density).values
         if "topk" in sparsifier:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,12 +12,37 @@ from fedmerge.quantize import QUANTIZERS
 from fedmerge.sparsify import SPARSIFIERS, travels_dense
 from fedmerge.tensors import TensorSpec
 
+LOWRANK = "lowrank"
+EXACT = "exact"
+# Value types that are floats, narrowest first: exact factors travel in the first of these that holds them.
+EXACT_VALUES = ("bf16", "fp16", "fp32")
+REFUSE = "none"
+
 _RANGES: dict[str, tuple[float, float]] = {
     "density": (1e-6, 1.0),
     "block_size": (8, 1 << 20),
     "small_elements": (0, 1 << 31),
     "zstd_level": (1, 19),  # higher levels use windows that a reader refuses
+    "max_noise_ratio": (0.0, 1e6),
+    "rank": (0, 4096),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How one tensor travels: which elements, or at which `rank` as two factors, and in which type of values.
+
+    `sparsifier` is one of `SPARSIFIERS`, or "lowrank" with a `rank` of at least 1.
+    """
+
+    sparsifier: str
+    values: str
+    rank: int = 0
+
+    def __str__(self) -> str:
+        if self.sparsifier == "none":
+            return self.values
+        return f"{self.sparsifier}{self.rank or ''}+{self.values}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +52,15 @@ class Codec:
     `sparsify` names one of `SPARSIFIERS` and `density` is the fraction of elements that it keeps; tensors with at most
     one dimension and fewer than `small_elements` elements are always sent dense. `values` names one of `QUANTIZERS`,
     `block_size` is the number of values that share a scale, in the types that have scales. `zstd_level` is 1 (fast) to
-    19. Raises `ConfigError` for an unknown name, a wrong type or a value out of range.
+    19.
+
+    The noise of a `seeded` mask may be at most `max_noise_ratio` of a tensor's weights (`fedmerge.encoding`); a tensor
+    in which it would be more travels dense as `fallback` values, or is refused if that is "none".
+
+    With `sparsify = "lowrank"` matrices travel as two factors of `rank` at most, other tensors dense. `factors` is the
+    type of the factors' values, or "exact": the narrowest float that holds them as they are.
+
+    Raises `ConfigError` for an unknown name, a wrong type, a value out of range or one that has no effect.
     """
 
     sparsify: str = "none"
@@ -35,23 +69,34 @@ class Codec:
     block_size: int = 1024
     small_elements: int = 4096
     zstd_level: int = 3
+    max_noise_ratio: float = 0.1
+    fallback: str = "lloyd3"
+    rank: int = 0
+    factors: str = EXACT
 
     def __post_init__(self) -> None:
-        if type(self.density) is int:
-            object.__setattr__(self, "density", float(self.density))
         for field in fields(self):
             value = getattr(self, field.name)
-            if type(value).__name__ != field.type:
+            if field.type == "float" and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+            elif type(value).__name__ != field.type:
                 raise ConfigError(f"codec.{field.name}: {value!r} is not of type {field.type}")
-        _require_known("codec.sparsify", self.sparsify, SPARSIFIERS)
+        _require_known("codec.sparsify", self.sparsify, [*SPARSIFIERS, LOWRANK])
         _require_known("codec.values", self.values, QUANTIZERS)
+        _require_known("codec.fallback", self.fallback, [REFUSE, *QUANTIZERS])
+        _require_known("codec.factors", self.factors, [EXACT, *QUANTIZERS])
         for name, (low, high) in _RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"codec.{name}: {getattr(self, name)} is not between {low} and {high}")
-        if self.sparsify == "none" and self.density != 1.0:
+        if self.sparsify in {"none", LOWRANK} and self.density != 1.0:
             raise ConfigError(
                 f"codec.density: {self.density} has no effect without a sparsifier",
                 hint='set sparsify = "seeded", "topk" or "layerwise_topk", or leave density out',
+            )
+        if (self.sparsify == LOWRANK) != (self.rank > 0):
+            raise ConfigError(
+                f"codec.rank: {self.rank} does not go with sparsify = {self.sparsify!r}",
+                hint='sparsify = "lowrank" takes a rank of at least 1; leave rank out with the others',
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,14 +113,36 @@ class Codec:
             _require_known("codec", key, [field.name for field in fields(cls)])
         return cls(**table)
 
-    def sparsifier(self, spec: TensorSpec) -> str:
-        """Return the name of the sparsifier for a tensor of this shape."""
-        return "none" if travels_dense(spec.shape, self.small_elements) else self.sparsify
+    def encoding(self, spec: TensorSpec) -> Encoding:
+        """Return the encoding of a tensor of this shape that is not all zero, has no factors and makes no noise."""
+        if self.sparsify == LOWRANK or travels_dense(spec.shape, self.small_elements):
+            return Encoding("none", self.values)
+        return Encoding(self.sparsify, self.values)
 
-    def encoding(self, spec: TensorSpec) -> str:
-        """Return the encoding of a tensor of this shape that is not all zero."""
-        sparsifier = self.sparsifier(spec)
-        return self.values if sparsifier == "none" else f"{sparsifier}+{self.values}"
+    def fallback_encoding(self, spec: TensorSpec) -> Encoding | None:
+        """Return how a tensor travels in which a mask would make too much noise; None if it does not travel."""
+        if self.encoding(spec).sparsifier != "seeded" or self.fallback == REFUSE:
+            return None
+        return Encoding("none", self.fallback)
+
+    def most_rank(self, spec: TensorSpec) -> int:
+        """Return the largest rank of factors in which a tensor of this shape may travel; 0 for none at all."""
+        return min(self.rank, *spec.shape) if len(spec.shape) == 2 else 0
+
+    def factor_values(self) -> tuple[str, ...]:
+        """Return the types of values that factors may have."""
+        return EXACT_VALUES if self.factors == EXACT else (self.factors,)
+
+    def allowed(self, spec: TensorSpec, name: str) -> Encoding | None:
+        """Return the encoding that a frame calls `name`, or None unless the plan allows it for this shape."""
+        lowrank = re.fullmatch(rf"{LOWRANK}([1-9][0-9]{{0,3}})\+([a-z0-9]+)", name)
+        if lowrank:
+            rank, values = int(lowrank[1]), lowrank[2]
+            is_allowed = rank <= self.most_rank(spec) and values in self.factor_values()
+            return Encoding(LOWRANK, values, rank) if is_allowed else None
+        return next(
+            (found for found in (self.encoding(spec), self.fallback_encoding(spec)) if str(found) == name), None
+        )
 
 
 def _require_known(where: str, name: str, known: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ A *delta file* holds a uint8 tensor per parameter, its frame, and one metadata k
 the frames are: format, version, codec, and for each frame its shape, encoding and sections. A frame is its sections one
 after another, each entropy-coded on its own. Encodings are `zero` (no bytes: a frozen layer costs nothing), a value
 type such as `int8`, or a sparsifier and a value type, such as `seeded+int8`; a sparsifier that sends indices has their
-sections first.
+sections first. `lowrank8+bf16` stands for two factors of rank 8.
 
 A reader knows the schema and the codec from the round's plan and takes neither from the file: the header has to say
 what the plan implies, length for length, before anything is decoded or allocated. The same format carries the update
@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, Final, Literal, NamedTuple
 
@@ -30,13 +30,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedmerge.codec import Codec
+from fedmerge.codec import Codec, Encoding
 from fedmerge.delta import delta_schema
+from fedmerge.encoding import decode, encode, most_bytes, num_values, section_bytes
 from fedmerge.errors import ConfigError, InputError, InvalidDelta, ResourceError
+from fedmerge.lowrank import LowRankDelta
 from fedmerge.planes import Bytes, Sections
-from fedmerge.quantize import QUANTIZERS
 from fedmerge.seeds import derive_seed
-from fedmerge.sparsify import SPARSIFIERS, Kept
 from fedmerge.tensors import Schema, TensorMap, TensorSpec, require_same_schema, schema_of
 
 FORMAT: Final = "fedmerge.delta"
@@ -52,19 +52,51 @@ _COPY_BYTES = 1 << 20
 MAX_VALUE = 2.0**126
 
 
+class Choice(NamedTuple):
+    """Why a tensor got an encoding of its own: the noise of the mask that it did without, or the energy it kept."""
+
+    encoding: str
+    noise_ratio: float | None
+    energy: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class DeltaStats:
-    """What a delta file costs: elements it stands for, their bytes as fp32, bytes of the file, frames per encoding."""
+    """What a delta file costs: elements it stands for, their bytes as fp32, bytes of the file, frames per encoding.
+
+    `choices` are known to its sender alone, by tensor: see `notes`.
+    """
 
     num_elements: int
     dense_bytes: int
     payload_bytes: int
     encodings: dict[str, int]
+    choices: Mapping[str, Choice] = field(default_factory=dict, compare=False)
 
     @property
     def bits_per_parameter(self) -> float:
         """Bits of the file per element of the task vector."""
         return 8 * self.payload_bytes / max(1, self.num_elements)
+
+    def notes(self, codec: Codec) -> list[str]:
+        """Return for people, one sentence each, what the sender did otherwise than the plan's codec asks first."""
+        noisy = {name: choice.noise_ratio for name, choice in self.choices.items() if choice.noise_ratio is not None}
+        energies = {name: choice.energy for name, choice in self.choices.items() if choice.energy is not None}
+        notes = []
+        if noisy:
+            worst = max(noisy, key=lambda name: noisy[name])
+            notes.append(
+                f"{len(noisy)} tensors travel dense as {codec.fallback}: a mask of density {codec.density:g} would add "
+                f"noise of up to {noisy[worst]:.3g} times the weights ({worst}), above {codec.max_noise_ratio:g}"
+            )
+        if energies:
+            least = min(energies, key=lambda name: energies[name])
+            mean = sum(energies.values()) / len(energies)
+            notes.append(
+                f"{len(energies)} matrices were cut to rank {codec.rank}, which keeps {mean:.1%} of their energy on "
+                f"average, {energies[least]:.1%} at the least ({least})"
+            )
+        return notes
 
 
 _Count = Annotated[int, Field(strict=True, ge=0, le=1 << 48)]
@@ -142,44 +174,50 @@ def _compressor(level: int) -> zstandard.ZstdCompressor:
     return zstandard.ZstdCompressor(compression_params=parameters)
 
 
-def _encode(
-    values: Tensor, spec: TensorSpec, codec: Codec, seed: int, compressor: zstandard.ZstdCompressor, *, out: IO[bytes]
-) -> _Frame:
-    """Write the frame of flat fp32 `values` to `out`; raise `InputError` for values that can't travel."""
+def _require_in_range(values: Tensor, limit: float) -> bool:
+    """Return whether flat fp32 `values` are not all zero; raise `InputError` for values that can't travel."""
     low, high = (float(bound) for bound in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
-    if low == high == 0:
-        return _Frame(shape=spec.shape, dtype="F32", encoding=ZERO, sections=())
-    limit = MAX_VALUE * codec.density
     if not max(-low, high) <= limit:
         num_bad = int((~(values.double().abs() <= limit)).sum())
         raise InputError(f"{num_bad} values are NaN, infinite or beyond {limit:.3g}", hint="training diverged")
-    kept = SPARSIFIERS[codec.sparsifier(spec)].sparsify(values, seed, codec.density)
-    sections = []
-    for kind, raw in {**kept.indices, **QUANTIZERS[codec.values].quantize(kept.values, codec.block_size)}.items():
+    return not low == high == 0
+
+
+def _write_frame(
+    sections: Sections, spec: TensorSpec, encoding: str, compressor: zstandard.ZstdCompressor, *, out: IO[bytes]
+) -> _Frame:
+    """Code a tensor's sections, write them to `out` and return their frame."""
+    entries = []
+    for kind, raw in sections.items():
         coded = compressor.compress(raw.data)
         coder, stored = ("zstd", memoryview(coded)) if len(coded) < raw.size else ("raw", raw.data)
-        sections.append(_Section(kind, raw.size, stored.nbytes, coder))
+        entries.append(_Section(kind, raw.size, stored.nbytes, coder))
         out.write(stored)
-    return _Frame(shape=spec.shape, dtype="F32", encoding=codec.encoding(spec), sections=tuple(sections))
+    return _Frame(shape=spec.shape, dtype="F32", encoding=encoding, sections=tuple(entries))
 
 
-def write_delta(path: Path, delta: TensorMap, schema: Schema, codec: Codec, *, seed: int) -> DeltaStats:
+def write_delta(
+    path: Path, delta: TensorMap, schema: Schema, codec: Codec, *, seed: int, base: TensorMap | None = None
+) -> DeltaStats:
     """Write the task vector `delta` as a delta file and return what it costs.
 
     `schema` says which tensors there must be, in which shapes (its integer tensors have no task vector and are left
-    out); `seed` is the round's seed for this sender, from which each tensor's mask is derived. Tensors are read one at
-    a time, and none is kept: frames wait in a nameless file beside `path` for the header, which comes first. The file
-    appears whole or not at all, and its owner alone can read it. The same delta, codec, seed and library versions give
-    the same bytes.
+    out); `seed` is the round's seed for this sender, from which each tensor's mask is derived; `base` is the model that
+    the task vector is to be added to, against which the noise of a mask is judged: without it, it is not. A
+    `LowRankDelta` travels by its factors where the codec allows. Tensors are read one at a time, and none is kept:
+    frames wait in a nameless file beside `path` for the header, which comes first. The file appears whole or not at
+    all, and its owner alone can read it. The same delta, codec, seed and library versions give the same bytes.
 
-    Raises `ModelMismatch` when names or shapes differ from `schema`, `InputError` for NaN or infinite values, and
-    `ResourceError` when the disk does not take the file.
+    Raises `ModelMismatch` when names or shapes differ from `schema`, `InputError` for NaN or infinite values and for a
+    mask that would make too much noise, and `ResourceError` when the disk does not take the file.
     """
     schema = delta_schema(schema)
     where = f"delta for {path}"
     require_same_schema(schema, {name: schema.get(name, TensorSpec((), "F32")) for name in delta}, where=where)
     compressor = _compressor(codec.zstd_level)
+    factors = delta.factors if isinstance(delta, LowRankDelta) else {}
     frames: dict[str, _Frame] = {}
+    choices: dict[str, Choice] = {}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with tempfile.TemporaryFile(dir=path.parent) as payload:
@@ -187,10 +225,18 @@ def write_delta(path: Path, delta: TensorMap, schema: Schema, codec: Codec, *, s
                 tensor = delta[name]
                 require_same_schema({name: spec}, schema_of({name: tensor}), where=where)
                 values = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
+                weights = base[name] if base is not None and codec.encoding(spec).sparsifier == "seeded" else None
                 try:
-                    frames[name] = _encode(values, spec, codec, derive_seed(seed, name), compressor, out=payload)
+                    if not _require_in_range(values, MAX_VALUE * codec.density):
+                        frames[name] = _write_frame({}, spec, ZERO, compressor, out=payload)
+                        continue
+                    own_seed = derive_seed(seed, name)
+                    encoded = encode(values, spec, codec, own_seed, factors=factors.get(name), base=weights)
                 except InputError as err:
                     raise InputError(f"{where}: {name}: {err.message}", hint=err.hint) from err
+                frames[name] = _write_frame(encoded.sections, spec, str(encoded.encoding), compressor, out=payload)
+                if encoded.noise_ratio is not None or encoded.energy is not None:
+                    choices[name] = Choice(str(encoded.encoding), encoded.noise_ratio, encoded.energy)
             header = _Header(format=FORMAT, version=VERSION, codec=codec.to_dict(), frames=frames)
             table = _safetensors_header(header)
             if len(table) > MAX_HEADER_BYTES:
@@ -200,7 +246,7 @@ def write_delta(path: Path, delta: TensorMap, schema: Schema, codec: Codec, *, s
                 file.write(len(table).to_bytes(8, "little") + table)
                 shutil.copyfileobj(payload, file, _COPY_BYTES)
         part.replace(path)
-        return header.stats(path.stat().st_size)
+        return replace(header.stats(path.stat().st_size), choices=choices)
     except OSError as err:
         raise ResourceError(f"{path}: could not write the delta ({err})", hint="is the disk full?") from err
     finally:
@@ -289,9 +335,8 @@ class DeltaFile(Mapping[str, Tensor]):
         self.schema = {name: TensorSpec(spec.shape, "F32") for name, spec in delta_schema(schema).items()}
         self.codec = codec
         self._seed = seed
-        self._quantizer = QUANTIZERS[codec.values]
-        self._file, self._header = _open(path, sum(map(self._most_bytes, self.schema.values())))
-        self._num_kept: dict[str, int] = {}  # of each frame that is not all zero
+        self._file, self._header = _open(path, sum(most_bytes(spec, codec) for spec in self.schema.values()))
+        self._encodings: dict[str, tuple[Encoding, int]] = {}  # of each frame that is not all zero, with its M
         if self._header.codec != codec.to_dict():
             raise _invalid(path, f"codec is {self._header.codec!r:.200}, the plan's is {codec.to_dict()}")
         if self._header.frames.keys() != self.schema.keys():
@@ -306,14 +351,11 @@ class DeltaFile(Mapping[str, Tensor]):
             return torch.zeros(spec.shape)
         try:
             sections = _decode_sections(memoryview(self._file.get_tensor(name)), frame.sections)
-            sparsifier, seed = SPARSIFIERS[self.codec.sparsifier(spec)], derive_seed(self._seed, name)
-            values = self._quantizer.dequantize(sections, self._num_kept[name], self.codec.block_size)
-            dense = sparsifier.scatter(Kept(sections, values), spec.num_elements, seed, self.codec.density)
-            if dense.numel() and not all(map(torch.isfinite, torch.aminmax(dense))):
-                raise InvalidDelta(f"{int((~torch.isfinite(dense)).sum())} values are NaN or infinite")
+            encoding, num_kept = self._encodings[name]
+            seed = derive_seed(self._seed, name)
+            return decode(sections, encoding, spec, self.codec, seed=seed, num_kept=num_kept)
         except InvalidDelta as err:
             raise _invalid(self.path, f"{name}: {err.message}") from err
-        return dense.reshape(spec.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.schema)
@@ -326,26 +368,19 @@ class DeltaFile(Mapping[str, Tensor]):
         """What the file costs."""
         return self._header.stats(self.path.stat().st_size)
 
-    def _most_bytes(self, spec: TensorSpec) -> int:
-        """Return how long a frame of this `spec` can be, whatever its sender kept."""
-        index_sizes = SPARSIFIERS[self.codec.sparsifier(spec)].index_bytes(spec.num_elements, self.codec.density)
-        value_sizes = self._quantizer.section_bytes(spec.num_elements, self.codec.block_size)
-        return sum(index_sizes.values()) + sum(value_sizes.values())
-
     def _check(self, name: str, spec: TensorSpec, frame: _Frame) -> None:
         """Raise `InvalidDelta` unless `frame` is one that the plan allows for a tensor of this `spec`."""
         if frame.shape != spec.shape:
             raise _invalid(self.path, f"{name}: shape is {list(frame.shape)}, not {list(spec.shape)}")
         if frame.encoding == ZERO:
             expected: dict[str, int] = {}
-        elif frame.encoding == self.codec.encoding(spec):
-            sparsifier = SPARSIFIERS[self.codec.sparsifier(spec)]
-            num_kept = sparsifier.num_kept(spec.num_elements, derive_seed(self._seed, name), self.codec.density)
-            expected = sparsifier.index_bytes(spec.num_elements, self.codec.density)
-            expected |= self._quantizer.section_bytes(num_kept, self.codec.block_size)
-            self._num_kept[name] = num_kept
+        elif (encoding := self.codec.allowed(spec, frame.encoding)) is not None:
+            num_kept = num_values(encoding, spec, self.codec, derive_seed(self._seed, name))
+            expected = section_bytes(encoding, spec, self.codec, num_kept)
+            self._encodings[name] = encoding, num_kept
         else:
-            raise _invalid(self.path, f"{name}: encoding is {frame.encoding!r}, not {self.codec.encoding(spec)!r}")
+            wanted = str(self.codec.encoding(spec))
+            raise _invalid(self.path, f"{name}: encoding is {frame.encoding!r:.100}, not {wanted!r}")
         found = [(section.kind, section.raw_bytes) for section in frame.sections]
         if found != list(expected.items()):
             raise _invalid(self.path, f"{name}: sections are {found!r:.200}, expected {list(expected.items())}")

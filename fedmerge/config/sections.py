@@ -215,10 +215,10 @@ class Train(OpenSection):
 class Delta(Section):
     """How task vectors, and the update that is published, are encoded on their way."""
 
-    sparsify: Literal["none", "seeded", "topk", "layerwise_topk"] = "none"
-    """Elements that travel: all ("none"), or a random part that sender and receiver draw from the same seed, rescaled
-    to keep its mean, so that no index travels ("seeded"), or the largest of every 4096 ("topk") or of a whole tensor
-    ("layerwise_topk") and their indices."""
+    sparsify: Literal["none", "seeded", "topk", "layerwise_topk", "lowrank"] = "none"
+    """What travels: all ("none"), or a random part that sender and receiver draw from the same seed, rescaled to keep
+    its mean, so that no index travels ("seeded"), or the largest of every 4096 ("topk") or of a whole tensor
+    ("layerwise_topk") and their indices, or matrices as two factors ("lowrank", exact for LoRA adapters)."""
     density: float = Field(default=1.0, ge=1e-6, le=1)
     """Share of the elements that a sparsifier keeps, at most 1."""
     values: ValueType = "int8"
@@ -231,6 +231,16 @@ class Delta(Section):
     """Vectors (biases, norms) of fewer elements than this are never thinned."""
     zstd_level: int = Field(default=3, ge=1, le=19)
     """Effort of the final compression, from 1 (fast) to 19 (small)."""
+    max_noise_ratio: float = Field(default=0.1, ge=0, le=1e6)
+    """Noise that the mask of "seeded" may add to a tensor, as a share of its weights' norm; a tensor in which it would
+    be more travels dense instead."""
+    fallback: ValueType | Literal["none"] = "lloyd3"
+    """Number format of tensors that travel dense for that reason; "none" refuses such a delta."""
+    rank: int = Field(default=0, ge=0, le=4096)
+    """Largest rank of the factors of "lowrank". Adapters up to it travel as they are, other matrices cut down to it."""
+    factors: ValueType | Literal["exact"] = "exact"
+    """Number format of the factors of "lowrank"; "exact" is the narrowest of "bf16", "fp16", "fp32" that loses
+    nothing."""
     error_feedback: float = Field(default=0.0, ge=0, le=1)
     """Share of what top-k left unsent that a node adds to its next delta; 0 forgets it. Over many rounds 0.95 is
     recommended, with [outer] name = "sgd" alone."""
@@ -240,8 +250,15 @@ class Delta(Section):
     @field_validator("density")
     @classmethod
     def _has_effect(cls, value: float, info: ValidationInfo) -> float:
-        if value != 1.0 and info.data.get("sparsify") == "none":
+        if value != 1.0 and info.data.get("sparsify") in {"none", "lowrank"}:
             raise ValueError('has no effect without sparsify = "seeded", "topk" or "layerwise_topk"')
+        return value
+
+    @field_validator("rank")
+    @classmethod
+    def _has_factors(cls, value: int, info: ValidationInfo) -> int:
+        if "sparsify" in info.data and (value > 0) != (info.data["sparsify"] == "lowrank"):
+            raise ValueError('sparsify = "lowrank" takes a rank of at least 1, and the others take none')
         return value
 
     @field_validator("error_feedback")
@@ -349,7 +366,7 @@ class Config(Section):
         """Return how the published update is encoded: every element, in `delta.downlink` numbers."""
         from fedmerge.codec import Codec
 
-        whole = {"sparsify": "none", "density": 1.0, "values": self.delta.downlink}
+        whole = {"sparsify": "none", "density": 1.0, "rank": 0, "values": self.delta.downlink}
         return Codec(**self.delta.model_dump(exclude={"error_feedback", "downlink"}) | whole)
 
     def recipe(self) -> Recipe:

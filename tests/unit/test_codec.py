@@ -9,7 +9,10 @@ import pytest
 from fedmerge.codec import Codec
 from fedmerge.errors import ConfigError
 
-KEYS = "one of: sparsify, density, values, block_size, small_elements, zstd_level"
+KEYS = (
+    "one of: sparsify, density, values, block_size, small_elements, zstd_level, "
+    "max_noise_ratio, fallback, rank, factors"
+)
 VALUES = "one of: fp32, bf16, fp16, int8, int4, lloyd3, lloyd2, sign"
 
 
@@ -22,7 +25,7 @@ VALUES = "one of: fp32, bf16, fp16, int8, int4, lloyd3, lloyd2, sign"
         (
             {"sparsify": "seed"},
             "codec.sparsify: unknown name 'seed'; did you mean 'seeded'?",
-            "one of: none, seeded, topk, layerwise_topk",
+            "one of: none, seeded, topk, layerwise_topk, lowrank",
         ),
         ({"values": 8}, "codec.values: 8 is not of type str", None),
         ({"block_size": "1024"}, "codec.block_size: '1024' is not of type int", None),

@@ -76,6 +76,7 @@ sparsifier: Table = (
     st.builds(dict)
     | st.fixed_dictionaries({"sparsify": st.sampled_from(["seeded", *TOPK]), "density": st.floats(1e-6, 1)})
     | st.fixed_dictionaries({"sparsify": st.sampled_from(TOPK), "error_feedback": st.floats(0, 1)})
+    | st.fixed_dictionaries({"sparsify": st.just("lowrank"), "rank": st.integers(1, 4096)})
 )
 merges: Table = st.builds(dict) | st.fixed_dictionaries(
     {"method": st.just("ties")},
@@ -110,6 +111,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
             sparsifier,
             table({}, {"values": values, "block_size": st.integers(8, 2**20), "zstd_level": st.integers(1, 19)}),
             table({}, {"small_elements": st.integers(0, 2**31), "downlink": values}),
+            table({}, {"max_noise_ratio": st.floats(0, 1e6), "fallback": values | st.just("none")}),
+            table({}, {"factors": values | st.just("exact")}),
         ),
         "merge": both(merges, table({}, {"seed": st.integers(0, 2**63 - 1)})),
         "screen": draw(
@@ -278,6 +281,14 @@ BAD: list[tuple[str, list[str]]] = [
         ['6: delta.density: has no effect without sparsify = "seeded", "topk" or "layerwise_topk"'],
     ),
     (
+        MINIMAL + "[delta]\nrank = 4\n",
+        ['6: delta.rank: sparsify = "lowrank" takes a rank of at least 1, and the others take none'],
+    ),
+    (
+        MINIMAL + "[delta]\nsparsify = 'lowrank'\n",
+        ['5: delta.rank: sparsify = "lowrank" takes a rank of at least 1, and the others take none'],
+    ),
+    (
         MINIMAL + "[delta]\nerror_feedback = 0.95\n",
         [
             '6: delta.error_feedback: goes with "topk" and "layerwise_topk" alone: '
@@ -432,7 +443,7 @@ def test_defaults_are_those_of_the_parts_they_configure() -> None:
     assert config.outer_settings() == {"name": "sgd", "lr": 1.0}
 
 
-@pytest.mark.parametrize("key", ["density", "block_size", "small_elements", "zstd_level"])
+@pytest.mark.parametrize("key", ["density", "block_size", "small_elements", "zstd_level", "max_noise_ratio"])
 def test_ranges_of_the_codec_are_the_codecs_own(key: str) -> None:
     schema = json_schema()["$defs"]["Delta"]["properties"][key]
     seeded = {"sparsify": "seeded"}
