@@ -44,15 +44,15 @@ class TaskVector(Mapping[str, Tensor]):
                 raise InputError(f"{where}: integer tensor {name} differs from the base's and can't be merged")
 
     def __getitem__(self, name: str) -> Tensor:
-        difference = _difference(self._tuned[name], self._base[name])
+        change = difference(self._tuned[name], self._base[name])
         # The sum is finite if all its terms are, but for sums beyond the range of the dtype: look closer only then.
-        if not torch.isfinite(difference.sum()) and not torch.isfinite(difference).all():
-            num_bad = int((~torch.isfinite(difference)).sum())
+        if not torch.isfinite(change.sum()) and not torch.isfinite(change).all():
+            num_bad = int((~torch.isfinite(change)).sum())
             raise InputError(
                 f"{self._where}: {name} holds {num_bad} NaN or infinite values",
                 hint="training diverged; lower the learning rate",
             )
-        return difference
+        return change
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -80,13 +80,14 @@ def apply_one(base: Tensor, update: Tensor) -> Tensor:
     return result
 
 
-def _difference(after: Tensor, before: Tensor) -> Tensor:
+def difference(after: Tensor, before: Tensor) -> Tensor:
+    """Return `after - before` for one tensor, in fp32 (or fp64 if either is)."""
     dtype = working_dtype(after, before)
-    difference = torch.empty(after.shape, dtype=dtype, device=after.device)
-    flat, tuned, base = difference.view(-1), after.reshape(-1), before.reshape(-1)
+    change = torch.empty(after.shape, dtype=dtype, device=after.device)
+    flat, tuned, base = change.view(-1), after.reshape(-1), before.reshape(-1)
     for block in _blocks(flat):
         flat[block].copy_(tuned[block]).sub_(base[block].to(dtype))
-    return difference
+    return change
 
 
 def _blocks(flat: Tensor) -> Iterator[slice]:

@@ -17,8 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedmerge.adapter import open_tuned
 from fedmerge.codec import Codec
-from fedmerge.delta import UpdatedModel, delta_schema, subtract
+from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import (
     ConflictingSubmission,
     DigestMismatch,
@@ -89,7 +90,7 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class NodeEvent:
-    """Something worth showing to a person: `kind` is fetch, train, upload, delivered, evaluated, missed or finished."""
+    """Something worth showing: `kind` is fetch, train, encoded, upload, delivered, evaluated, missed or finished."""
 
     kind: str
     round: int
@@ -190,18 +191,29 @@ class Node:
         )
         with reporting_save_errors(outbox):
             result = self.trainer.train(task)
-        tuned = Checkpoint(result.model_dir)
-        self._evaluate("own", result.model_dir, model_digest(tuned), spec, spec.round)
         before = self._open(spec.model)
+        tuned, to_send = open_tuned(result.model_dir, before)
+        whole = self._whole(result.model_dir, tuned, outbox)
+        self._evaluate("own", whole, model_digest(tuned), spec, spec.round)
         schema = delta_schema(self._require_base(spec).schema)
         payload = outbox / "delta.safetensors"
         codec = Codec.from_dict(spec.codec)
         seed = spec.mask_seed(self.node_id)
-        to_send: TensorMap = subtract(tuned, before)
         if spec.error_feedback:
             residual = previous_residual(outbox, spec, own)
             to_send = carry_over(to_send, residual, spec.error_feedback)
-        write_delta(payload, to_send, schema, codec, seed=seed)
+        stats = write_delta(payload, to_send, schema, codec, seed=seed, base=before)
+        notes = stats.notes(codec)
+        for note in notes:
+            log.warning("round %d: %s", spec.round, note)
+        self._emit(
+            "encoded",
+            spec.round,
+            payload_bytes=stats.payload_bytes,
+            bits_per_parameter=stats.bits_per_parameter,
+            encodings=stats.encodings,
+            notes=notes,
+        )
         if spec.error_feedback:
             sent = DeltaFile(payload, schema, codec, seed=seed)
             write_residual(outbox, unsent(to_send, sent), self._require_base(spec).shards())
@@ -227,8 +239,19 @@ class Node:
         with reporting_os_errors(outbox):
             partial.write_bytes(statement.sign(self.key))
             partial.rename(outbox / STATEMENT)
-            if not self._keep_tuned:
-                shutil.rmtree(result.model_dir)
+            for directory in {result.model_dir, whole} if not self._keep_tuned else ():
+                shutil.rmtree(directory)
+
+    def _whole(self, tuned_dir: Path, tuned: TensorMap, outbox: Path) -> Path:
+        """Return a directory with the tuned model whole, which an adapter is not, to be evaluated as any other."""
+        if not isinstance(tuned, UpdatedModel):
+            return tuned_dir
+        assert self._base is not None
+        directory = outbox / "whole"
+        with reporting_os_errors(directory):
+            shutil.rmtree(directory, ignore_errors=True)
+        write_model(tuned, self._base, directory)
+        return directory
 
     # 6 stream
 

@@ -48,6 +48,7 @@ class TrainTask:
 class TrainResult:
     """What a trainer leaves: `model_dir` has the tensors of the global model under the same names, tuned.
 
+    Or it has a LoRA adapter of the global model, as PEFT saves it; for `evaluate` it is then merged into a whole model.
     `num_examples` is the size of the node's training data, `metrics` whatever the trainer measured on the way.
     """
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def diff(
-    models: Annotated[tuple[Path, ...], Parameter(name="MODEL", help="Directories of fine-tunes of the base.")],
+    models: Annotated[
+        tuple[Path, ...], Parameter(name="MODEL", help="Directories of fine-tunes of the base: models or adapters.")
+    ],
     /,
     *,
     base: Annotated[Path, Parameter(help="The directory of the model they were tuned from.")],
@@ -28,14 +30,14 @@ def diff(
 ) -> None:
     """Show how fine-tunes of one base model interfere: angles, sign conflicts and lengths. Nothing is merged."""
     names = _names(models)
-    from fedmerge.delta import subtract
+    from fedmerge.adapter import open_tuned
     from fedmerge.files import write_new
     from fedmerge.measure import advice, measure
     from fedmerge.tensors import Checkpoint
 
     origin = Checkpoint(base)
-    tuned = {name: Checkpoint(path) for name, path in zip(names, models, strict=True)}
-    found = measure({name: subtract(model, origin, where=name) for name, model in tuned.items()})
+    opened = {name: open_tuned(path, origin, where=name) for name, path in zip(names, models, strict=True)}
+    found = measure({name: vector for name, (_, vector) in opened.items()})
     notes = advice(found, dtype=main_dtype(origin.schema))
     if svg is not None:
         write_new(svg, _drawn(found), if_exists="choose another --svg")

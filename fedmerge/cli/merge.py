@@ -25,7 +25,10 @@ SEE_HELP = "see: fedmerge merge --help"
 
 def merge(
     models: Annotated[
-        tuple[Path, ...], Parameter(name="MODEL", help="Directories of fine-tunes of the base.", show_default=False)
+        tuple[Path, ...],
+        Parameter(
+            name="MODEL", help="Directories of fine-tunes of the base: models or LoRA adapters.", show_default=False
+        ),
     ] = (),
     /,
     *,
@@ -52,7 +55,8 @@ def merge(
     """Merge fine-tunes of one base model into a directory that transformers opens."""
     if out.exists():
         _require_replaceable(out, force=force)
-    from fedmerge.delta import UpdatedModel, subtract
+    from fedmerge.adapter import open_tuned
+    from fedmerge.delta import UpdatedModel
     from fedmerge.merge import merge_deltas
     from fedmerge.publish import publish_local
     from fedmerge.statements import LocalInput
@@ -74,12 +78,12 @@ def merge(
             f"{from_}: dtype: {job.dtype} is not the base's, which is {main_dtype(origin.schema)}",
             hint="a merged model has the dtype of its base: leave dtype out, or convert the base first",
         )
-    tuned = [Checkpoint(path) for path in job.models]
-    vectors = [subtract(model, origin, where=str(path)) for model, path in zip(tuned, job.models, strict=True)]
+    opened = [open_tuned(path, origin, where=str(path)) for path in job.models]
     inputs = [
         LocalInput(name=path.name, digest=model_digest(model), weight=weight)
-        for path, model, weight in zip(job.models, tuned, job.weights, strict=True)
+        for path, (model, _), weight in zip(job.models, opened, job.weights, strict=True)
     ]
+    vectors = [vector for _, vector in opened]
     merged = dict(merge_deltas(vectors, job.weights, recipe, base=origin, seed=seed))
     digest = publish_local(
         UpdatedModel(origin, [merged]),
@@ -93,7 +97,7 @@ def merge(
     if json:
         print_json({"out": str(out), "version": digest, "merge": recipe.to_dict(), "signed": signing_key is not None})
         return
-    stderr.print(f"merged {len(tuned)} models with {recipe.method} into version {digest[:12]}")
+    stderr.print(f"merged {len(opened)} models with {recipe.method} into version {digest[:12]}")
     sys.stdout.write(f"{out}\n")
 
 

@@ -50,6 +50,9 @@ def describe(event: NodeEvent) -> str:
     match event.kind:
         case "train":
             return f"{where}: training, loss {values['loss']:.3f}"
+        case "encoded":
+            notes = "".join(f"; {note}" for note in values["notes"])
+            return f"{where}: delta has {values['bits_per_parameter']:.3g} bits per parameter{notes}"
         case "upload":
             return f"{where}: uploading {format_bytes(values['payload_bytes'])}"
         case "delivered":
