@@ -103,6 +103,14 @@ class Codec:
         """Return the codec as a JSON object."""
         return asdict(self)
 
+    def summary(self) -> str:
+        """Return the codec in a few words, such as "topk 1.56 % sign/64"."""
+        blocks = "" if self.values in EXACT_VALUES else f"/{self.block_size}"
+        if self.sparsify == LOWRANK:
+            return f"lowrank {self.rank} {self.factors}, else {self.values}{blocks}"
+        thinned = "" if self.sparsify == "none" else f"{self.sparsify} {100 * self.density:.3g} % "
+        return f"{thinned}{self.values}{blocks}"
+
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Codec:
         """Return the codec that `table` describes; keys left out have their defaults.

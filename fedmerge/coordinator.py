@@ -83,6 +83,9 @@ class Coordinator:
         self.base = Checkpoint(base_dir)
         self.schema = delta_schema(self.base.schema)
         Plan(config.recipe(), [], self.schema)  # a pattern that fits no tensor is reported now, not in every round
+        self.uplink = config.uplink(sum(spec.num_elements for spec in self.schema.values()))
+        if config.delta.codec == "auto":
+            log.info("codec: %s", self.uplink)
         self._base_files = _file_refs(base_dir)
         with ExitStack() as opened:
             opened.callback(FolderLock(state_dir).release)
@@ -176,8 +179,8 @@ class Coordinator:
             schema_digest=created.schema_digest,
             base_files=self._base_files,
             train=config.train_settings(),
-            codec=config.codec().to_dict(),
-            error_feedback=config.delta.error_feedback,
+            codec=self.uplink.codec.to_dict(),
+            error_feedback=self.uplink.error_feedback,
             downlink=config.downlink_codec().to_dict(),
             merge=config.recipe().to_dict(),
             merge_seed=config.merge.seed,

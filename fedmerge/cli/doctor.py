@@ -123,6 +123,7 @@ def _configuration(path: Path) -> Iterator[Check]:
     checks: dict[str, tuple[Callable[[Config], Check], str]] = {
         "model": (_model, "set model.base to a folder that save_pretrained wrote"),
         "train": (_train, "correct [train]"),
+        "codec": (_codec, "set model.base to a folder that save_pretrained wrote"),
         "disk": (_disk, "change federation.state"),
         "key": (_key, "change federation.key, or make one with: fedmerge keys new"),
         "trust": (_trust, "take the file out of federation.trusted"),
@@ -155,6 +156,14 @@ def _train(config: Config) -> Check:
     except MissingExtra as err:
         return Check("train", "warn", f"not checked: {err.message}", err.hint or install_line("client"))
     return Check("train", "ok", f"{config.train.trainer} takes these settings")
+
+
+def _codec(config: Config) -> Check:
+    from fedmerge.delta import delta_schema
+    from fedmerge.tensors import Checkpoint
+
+    schema = delta_schema(Checkpoint(config.model.base).schema)
+    return Check("codec", "ok", str(config.uplink(sum(spec.num_elements for spec in schema.values()))))
 
 
 def _disk(config: Config) -> Check:

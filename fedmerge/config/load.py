@@ -91,15 +91,23 @@ def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[_
         config = Config.model_validate(filled, context={"folder": folder.resolve()})
     except ValidationError as err:
         problems = [_Problem(error["loc"], _explain(error)) for error in err.errors(include_url=False)]
-    return config, problems + _merge_problems(filled["merge"]) + _feedback_problems(config) + _robust_problems(config)
+    return config, problems + _merge_problems(filled["merge"]) + _delta_problems(config) + _robust_problems(config)
 
 
-def _feedback_problems(config: Config | None) -> list[_Problem]:
-    """Refuse to carry the past on twice, at the nodes and at the coordinator: their sum was measured to diverge."""
-    if config is None or not config.delta.error_feedback or config.outer.name != "nesterov":
+def _delta_problems(config: Config | None) -> list[_Problem]:
+    """Return what in [delta] does not go with the rest of the configuration."""
+    if config is None:
         return []
-    text = 'does not go with [outer] name = "nesterov": residuals on top of momentum diverge; take "sgd", or leave it 0'
-    return [_Problem(("delta", "error_feedback"), text)]
+    delta, outer = config.delta, config.outer.name
+    if delta.codec == "auto":
+        text = 'is chosen by codec = "auto": leave it out, or leave codec out'
+        chosen = {"error_feedback", *delta.codec_settings()} & delta.model_fields_set
+        return [_Problem(("delta", key), text) for key in sorted(chosen)]
+    # The past would be carried on twice, at the nodes and at the coordinator: the sum was measured to diverge.
+    if delta.error_feedback and outer != "sgd":
+        text = f'does not go with [outer] name = "{outer}": residuals on top of momentum diverge; '
+        return [_Problem(("delta", "error_feedback"), f'{text}take "sgd", or leave it 0')]
+    return []
 
 
 def _robust_problems(config: Config | None) -> list[_Problem]:

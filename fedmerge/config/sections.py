@@ -6,6 +6,7 @@ Only what one value can show to be wrong is checked here; that a path exists is 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -27,6 +28,7 @@ from fedmerge.errors import InputError
 if TYPE_CHECKING:
     from fedmerge.codec import Codec
     from fedmerge.merge import Recipe
+    from fedmerge.regime import Uplink
     from fedmerge.screen import ScreenPolicy
 
 SIZE_UNITS: dict[str, int] = {"B": 1} | {
@@ -191,6 +193,15 @@ class Server(Section):
         """Host and port of `listen`."""
         return parse_address(self.listen)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether `listen` is an address of a private network, so that nodes are near; loopback says nothing."""
+        try:
+            found = ipaddress.ip_address(self.address[0].partition("%")[0])
+        except ValueError:
+            return False
+        return found.is_private and not (found.is_loopback or found.is_unspecified)
+
 
 class Rounds(Section):
     """When a round begins and ends."""
@@ -215,6 +226,9 @@ class Train(OpenSection):
 class Delta(Section):
     """How task vectors, and the update that is published, are encoded on their way."""
 
+    codec: Literal["custom", "auto"] = "custom"
+    """Who chooses how task vectors travel: the keys below ("custom"), or the number of rounds, the model's size, the
+    merge method, the outer optimizer and lora_rank in [train] ("auto"; fedmerge doctor says what, and why)."""
     sparsify: Literal["none", "seeded", "topk", "layerwise_topk", "lowrank"] = "none"
     """What travels: all ("none"), or a random part that sender and receiver draw from the same seed, rescaled to keep
     its mean, so that no index travels ("seeded"), or the largest of every 4096 ("topk") or of a whole tensor
@@ -270,6 +284,10 @@ class Delta(Section):
                 'goes with "topk" and "layerwise_topk" alone: the others leave nothing out to be sent later'
             )
         return value
+
+    def codec_settings(self) -> dict[str, Any]:
+        """Return the settings that are the codec's own, by name."""
+        return self.model_dump(exclude={"codec", "error_feedback", "downlink"})
 
 
 class Merge(OpenSection):
@@ -356,18 +374,33 @@ class Config(Section):
 
     # The builders import late: they need torch, which a mistake in the file should not have to wait for.
 
-    def codec(self) -> Codec:
-        """Return how nodes encode their task vectors."""
+    def uplink(self, num_parameters: int) -> Uplink:
+        """Return how nodes encode the task vectors of a model of `num_parameters`, chosen for them with "auto"."""
         from fedmerge.codec import Codec
+        from fedmerge.merge.methods import LINEAR
+        from fedmerge.regime import Regime, Uplink, choose
 
-        return Codec(**self.delta.model_dump(exclude={"error_feedback", "downlink"}))
+        if self.delta.codec == "custom":
+            return Uplink(Codec(**self.delta.codec_settings()), self.delta.error_feedback, "as configured")
+        lora_rank = self.train.extras.get("lora_rank", 0)
+        return choose(
+            Regime(
+                num_parameters=num_parameters,
+                num_rounds=self.rounds.num_rounds,
+                lora_rank=lora_rank if isinstance(lora_rank, int) else 0,
+                merge=self.merge.method,
+                is_linear=self.merge.method in LINEAR and not self.screen.robust,
+                has_momentum=self.outer.name != "sgd",
+                is_local=self.server.is_local,
+            )
+        )
 
     def downlink_codec(self) -> Codec:
         """Return how the published update is encoded: every element, in `delta.downlink` numbers."""
         from fedmerge.codec import Codec
 
         whole = {"sparsify": "none", "density": 1.0, "rank": 0, "values": self.delta.downlink}
-        return Codec(**self.delta.model_dump(exclude={"error_feedback", "downlink"}) | whole)
+        return Codec(**self.delta.codec_settings() | whole)
 
     def recipe(self) -> Recipe:
         """Return the merge method and its parameters; the seed stays in `merge.seed`."""

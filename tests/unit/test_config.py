@@ -113,7 +113,9 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
             table({}, {"small_elements": st.integers(0, 2**31), "downlink": values}),
             table({}, {"max_noise_ratio": st.floats(0, 1e6), "fallback": values | st.just("none")}),
             table({}, {"factors": values | st.just("exact")}),
-        ),
+        )
+        if draw(st.booleans())
+        else draw(table({"codec": st.just("auto")}, {"downlink": values})),
         "merge": both(merges, table({}, {"seed": st.integers(0, 2**63 - 1)})),
         "screen": draw(
             table(
@@ -212,7 +214,8 @@ def test_a_valid_configuration_comes_back_as_it_was_written(data: st.DataObject)
                 else:
                     assert got[key] == (tuple(value) if isinstance(value, list) else value)
     assert len(config.nodes) == len(wanted["nodes"])
-    assert config.codec().to_dict().items() <= config.delta.model_dump().items()
+    if config.delta.codec == "custom":
+        assert config.uplink(10**9).codec.to_dict().items() <= config.delta.model_dump().items()
     assert config.downlink_codec().to_dict().items() >= {"sparsify": "none", "values": config.delta.downlink}.items()
     assert config.recipe().method == wanted.get("merge", {}).get("method", "fedavg")
 
@@ -279,6 +282,13 @@ BAD: list[tuple[str, list[str]]] = [
     (
         MINIMAL + "[delta]\ndensity = 0.5\n",
         ['6: delta.density: has no effect without sparsify = "seeded", "topk" or "layerwise_topk"'],
+    ),
+    (
+        MINIMAL + "[delta]\ncodec = 'auto'\nvalues = 'int8'\ndownlink = 'bf16'\nerror_feedback = 0.0\n",
+        [
+            '7: delta.values: is chosen by codec = "auto": leave it out, or leave codec out',
+            '9: delta.error_feedback: is chosen by codec = "auto": leave it out, or leave codec out',
+        ],
     ),
     (
         MINIMAL + "[delta]\nrank = 4\n",
@@ -436,7 +446,7 @@ def test_a_file_that_is_no_toml_is_a_config_error(tmp_path: Path, content: bytes
 
 def test_defaults_are_those_of_the_parts_they_configure() -> None:
     config = parse(MINIMAL)
-    assert config.codec() == Codec()
+    assert config.uplink(10**9)[:2] == (Codec(), 0.0)
     assert config.downlink_codec() == Codec(values="fp32")
     assert config.recipe() == Recipe("fedavg")
     assert config.screen_policy() == ScreenPolicy()

@@ -46,7 +46,7 @@ def fedmerge_delta(message: Message, context: Context, call_next: ClientAppCalla
             left = unsent(corrected, DeltaFile(path, schema, plan.codec, seed=seed))
             context.state[RESIDUAL_KEY] = to_record({name: left[name] for name in left})
         else:
-            write_delta(path, to_send, schema, plan.codec, seed=seed)
+            write_delta(path, to_send, schema, plan.codec, seed=seed, base=base)
         reply.content[key] = pack_delta(path)
     return reply
 

@@ -58,7 +58,9 @@ class MergeStrategy(FedAvg):
         settings = dict(outer or {"name": "sgd"})
         self.outer_name = str(settings.pop("name"))
         self.outer_params = resolve(f"outer optimizer {self.outer_name}", parameters(self.outer_name), settings)
-        if error_feedback and (codec is None or codec.sparsify != "topk" or self.outer_name != "sgd"):
+        if error_feedback and (
+            codec is None or codec.sparsify not in {"topk", "layerwise_topk"} or self.outer_name != "sgd"
+        ):
             raise ConfigError(
                 "error_feedback needs a topk codec and the outer optimizer sgd",
                 hint="residuals on top of momentum diverge; without topk little is left unsent",
