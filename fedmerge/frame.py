@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, Final, Literal, NamedTuple
 
@@ -122,7 +122,9 @@ class _Frame(BaseModel):
         return sum(section.coded_bytes for section in self.sections)
 
 
-class _Header(BaseModel):
+class Header(BaseModel):
+    """What a delta file says of itself; `stats` sums it up."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["fedmerge.delta"]
@@ -131,6 +133,7 @@ class _Header(BaseModel):
     frames: dict[str, _Frame]
 
     def stats(self, payload_bytes: int) -> DeltaStats:
+        """Return what a file of `payload_bytes` with this header costs."""
         num_elements = sum(TensorSpec(frame.shape, "F32").num_elements for frame in self.frames.values())
         encodings = Counter(frame.encoding for frame in self.frames.values())
         return DeltaStats(num_elements, 4 * num_elements, payload_bytes, dict(sorted(encodings.items())))
@@ -237,7 +240,7 @@ def write_delta(
                 frames[name] = _write_frame(encoded.sections, spec, str(encoded.encoding), compressor, out=payload)
                 if encoded.noise_ratio is not None or encoded.energy is not None:
                     choices[name] = Choice(str(encoded.encoding), encoded.noise_ratio, encoded.energy)
-            header = _Header(format=FORMAT, version=VERSION, codec=codec.to_dict(), frames=frames)
+            header = Header(format=FORMAT, version=VERSION, codec=codec.to_dict(), frames=frames)
             table = _safetensors_header(header)
             if len(table) > MAX_HEADER_BYTES:
                 raise InputError(f"{where}: {len(frames)} tensors are too many for one delta file")
@@ -253,7 +256,7 @@ def write_delta(
         part.unlink(missing_ok=True)
 
 
-def _safetensors_header(header: _Header) -> bytes:
+def _safetensors_header(header: Header) -> bytes:
     """Return the table at the start of a safetensors file: where each frame is, and as metadata what it is."""
     table: dict[str, Any] = {"__metadata__": {METADATA_KEY: header.model_dump_json()}}
     end = 0
@@ -282,7 +285,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _open(path: Path, max_frame_bytes: int) -> tuple[Any, _Header]:
+def open_header(path: Path, max_frame_bytes: int) -> tuple[Any, Header]:
     """Open a delta file and return its handle and header, well formed and in agreement with the frames' true lengths.
 
     `max_frame_bytes` bounds all frames together. Raises `InvalidDelta` for anything else than a delta file, and
@@ -299,7 +302,7 @@ def _open(path: Path, max_frame_bytes: int) -> tuple[Any, _Header]:
         metadata = file.metadata() or {}
         if metadata.keys() != {METADATA_KEY}:
             raise _invalid(path, f"not a delta file: metadata keys are {sorted(metadata)[:3]}")
-        header = _Header.model_validate(json.loads(metadata[METADATA_KEY], object_pairs_hook=_unique_keys))
+        header = Header.model_validate(json.loads(metadata[METADATA_KEY], object_pairs_hook=_unique_keys))
         Codec.from_dict(header.codec)
     except ConfigError as err:
         raise _invalid(path, f"header: {err.message}") from err
@@ -335,7 +338,7 @@ class DeltaFile(Mapping[str, Tensor]):
         self.schema = {name: TensorSpec(spec.shape, "F32") for name, spec in delta_schema(schema).items()}
         self.codec = codec
         self._seed = seed
-        self._file, self._header = _open(path, sum(most_bytes(spec, codec) for spec in self.schema.values()))
+        self._file, self._header = open_header(path, sum(most_bytes(spec, codec) for spec in self.schema.values()))
         self._encodings: dict[str, tuple[Encoding, int]] = {}  # of each frame that is not all zero, with its M
         if self._header.codec != codec.to_dict():
             raise _invalid(path, f"codec is {self._header.codec!r:.200}, the plan's is {codec.to_dict()}")
@@ -391,26 +394,3 @@ class DeltaFile(Mapping[str, Tensor]):
                 raise _invalid(
                     self.path, f"{name}: section {kind}: {coded_bytes} bytes of {coder!r} for {raw_bytes} raw"
                 )
-
-
-def inspect_delta(path: Path) -> dict[str, Any]:
-    """Return what a delta file says of itself, for people: nothing under `claims` was checked against a plan.
-
-    Keys: `path`; `file_bytes`, measured; `claims`, with `format`, `version`, `codec`, `totals` and, by name, `tensors`.
-    Raises `InvalidDelta` when it is not a delta file at all, and `InputError` when there is no file to read.
-    """
-    _, header = _open(path, max_frame_bytes=1 << 62)
-    file_bytes = path.stat().st_size
-    stats = header.stats(file_bytes)
-    claims = header.model_dump(mode="json", exclude={"frames"})
-    claims["totals"] = {**asdict(stats), "bits_per_parameter": stats.bits_per_parameter}
-    claims["tensors"] = {
-        name: {
-            "shape": list(frame.shape),
-            "encoding": frame.encoding,
-            "raw_bytes": sum(section.raw_bytes for section in frame.sections),
-            "coded_bytes": frame.coded_bytes,
-        }
-        for name, frame in sorted(header.frames.items())
-    }
-    return {"path": str(path), "file_bytes": file_bytes, "claims": claims}

@@ -9,20 +9,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.markup import escape
 from rich.table import Table
 
 from fedmerge.cli.output import JsonFlag, format_bytes, print_json, printable, stdout
-from fedmerge.errors import InputError, InvalidDelta
+from fedmerge.errors import ConfigError, InputError, InvalidDelta
+
+HEADINGS = {"coded_bytes": "bytes", "bits_per_parameter": "bits/param", "relative_error": "rel. error"}
+JSON_ALONE = {"raw_bytes"}
 
 
 def inspect(
     path: Annotated[Path, Parameter(name="FILE", help="A delta file, a model directory, or signed statements.")],
     /,
     *,
+    base: Annotated[
+        Path | None, Parameter(help="Of a delta file: the directory of the model it is to be added to.")
+    ] = None,
+    tuned: Annotated[Path | None, Parameter(help="The fine-tune it was made of: also show what is lost.")] = None,
+    seed: Annotated[int, Parameter(help="The plan's [merge] seed, for seeded masks.", validator=Number(gte=0))] = 0,
     json: JsonFlag = False,
 ) -> None:
     """Show what a file says of itself. Nothing is verified here: use `fedmerge verify` for that."""
+    if (base is None) != (tuned is None):
+        raise ConfigError("--base and --tuned go together", hint="what is lost is measured against their difference")
     if path.is_dir():
         found = _model(path)
     elif not path.is_file():
@@ -33,6 +44,10 @@ def inspect(
         found = _provenance(path)
     else:
         found = _delta(path)
+    if base is not None and tuned is not None:
+        if path.suffix in {".json", ".jsonl"} or path.is_dir():
+            raise ConfigError(f"{path}: --base and --tuned are for delta files")
+        _add_errors(found, path, base, tuned, seed)
     with _reporting(f"{path}: can't be shown"):
         if json:
             print_json(found)
@@ -41,7 +56,7 @@ def inspect(
 
 
 def _delta(path: Path) -> dict[str, Any]:
-    from fedmerge.frame import inspect_delta
+    from fedmerge.inspection import inspect_delta
 
     try:
         found = inspect_delta(path)
@@ -53,6 +68,40 @@ def _delta(path: Path) -> dict[str, Any]:
     claims = found["claims"]
     rows = [{"name": name, **claim} for name, claim in claims.pop("tensors").items()]
     return {"kind": "delta (as it claims)", "file_bytes": found["file_bytes"], **claims, "tensors": rows}
+
+
+def _add_errors(found: dict[str, Any], path: Path, base: Path, tuned: Path, seed: int) -> None:
+    """Add to what a delta file claims how far each tensor is from the task vector `tuned - base`."""
+    from fedmerge.adapter import open_tuned
+    from fedmerge.codec import Codec
+    from fedmerge.inspection import relative_errors
+    from fedmerge.tensors import Checkpoint
+
+    codec, origin = Codec.from_dict(found["codec"]), Checkpoint(base)
+    mask_seed = _mask_seed(path, seed) if codec.sparsify == "seeded" else 0
+    _, task_vector = open_tuned(tuned, origin, where=str(tuned))
+    try:
+        errors, total = relative_errors(path, task_vector, origin.schema, codec, seed=mask_seed)
+    except InvalidDelta as err:
+        raise InputError(f"{path}: does not fit {base} ({err.message.removeprefix(f'{path.name}: ')})") from err
+    for row in found["tensors"]:
+        row["relative_error"] = errors[row["name"]]
+    found["totals"]["relative_error"] = total
+
+
+def _mask_seed(path: Path, seed: int) -> int:
+    """Return the seed of a node's mask; its statement, which lies beside the delta, says which node and round."""
+    from fedmerge.seeds import derive_seed
+
+    beside = path.with_name("statement.json")
+    if not beside.is_file():
+        raise InputError(
+            f"{path}: has a seeded mask, and no statement.json beside it says whose",
+            hint="give the delta.safetensors in a node's folder, under rounds",
+        )
+    with _reporting(f"{beside}: not a delta statement"):
+        claims = _statement(beside)["statement"]["predicate"]
+        return derive_seed("mask", seed, claims["round"], claims["node_id"])
 
 
 def _model(path: Path) -> dict[str, Any]:
@@ -111,9 +160,22 @@ def _show(found: dict[str, Any]) -> None:
         lines = [printable(line) for line in f"{name.replace('_', ' ')}: {shown}".split("\n")]
         stdout.print("\n".join(lines), markup=False)
     if rows:
+        columns = [name for name in rows[0] if name not in JSON_ALONE]
         table = Table()
-        for heading in rows[0]:
-            table.add_column(heading.replace("_", " "))
+        for name in columns:
+            table.add_column(HEADINGS.get(name, name), justify="left" if name in {"name", "encoding"} else "right")
         for row in rows:
-            table.add_row(*(escape(printable(str(value))) for value in row.values()))
+            table.add_row(*(escape(printable(_cell(row[name]))) for name in columns))
         stdout.print(table)
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case float():
+            return f"{value:.4g}"
+        case list():
+            return " x ".join(map(str, value)) or "scalar"
+        case _:
+            return str(value)

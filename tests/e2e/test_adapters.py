@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedmerge.cli.app import app
+from fedmerge.errors import InputError
 from fedmerge.node import NodeEvent
 from fedmerge.sim import FederationResult, simulate
 from fedmerge.store.blobs import BlobStore
@@ -146,3 +147,39 @@ def test_merge_and_diff_take_adapters_beside_models(
     app(["diff", "adapter", "model", "--base", "base", "--json"], exit_on_error=False, result_action="return_value")
     found = json.loads(capsys.readouterr().out)
     assert found["models"][0]["norm"] == pytest.approx(float(product.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("delta", "encoding", "bounds"),
+    [
+        ("sparsify = 'lowrank'\nrank = 4", "lowrank2+fp32", (0, 1e-7)),
+        ("values = 'int8'", "int8", (1e-3, 0.02)),
+        ("sparsify = 'seeded'\ndensity = 0.5\n[merge]\nseed = 7", "seeded+int8", (0.9, 1.1)),
+    ],
+)
+def test_inspect_measures_what_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], delta: str, encoding: str, bounds: tuple[float, float]
+) -> None:
+    make_model(tmp_path / "base")
+    trainers: dict[str, Trainer] = {"north": AdapterTrainer(2, 1), "south": AdapterTrainer(2, 9)}
+    run_simulated(tmp_path, trainers, num_rounds=1, delta=delta)
+    write_adapter(tmp_path / "tuned", 2, seed=2)  # north's, of round 1
+    payload = next((tmp_path / "nodes/north/rounds").glob("0001-*")) / "delta.safetensors"
+    command = ["inspect", str(payload), "--base", str(tmp_path / "base"), "--tuned", str(tmp_path / "tuned")]
+    app([*command, "--seed", "7", "--json"], exit_on_error=False, result_action="return_value")
+    found = json.loads(capsys.readouterr().out)
+    row = next(row for row in found["tensors"] if row["name"] == "layer.weight")
+    assert row["encoding"] == encoding
+    assert row["bits_per_parameter"] == 8 * row["coded_bytes"] / (200 * 300)
+    assert bounds[0] <= row["relative_error"] <= bounds[1]
+    assert found["totals"]["relative_error"] == pytest.approx(row["relative_error"])  # the rest did not change
+    assert next(row for row in found["tensors"] if row["name"] == "layer.bias")["relative_error"] == 0
+    app([*command, "--seed", "7"], exit_on_error=False, result_action="return_value")
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in (encoding, "200 x 300", "bits/param", "rel. error"))
+    if "seeded" in encoding:
+        with pytest.raises(InputError, match=r"does not fit .*layer\.weight: sections"):
+            app([*command, "--json"], exit_on_error=False, result_action="return_value")
+        payload.with_name("statement.json").unlink()
+        with pytest.raises(InputError, match=r"no statement\.json beside it"):
+            app([*command, "--json"], exit_on_error=False, result_action="return_value")

@@ -26,7 +26,8 @@ from safetensors.numpy import load_file, save_file
 
 from fedmerge.codec import Codec
 from fedmerge.errors import InputError, InvalidDelta, ModelMismatch, ResourceError
-from fedmerge.frame import MAX_VALUE, DeltaFile, inspect_delta, write_delta
+from fedmerge.frame import MAX_VALUE, DeltaFile, write_delta
+from fedmerge.inspection import inspect_delta
 from fedmerge.seeds import bernoulli_mask, derive_seed
 from fedmerge.tensors import Schema, TensorMap, TensorSpec, schema_of
 
