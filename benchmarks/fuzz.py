@@ -4,7 +4,7 @@
 
 A mutant is one frame of a file whose header is right, so that it gets past the header and into the decoders; one file
 in ten is a mutant as a whole instead: its header, its lengths, its bytes anywhere. Every combination of sparsifier and
-value type takes its turn. Of each mutant it is asked that
+value type takes its turn, and so do factors. Of each mutant it is asked that
 
 - it decodes to finite fp32 of the plan's shape, or is refused with `InvalidDelta` that names the tensor (the file, when
   it is the file that was mutated); any other exception is a failure;
@@ -59,6 +59,9 @@ CODECS = {
     )
     for sparsifier in SPARSIFIERS
     for number, values in enumerate(QUANTIZERS)
+} | {
+    f"lowrank {factors}": Codec(sparsify="lowrank", rank=4, factors=factors, block_size=64)
+    for factors in ("exact", "fp16", "int8", "lloyd2")
 }
 SIZES = [(), (1,), (7,), (8,), (100,), (64, 64), (5000,), (3, 11), (90, 100), (2, 3, 5), (33, 48), (1, 4097)]
 

@@ -51,7 +51,8 @@ num_threads = 1
 [delta]
 sparsify = "seeded"
 density = 0.1
-values = "int8"
+values = "lloyd2"
+block_size = 64
 downlink = "int8"
 
 [merge]
@@ -97,7 +98,7 @@ def demo(
     everywhere = _score_everywhere(out, config, result, corpus)
     shutil.copytree(result.model_dir, out / "model")
     shutil.copyfile(config.federation.state / "coordinator.pem", out / "coordinator.pem")
-    report = _report(out, result, everywhere, time.monotonic() - started_s)
+    report = _report(out, config, result, everywhere, seconds=time.monotonic() - started_s)
     if json:
         print_json(report, indent=2)
     else:
@@ -191,7 +192,12 @@ def _score_everywhere(
 
 
 def _report(
-    out: Path, result: FederationResult, everywhere: Mapping[str, Mapping[str, float]], seconds: float
+    out: Path,
+    config: Config,
+    result: FederationResult,
+    everywhere: Mapping[str, Mapping[str, float]],
+    *,
+    seconds: float,
 ) -> dict[str, Any]:
     organisations = [
         {
@@ -211,6 +217,8 @@ def _report(
         "base_on_all": everywhere["models"]["base"],
         "merged_on_all": everywhere["models"]["merged"],
         "num_rounds": num_rounds,
+        "codec": config.uplink(result.dense_bytes // 4).codec.summary(),
+        "downlink": config.downlink_codec().summary(),
         "sent_bytes": sum(node.sent_bytes for node in result.nodes),
         "fetched_bytes": num_nodes * result.fetched_bytes,
         "fp32_bytes": num_nodes * num_rounds * result.dense_bytes,
@@ -244,15 +252,23 @@ def _print_report(report: Mapping[str, Any]) -> None:
     own_on_all = sum(row["own_on_all"] for row in organisations) / len(organisations)
     table.add_row("mean", *(f"{score:.3f}" for score in (*means, own_on_all, merged_on_all)), style="bold")
     stdout.print(table)
-    sent, fetched, dense = report["sent_bytes"], report["fetched_bytes"], report["fp32_bytes"]
-    stdout.print(
-        f"sent     {format_bytes(sent)} by all nodes in {report['num_rounds']} rounds; "
-        f"FedAvg in fp32 would have sent {format_bytes(dense)}: {format_ratio(dense / sent)} less"
-    )
-    stdout.print(
-        f"fetched  {format_bytes(fetched)} of updates by all nodes; in fp32 {format_bytes(dense)}: "
-        f"{format_ratio(dense / fetched)} less"
-    )
+    stdout.print(_byte_table(report))
     stdout.print(f"model    {report['model']}  (transformers opens it; {report['seconds']:.0f} s in all)")
     stdout.print("check it:")
     stdout.print(f"  {report['verify']}", markup=False)
+
+
+def _byte_table(report: Mapping[str, Any]) -> Table:
+    """Return what travelled, beside what FedAvg in fp32 would have sent."""
+    dense, num_messages = report["fp32_bytes"], len(report["organisations"]) * report["num_rounds"]
+    table = Table(title="bytes, beside whole models in fp32", title_justify="left")
+    for heading in ("", "codec", "fp32", "all rounds and nodes", "each", "bits/param", "less"):
+        table.add_column(heading, justify="left" if heading in {"", "codec"} else "right")
+    for what, codec, num_bytes in (
+        ("sent", report["codec"], report["sent_bytes"]),
+        ("fetched", report["downlink"], report["fetched_bytes"]),
+    ):
+        each, bits = format_bytes(num_bytes // num_messages), f"{32 * num_bytes / dense:.3g}"
+        ratio = format_ratio(dense / num_bytes)
+        table.add_row(what, codec, format_bytes(dense), format_bytes(num_bytes), each, bits, ratio)
+    return table

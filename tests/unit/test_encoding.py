@@ -54,7 +54,7 @@ def test_a_tensor_with_too_much_noise_travels_dense(tmp_path: Path) -> None:
     assert 50 < int(decoded["calm"].count_nonzero()) < 110
 
 
-@given(density=st.floats(1e-4, 1), size=st.floats(1e-6, 10), seed=st.integers(0, 100))
+@given(density=st.floats(1e-4, 0.999), size=st.floats(1e-6, 10), seed=st.integers(0, 100))
 @settings(deadline=None)
 def test_the_ratio_is_the_noise_a_mask_makes(density: float, size: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
