@@ -1,8 +1,7 @@
 """Randomness that replays: every seed is derived from names, every mask from a counter-based generator.
 
 A seed is a 64-bit integer derived by SHA-256 from what it is for, so that two parties who know the names
-know the seed. Masks come from the raw output of Philox-4x64 (Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3", SC 2011), whose stream numpy keeps stable across releases, unlike its distributions.
+know the seed. Masks come from the raw output of a counter-based generator (`fedmerge.philox`).
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from fedmerge.philox import draws
 
 
 def derive_seed(*parts: str | int) -> int:
@@ -36,7 +36,7 @@ def bernoulli_mask(seed: int, num_elements: int, density: float) -> Tensor:
     if density >= 1.0:
         return torch.ones(num_elements, dtype=torch.bool)
     threshold = np.uint32(min(max(0, round(density * 2**32)), 2**32 - 1))
-    return torch.from_numpy(_draws(seed, num_elements) < threshold)
+    return torch.from_numpy(draws(seed, 0, num_elements) < threshold)
 
 
 def uniform(seed: int, num_elements: int) -> Tensor:
@@ -45,10 +45,4 @@ def uniform(seed: int, num_elements: int) -> Tensor:
     Element i depends only on `seed` and i. These are the draws behind `bernoulli_mask`, for masks in which every
     element has a probability of its own: it is kept where its draw is below that.
     """
-    return torch.from_numpy(_draws(seed, num_elements) * 2.0**-32)
-
-
-def _draws(seed: int, num_elements: int) -> npt.NDArray[np.uint32]:
-    """Return `num_elements` 32-bit words of the Philox stream of `seed`."""
-    raw = np.random.Philox(key=seed & (2**64 - 1)).random_raw((num_elements + 1) // 2)
-    return raw.astype("<u8", copy=False).view("<u4")[:num_elements]
+    return torch.from_numpy(draws(seed, 0, num_elements) * 2.0**-32)
