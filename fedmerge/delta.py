@@ -30,21 +30,22 @@ def delta_schema(schema: Schema) -> Schema:
 class TaskVector(Mapping[str, Tensor]):
     """The task vector `tuned - base` as a tensor map: fp32 (or fp64) tensors, each computed when it is asked for.
 
-    Made by `subtract`. Reading a tensor raises `InputError` when the fine-tune holds NaN or infinite values in it.
+    Made by `subtract` from `tuned` and `base`; `schema` is the base's, of these tensors. Reading one raises
+    `InputError` when the fine-tune holds NaN or infinite values in it.
     """
 
     def __init__(self, tuned: TensorMap, base: TensorMap, *, where: str) -> None:
-        self._tuned, self._base, self._where = tuned, base, where
+        self.tuned, self.base, self._where = tuned, base, where
         schema = schema_of(base)
-        self._names = list(delta_schema(schema))
-        require_same_schema(delta_schema(schema), delta_schema(schema_of(tuned)), where=where)
+        self.schema = delta_schema(schema)
+        require_same_schema(self.schema, delta_schema(schema_of(tuned)), where=where)
         # Libraries differ on whether constant buffers, such as position ids, are saved: absent ones stay the base's.
-        for name in schema.keys() & tuned.keys() - set(self._names):
+        for name in schema.keys() & tuned.keys() - self.schema.keys():
             if not torch.equal(tuned[name], base[name]):
                 raise InputError(f"{where}: integer tensor {name} differs from the base's and can't be merged")
 
     def __getitem__(self, name: str) -> Tensor:
-        change = difference(self._tuned[name], self._base[name])
+        change = difference(self.tuned[name], self.base[name])
         # The sum is finite if all its terms are, but for sums beyond the range of the dtype: look closer only then.
         if not torch.isfinite(change.sum()) and not torch.isfinite(change).all():
             num_bad = int((~torch.isfinite(change)).sum())
@@ -55,10 +56,10 @@ class TaskVector(Mapping[str, Tensor]):
         return change
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self.schema)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.schema)
 
 
 def subtract(tuned: TensorMap, base: TensorMap, *, where: str = "fine-tuned model") -> TaskVector:

@@ -4,7 +4,11 @@ A kernel is an ordinary function of arrays and scalars, compiled by numba when i
 runs without the interpreter's lock. Arithmetic is IEEE: operations are neither reordered nor fused, so that the same
 inputs give the same bits on every processor; division by zero gives an infinity or a NaN.
 
-`multiply_high`, `fp32_of` and `bits_of` are for use inside kernels: what Python has no words for, one instruction each.
+For use inside kernels, one instruction each:
+
+    fp32_of(stored)           the number that a uint16 (as bf16), a uint32 or a float32 stands for
+    bits_of(number)           the bits of a float32, as a uint32
+    multiply_high(one, other) the upper 64 bits of the product of two uint64
 """
 
 from __future__ import annotations
@@ -29,40 +33,31 @@ def kernel(function: Function) -> Function:
     return cast(Function, compiled)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def multiply_high(_: Any, one: Any, other: Any) -> Any:
-    """Return the upper 64 bits of the product of two uint64."""
-
+def _fp32_of(_: Any, stored: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        wide = [builder.zext(argument, ir.IntType(128)) for argument in arguments]
-        product = builder.mul(*wide)
+        (bits,) = arguments
+        if stored == types.uint16:
+            bits = builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return bits if stored == types.float32 else builder.bitcast(bits, ir.FloatType())
+
+    return (types.float32(stored), generate) if stored in {types.uint16, types.uint32, types.float32} else None
+
+
+def _bits_of(_: Any, number: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return (types.uint32(number), generate) if number == types.float32 else None
+
+
+def _multiply_high(_: Any, one: Any, other: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        product = builder.mul(*(builder.zext(argument, ir.IntType(128)) for argument in arguments))
         return builder.trunc(builder.lshr(product, ir.Constant(ir.IntType(128), 64)), ir.IntType(64))
 
     return types.uint64(types.uint64, types.uint64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def fp32_of(_: Any, value: Any) -> Any:
-    """Return the fp32 number that a stored one is: of a uint16 the bf16 with these bits, of a uint32 the fp32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if value == types.float32:
-            return arguments[0]
-        bits = builder.zext(arguments[0], ir.IntType(32)) if value == types.uint16 else arguments[0]
-        if value == types.uint16:
-            bits = builder.shl(bits, ir.Constant(ir.IntType(32), 16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    if value not in (types.uint16, types.uint32, types.float32):
-        return None
-    return types.float32(value), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def bits_of(_: Any, value: Any) -> Any:
-    """Return the bits of an fp32 number as a uint32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
+fp32_of: Any = intrinsic(_fp32_of)
+bits_of: Any = intrinsic(_bits_of)
+multiply_high: Any = intrinsic(_multiply_high)

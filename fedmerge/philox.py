@@ -1,6 +1,6 @@
 """Philox-4x64-10, compiled: the random words behind every mask, any stretch of a stream at any time.
 
-J. Salmon, M. Moraes, R. Dror and D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The stream of a seed is
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The stream of a seed is
 the one of `numpy.random.Philox(key=seed).random_raw()`, which numpy keeps stable.
 """
 
@@ -22,16 +22,20 @@ DRAWS_PER_COUNTER = 8
 
 
 def draws(seed: int, start: int, num_draws: int, *, out: npt.NDArray[np.uint32] | None = None) -> npt.NDArray[Any]:
-    """Return the 32-bit words `start` to `start + num_draws` of the stream of a 64-bit `seed`, in `out` if it is given.
+    """Return the 32-bit words `start` to `start + num_draws` of the stream of a 64-bit `seed`.
 
-    `out` holds at least `num_draws` rounded up to a multiple of 8; `start` is a multiple of 8.
+    They lie in `out` if it is given, which then has room for `room_for(num_draws)`.
     """
-    num_counters = -(-num_draws // DRAWS_PER_COUNTER)
-    if out is None:
-        out = np.empty(num_counters * DRAWS_PER_COUNTER, dtype=np.uint32)
-    words = out[: num_counters * DRAWS_PER_COUNTER].view(np.uint64)
-    _fill(np.uint64(seed & (2**64 - 1)), np.uint64(start // DRAWS_PER_COUNTER), words)
-    return out[:num_draws]
+    first, offset = divmod(start, DRAWS_PER_COUNTER)
+    num_words = -(-(offset + num_draws) // DRAWS_PER_COUNTER) * DRAWS_PER_COUNTER
+    out = np.empty(num_words, dtype=np.uint32) if out is None else out[:num_words]
+    _fill(np.uint64(seed & (2**64 - 1)), np.uint64(first), out.view(np.uint64))
+    return out[offset : offset + num_draws]
+
+
+def room_for(num_draws: int) -> int:
+    """Return how many words a buffer for `num_draws` needs, since counters give eight at a time."""
+    return num_draws + 2 * DRAWS_PER_COUNTER
 
 
 @kernel

@@ -12,22 +12,22 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedmerge.card import local_card, model_card
 from fedmerge.delta import UpdatedModel
-from fedmerge.errors import InputError, reporting_os_errors
+from fedmerge.errors import reporting_os_errors
+from fedmerge.merge import Write
 from fedmerge.sign import SigningKey
 from fedmerge.statements import Lineage, LocalInput, LocalMerge, MergeRecord
 from fedmerge.store.blobs import sync_directory
-from fedmerge.tensors import Checkpoint, TensorMap, copy_side_files, model_digest, write_weights
+from fedmerge.tensors import Checkpoint, copy_side_files, model_digest
 from fedmerge.versions import write_model
+from fedmerge.weights import split_shards, writing_weights
 
 LINEAGE = "lineage.json"
 SIGNATURE = "lineage.sig.json"
@@ -70,10 +70,11 @@ def publish(
 
 
 def publish_local(
-    merged: TensorMap,
+    fill: Callable[[Write], None],
     base: Checkpoint,
     target: Path,
     *,
+    max_shard_bytes: int | None = None,
     inputs: Sequence[LocalInput],
     recipe: Mapping[str, Any],
     seed: int,
@@ -81,15 +82,17 @@ def publish_local(
 ) -> str:
     """Write a model that was merged here, with a card and lineage.json, signed if there is a `key`; return its digest.
 
-    `merged` maps the base's tensors to their merged values. Raises `ResourceError`, and `InputError` when they hold NaN
-    or infinite values.
+    `fill(write)` writes all of the base's tensors with their merged values, in any order, as
+    `fedmerge.merge.merge_models` does. They are sharded as the base is, or into files of at most `max_shard_bytes`.
+    Config and tokenizer come after the weights: without them, no tool takes an interrupted attempt for a model. Raises
+    `ResourceError`.
     """
+    shards = base.shards() if max_shard_bytes is None else split_shards(base.schema, max_shard_bytes)
     with appearing_whole(target) as partial:
+        with writing_weights(partial, base.schema, shards) as writer:
+            fill(writer.write)
+        digest = model_digest(Checkpoint(partial))
         copy_side_files(base.directory, partial)
-        write_weights(merged, partial, base.shards())
-        written = Checkpoint(partial)
-        _require_finite(written)
-        digest = model_digest(written)
         (partial / CARD).write_text(local_card(base.directory.name, inputs, recipe, seed, digest))
         statement = LocalMerge(
             files=file_digests(partial),
@@ -143,15 +146,6 @@ def software_versions() -> dict[str, str]:
     """Return the versions of what the numbers in a merge depend on."""
     packages = ("fedmerge", "torch", "numpy", "safetensors", "zstandard")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _require_finite(merged: Checkpoint) -> None:
-    for name, spec in merged.schema.items():
-        if spec.is_float and not torch.isfinite(merged[name]).all():
-            raise InputError(
-                f"{name} comes out with NaN or infinite values",
-                hint="the weights or a parameter of the method are too large for these models",
-            )
 
 
 def _sync_file(path: Path) -> None:

@@ -35,8 +35,12 @@ def bernoulli_mask(seed: int, num_elements: int, density: float) -> Tensor:
     """
     if density >= 1.0:
         return torch.ones(num_elements, dtype=torch.bool)
-    threshold = np.uint32(min(max(0, round(density * 2**32)), 2**32 - 1))
-    return torch.from_numpy(draws(seed, 0, num_elements) < threshold)
+    return torch.from_numpy(draws(seed, 0, num_elements) < mask_threshold(density))
+
+
+def mask_threshold(density: float) -> np.uint32:
+    """Return the 32-bit draw below which an element is kept in a mask of `density` under 1."""
+    return np.uint32(min(max(0, round(density * 2**32)), 2**32 - 1))
 
 
 def uniform(seed: int, num_elements: int) -> Tensor:

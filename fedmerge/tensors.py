@@ -140,6 +140,11 @@ def _weight_files(directory: Path) -> list[Path]:
     return [weights]
 
 
+def is_resident(tensors: TensorMap) -> bool:
+    """Return whether every tensor is there already, in memory or in a mapped file, so that asking for one is free."""
+    return isinstance(tensors, dict | Checkpoint)
+
+
 def schema_of(tensors: TensorMap) -> Schema:
     """Return the names, shapes and dtypes of `tensors`, sorted by name."""
     if isinstance(tensors, Checkpoint):

@@ -13,7 +13,8 @@ from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import DigestMismatch, reporting_os_errors
 from fedmerge.frame import DeltaFile
 from fedmerge.statements import ModelRef, UpdateRef
-from fedmerge.tensors import Checkpoint, copy_side_files, model_digest, write_weights
+from fedmerge.tensors import Checkpoint, copy_side_files, model_digest
+from fedmerge.weights import writing_weights
 
 
 def open_model(ref: ModelRef, base: Checkpoint, find_blob: Callable[[UpdateRef], Path]) -> UpdatedModel:
@@ -48,4 +49,6 @@ def write_model(model: UpdatedModel, base: Checkpoint, directory: Path) -> None:
     with reporting_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         copy_side_files(base.directory, directory)
-    write_weights(model, directory, base.shards())
+    with writing_weights(directory, base.schema, base.shards()) as writer:
+        for name in model:
+            writer.write(name, 0, model[name].reshape(-1))

@@ -11,7 +11,8 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from fedmerge.cli.diff import main_dtype
-from fedmerge.cli.output import JsonFlag, print_json, stderr
+from fedmerge.cli.output import JsonFlag, parse_bytes, print_json, stderr
+from fedmerge.cli.resources import num_cores, require_device
 from fedmerge.errors import ConfigError, ResourceError
 from fedmerge.sign import SigningKey
 
@@ -49,6 +50,15 @@ def merge(
         int, Parameter(help="Seed of methods that draw random masks.", validator=Number(gte=0, lt=1 << 63))
     ] = 0,
     key: Annotated[Path | None, Parameter(help="A private key to sign the result with.")] = None,
+    max_shard_size: Annotated[
+        str | None, Parameter(help="Split weights into files of this size, such as 5GB. [default: as the base]")
+    ] = None,
+    threads: Annotated[
+        int | None,
+        Parameter(help="How many tensors to merge at once. [default: one per core]", validator=Number(gte=1)),
+    ] = None,
+    memory: Annotated[str, Parameter(help="About how much memory they may share.")] = "2GB",
+    device: Annotated[str, Parameter(help="Where to compute: cpu, or cuda with a GPU.")] = "cpu",
     force: Annotated[bool, Parameter(negative=(), help="Replace the merged model at --out.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -56,8 +66,8 @@ def merge(
     if out.exists():
         _require_replaceable(out, force=force)
     from fedmerge.adapter import open_tuned
-    from fedmerge.delta import UpdatedModel
-    from fedmerge.merge import merge_deltas
+    from fedmerge.cli.progress import counting
+    from fedmerge.merge import Workers, Write, merge_models
     from fedmerge.publish import publish_local
     from fedmerge.statements import LocalInput
     from fedmerge.tensors import Checkpoint, model_digest
@@ -71,6 +81,8 @@ def merge(
 
         job = read_mergekit(from_)
     recipe = job.recipe
+    workers = Workers(threads or num_cores(), parse_bytes("--memory", memory), require_device(device))
+    max_shard_bytes = None if max_shard_size is None else parse_bytes("--max-shard-size", max_shard_size)
     signing_key = SigningKey.load(key) if key is not None else None
     origin = Checkpoint(job.base)
     if job.dtype not in {None, main_dtype(origin.schema)}:
@@ -84,11 +96,16 @@ def merge(
         for path, (model, _), weight in zip(job.models, opened, job.weights, strict=True)
     ]
     vectors = [vector for _, vector in opened]
-    merged = dict(merge_deltas(vectors, job.weights, recipe, base=origin, seed=seed))
+
+    def fill(write: Write) -> None:
+        names = merge_models(vectors, job.weights, recipe, origin, write, seed=seed, workers=workers)
+        counting(names, len(origin), "merging")
+
     digest = publish_local(
-        UpdatedModel(origin, [merged]),
+        fill,
         origin,
         out,
+        max_shard_bytes=max_shard_bytes,
         inputs=inputs,
         recipe=recipe.to_dict(),
         seed=seed,

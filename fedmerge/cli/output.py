@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias
@@ -51,6 +52,18 @@ def format_bytes(num_bytes: float) -> str:
     while round(value, 1 if value < 10 else 0) >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.1f} {units[0]}" if value < 9.95 and units[0] != "B" else f"{value:.0f} {units[0]}"
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Return the bytes that a size such as `500MB`, `5GB` or `2GiB` says; raise `ConfigError` for anything else."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) ?([kKMGT]?)(i?)B?", text)
+    num_bytes = 0
+    if match:
+        number, prefix, binary = match.groups()
+        num_bytes = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    if num_bytes == 0:
+        raise ConfigError(f"{option} {text:.60}: expected a size such as 500MB or 5GB")
+    return num_bytes
 
 
 def format_ratio(ratio: float) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from fedmerge.cli.output import format_bytes, printable, stderr
 from fedmerge.node import EVENT_FIELD, NodeEvent
@@ -83,6 +83,14 @@ def node_progress() -> Iterator[NodeProgress]:
     )
     with Progress(*columns, console=stderr, transient=False) as progress:
         yield NodeProgress(progress)
+
+
+def counting(done: Iterable[object], total: int, what: str) -> None:
+    """Exhaust `done`, of `total` things, with a bar on a terminal and in silence elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not sys.stderr.isatty()) as progress:
+        for _ in progress.track(done, total=total, description=what):
+            pass
 
 
 class _LoggedProgress(NodeProgress):

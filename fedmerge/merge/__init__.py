@@ -2,10 +2,12 @@
 
 METHODS[name](deltas, weights, *, base=None, seed=0, **params) -> Tensor
 merge_deltas(deltas, weights, Recipe(name, params)) -> (name, Tensor), one parameter at a time
+merge_models(deltas, weights, Recipe(name, params), base, write) -> name, one parameter at a time, written
 emr_site(delta, unified).recover(name, unified[name]) -> Tensor, a site's own model out of METHODS["emr"]
 """
 
-from fedmerge.merge.engine import merge_deltas
+from fedmerge.merge.engine import Write, merge_deltas, merge_models
+from fedmerge.merge.flight import Workers
 from fedmerge.merge.masks import EmrSite, emr_site, tall_mask
 from fedmerge.merge.methods import METHODS, MergeMethod
 from fedmerge.merge.parameters import Parameter
@@ -17,8 +19,11 @@ __all__ = [
     "MergeMethod",
     "Parameter",
     "Recipe",
+    "Workers",
+    "Write",
     "emr_site",
     "merge_deltas",
+    "merge_models",
     "parameters",
     "tall_mask",
 ]

@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fedmerge.merge.average import task_arithmetic
 from fedmerge.merge.consensus import Consensus, elect_and_merge
 from fedmerge.merge.parameters import Aggregation, Density, Election, Lambda, Normalize, Normalizer, Outliers, ZeroSum
-from fedmerge.merge.ranking import Cut, count, keep, largest
+from fedmerge.merge.ranking import Cut, keep, largest, num_middle
 from fedmerge.merge.stack import as_rows, blocks, row_weights
 
 
@@ -79,11 +77,8 @@ def find_cuts(row: Tensor, density: float, outliers: float, *, scratch: Tensor) 
 
     Overwrites `scratch` (N,).
     """
-    num_elements = row.numel()
-    num_kept = min(count(density, num_elements), num_elements)
-    num_smallest = max(0, num_elements - num_kept - math.floor(outliers * num_elements))
-    num_upper = num_elements - num_smallest
-    return largest(row, num_upper, scratch=scratch), largest(row, num_upper - num_kept, scratch=scratch)
+    num_upper, num_outliers = num_middle(row.numel(), density, outliers)
+    return largest(row, num_upper, scratch=scratch), largest(row, num_outliers, scratch=scratch)
 
 
 def middle(rows: Tensor, cuts: list[tuple[Cut, Cut]], block: slice) -> Tensor:

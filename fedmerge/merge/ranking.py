@@ -26,6 +26,18 @@ def count(share: float, num_elements: int) -> int:
     return max(1, math.floor(share * num_elements))
 
 
+def num_middle(num_elements: int, density: float, outliers: float) -> tuple[int, int]:
+    """Return how many entries are not among the smallest, and how many of those are outliers.
+
+    `density` of them are left between the two tails; where that does not fit with the share of `outliers`, fewer
+    outliers go.
+    """
+    num_kept = min(count(density, num_elements), num_elements)
+    num_smallest = max(0, num_elements - num_kept - math.floor(outliers * num_elements))
+    num_upper = num_elements - num_smallest
+    return num_upper, num_upper - num_kept
+
+
 def largest(row: Tensor, k: int, *, scratch: Tensor, ties: bool = False) -> Cut:
     """Return the cut that keeps the `k` entries of largest magnitude of `row` (N,); overwrites `scratch` (N,).
 

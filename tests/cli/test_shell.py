@@ -42,7 +42,8 @@ OPTIONS: dict[str, list[str]] = {
     "doctor": ["CONFIG", "--json"],
     "schema": [],
     "merge": [
-        "MODEL", "--out", "--base", "--from", "--method", "--weights", "--set", "--seed", "--key", "--force", "--json",
+        "MODEL", "--out", "--base", "--from", "--method", "--weights", "--set", "--seed", "--key",
+        "--max-shard-size", "--threads", "--memory", "--device", "--force", "--json",
     ],
     "diff": ["MODEL", "--base", "--svg", "--json"],
     "inspect": ["FILE", "--base", "--tuned", "--seed", "--json"],

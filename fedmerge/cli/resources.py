@@ -1,0 +1,30 @@
+"""What this machine has for a command to use: cores and devices."""
+
+from __future__ import annotations
+
+import os
+
+from fedmerge.errors import ConfigError
+
+
+def num_cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def require_device(name: str) -> str:
+    """Return `name` if torch can compute there (`cpu`, `cuda`, `cuda:1`), else raise `ConfigError`."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as err:
+        raise ConfigError(f"--device {name:.60}: no such device", hint="cpu, cuda or cuda:N") from err
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices",
+            hint="--device cpu works everywhere; for a GPU, install a driver and a build of torch with CUDA",
+        )
+    if device.type not in {"cpu", "cuda"}:
+        raise ConfigError(f"--device {name}: merges run on cpu or cuda")
+    return name
