@@ -80,7 +80,8 @@ def _merge_agreeing(rows: Tensor, weights: list[float], signs: Tensor, rules: Co
         torch.gt(agrees, 0, out=agrees)
         entry.mul_(agrees)
         if rules.aggregation == "max":
-            torch.maximum(total, entry.mul_(signs), out=total)
+            # Which of two zeros torch.maximum returns, +0 or -0, depends on where in the row they stand.
+            total = torch.where(entry.mul_(signs) > total, entry, total)
             continue
         total += entry
         # Fusing this product with the sum changes nothing, since it is the weight or zero.
