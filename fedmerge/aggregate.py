@@ -15,7 +15,7 @@ from torch import Tensor
 from fedmerge.codec import Codec
 from fedmerge.errors import ConfigError, RoundFailed
 from fedmerge.frame import write_delta
-from fedmerge.merge import Recipe, merge_deltas
+from fedmerge.merge import Plan, Recipe, merge_deltas
 from fedmerge.outer import OUTER
 from fedmerge.robust import Inputs, harden
 from fedmerge.screen import ScreenPolicy, Verdict, screen
@@ -44,6 +44,8 @@ def screen_round(
 class RoundUpdate(Mapping[str, Tensor]):
     """Steps 10 and 11: the round's update as a tensor map that is computed while it is read.
 
+    It is the outer optimizer's step, changed by the steps over rounds that the recipe ends with, if any.
+
     Its tensors, fp32 (or fp64), are what to add to the parameters. They can be read once, in the order of their names,
     since a merge streams; `state` then holds the optimizer state that goes with them.
     """
@@ -71,10 +73,12 @@ class RoundUpdate(Mapping[str, Tensor]):
             inputs = harden(inputs, policy.robust, policy.max_bad)
         except ConfigError as err:
             raise RoundFailed(f"after screening, {err.message}") from err
+        recipe = Recipe.from_dict(spec.merge)
+        self._plan = Plan(recipe, inputs.weights, self._names)
         self._merged = merge_deltas(
             inputs.deltas,
             inputs.weights,
-            Recipe.from_dict(spec.merge),
+            recipe,
             base=before,
             seed=derive_seed("merge", spec.merge_seed, spec.round),
             scales=inputs.scales,
@@ -86,9 +90,12 @@ class RoundUpdate(Mapping[str, Tensor]):
             raise KeyError(f"{name} was asked for out of order")
         settings = dict(self.spec.outer)
         optimizer = OUTER[settings.pop("name")]
-        previous = dict(self._previous(name)) or optimizer.init(task_vector)
+        recorded = dict(self._previous(name))
+        # Steps over rounds keep theirs apart: their kinds hold a dot, an optimizer's do not.
+        previous = {kind: tensor for kind, tensor in recorded.items() if "." not in kind} or optimizer.init(task_vector)
         step, state = optimizer.update(-task_vector, previous, **settings)
-        self.state.update({f"{key}{STATE_SEPARATOR}{name}": tensor for key, tensor in state.items()})
+        step, further = self._plan.follow(name, step, recorded)
+        self.state.update({f"{kind}{STATE_SEPARATOR}{name}": tensor for kind, tensor in (state | further).items()})
         return step
 
     def __iter__(self) -> Iterator[str]:

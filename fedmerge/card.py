@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmerge.merge.recipe import step_names
 from fedmerge.statements import LocalInput, MergeRecord
 
 
 def model_card(record: MergeRecord, base_name: str) -> str:
     """Return the card of the model that `record` describes: what it is, who contributed, how to check it."""
-    method = record.merge["method"]
-    header = _header(base_name, ["merge", "fedmerge", "federated", method])
+    header = _header(base_name, ["merge", "fedmerge", "federated", *step_names(record.merge)])
     rows = [
         f"| `{c.node_id[:12]}` | {c.num_examples:,} | {'-' if c.norm is None else f'{c.norm:.4g}'} "
         f"| {c.weight:.3f} | {c.payload_bytes / 1e6:.2f} MB "
@@ -57,7 +57,7 @@ def local_card(
 ) -> str:
     """Return the card of a model that was merged from local checkpoints."""
     rows = [f"| {item.name} | `{item.digest[:12]}` | {_weight(item.weight)} |" for item in inputs]
-    return f"""{_header(base_name, ["merge", "fedmerge", recipe["method"]])}
+    return f"""{_header(base_name, ["merge", "fedmerge", *step_names(recipe)])}
 # Merge of {len(inputs)} fine-tunes of {base_name}
 
 Version `{model_digest}`.

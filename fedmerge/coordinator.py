@@ -35,7 +35,7 @@ from fedmerge.events import RoundFailed as RoundFailedEvent
 from fedmerge.frame import DeltaFile
 from fedmerge.intake import Intake
 from fedmerge.journal import Journal
-from fedmerge.merge.recipe import Plan
+from fedmerge.merge import Plan
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.publish import publish, software_versions
 from fedmerge.rounds import Action, Phase, RoundPolicy, next_action
@@ -82,7 +82,7 @@ class Coordinator:
         state_dir = config.federation.state
         self.base = Checkpoint(base_dir)
         self.schema = delta_schema(self.base.schema)
-        Plan(config.recipe(), [], self.schema)  # a pattern that fits no tensor is reported now, not in every round
+        Plan(config.recipe(), [], self.schema)  # what fits no tensor is reported now, not in every round
         self.uplink = config.uplink(sum(spec.num_elements for spec in self.schema.values()))
         if config.delta.codec == "auto":
             log.info("codec: %s", self.uplink)

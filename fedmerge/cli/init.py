@@ -57,7 +57,7 @@ def _table(header: str, section: type[Section]) -> Iterator[str]:
         yield from _comment(field.description or "")
         # An example stands for what has no default, and for a default that is written in a friendlier way.
         example = field.examples[0] if field.examples else field.default
-        optional = not field.is_required() and field.default is None
+        optional = not field.is_required() and field.default in (None, ())
         yield f"{'# ' if optional else ''}{key} = {toml_value(example)}"
 
 
@@ -66,5 +66,9 @@ def _comment(text: str) -> list[str]:
 
 
 def toml_value(value: object) -> str:
-    """Return a string, path, number, bool or list of them in TOML's notation, which for these is JSON's."""
+    """Return a value in TOML's notation, which is JSON's but for tables."""
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
     return json.dumps(value, ensure_ascii=False, default=str)

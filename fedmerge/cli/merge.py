@@ -13,11 +13,12 @@ from cyclopts.validators import Number
 from fedmerge.cli.diff import main_dtype
 from fedmerge.cli.output import JsonFlag, parse_bytes, print_json, stderr
 from fedmerge.cli.resources import num_cores, require_device
-from fedmerge.errors import ConfigError, ResourceError
+from fedmerge.errors import ConfigError, ResourceError, did_you_mean
 from fedmerge.sign import SigningKey
 
 if TYPE_CHECKING:
     from fedmerge.interop.mergekit_yaml import MergeJob
+    from fedmerge.merge import Recipe
     from fedmerge.merge.layers import Value
 
 MAX_VALUE_CHARS = 1000  # of a parameter's value
@@ -38,7 +39,9 @@ def merge(
     from_: Annotated[
         Path | None, Parameter(name="--from", help="Take models, base and method from a mergekit YAML file instead.")
     ] = None,
-    method: Annotated[str | None, Parameter(help="How to merge. [default: task_arithmetic]")] = None,
+    method: Annotated[
+        str | None, Parameter(help="How to merge: a method, or steps such as dare+elect. [default: task_arithmetic]")
+    ] = None,
     weights: Annotated[
         str | None, Parameter(help="One value per model, such as 2,1,1. [default: 1 each]", show_default=False)
     ] = None,
@@ -111,10 +114,11 @@ def merge(
         seed=seed,
         key=signing_key,
     )
+    names = [step.name for step in recipe.steps]
     if json:
         print_json({"out": str(out), "version": digest, "merge": recipe.to_dict(), "signed": signing_key is not None})
         return
-    stderr.print(f"merged {len(opened)} models with {recipe.method} into version {digest[:12]}")
+    stderr.print(f"merged {len(opened)} models with {'+'.join(names)} into version {digest[:12]}")
     sys.stdout.write(f"{out}\n")
 
 
@@ -123,13 +127,32 @@ def _job(
 ) -> MergeJob:
     """Return the merge that a command line asks for."""
     from fedmerge.interop.mergekit_yaml import MergeJob
-    from fedmerge.merge import Recipe
 
     for name, given in (("MODEL", models), ("--base", base)):
         if not given:
             raise ConfigError(f"{name} is missing", hint=SEE_HELP)
-    recipe = Recipe(method or "task_arithmetic", _parameters(assignments))
+    recipe = _recipe(method or "task_arithmetic", _parameters(assignments))
     return MergeJob(recipe, base or Path(), models, tuple(_weights(weights, len(models))), dtype=None)
+
+
+def _recipe(method: str, values: dict[str, Any]) -> Recipe:
+    """Return the recipe of a method's name, or of several steps between "+", whose parameters are then STEP.KEY."""
+    from fedmerge.merge import Recipe
+    from fedmerge.merge.recipe import method_place
+
+    names = [name.strip() for name in method.split("+")]
+    if len(names) == 1:
+        return Recipe(names[0], values)
+    method_place(names)
+    steps: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in values.items():
+        name, _, parameter = key.partition(".")
+        if name not in steps or not parameter:
+            raise ConfigError(
+                f"--set {key}: names no step{did_you_mean(name, steps)}", hint=f"for example --set {names[0]}.KEY=VALUE"
+            )
+        steps[name][parameter] = value
+    return Recipe.from_steps([(name, steps[name]) for name in names])
 
 
 def _require_replaceable(out: Path, *, force: bool) -> None:

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -19,6 +19,9 @@ from pydantic_core import ErrorDetails
 from fedmerge.config.locate import KeyPath, key_lines, line_of
 from fedmerge.config.sections import Config, Section
 from fedmerge.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from fedmerge.merge import Parameter
 
 ENV_PREFIX = "FEDMERGE_"
 SECTIONS: dict[str, type[Section]] = {
@@ -136,26 +139,63 @@ def _huge_numbers(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def _merge_problems(section: Any) -> list[_Problem]:
-    """Check the merge method and its parameters against the method's signature."""
+    """Check the merge method, or the steps, and their parameters against their signatures."""
     default = SECTIONS["merge"].model_fields["method"].default
-    method = section.get("method", default) if isinstance(section, dict) else None
-    if not isinstance(method, str) or not method or (method == default and section.keys() <= {"method", "seed"}):
+    if not isinstance(section, dict) or section.keys() <= {"seed"}:
         return []  # nothing to look up, which would load torch
+    if section.get("steps"):
+        return _step_problems(section)
+    method = section.get("method", default)
+    if not isinstance(method, str) or not method or (method == default and section.keys() <= {"method", "seed"}):
+        return []
     from fedmerge.merge import METHODS, parameters
-    from fedmerge.merge.parameters import check
+    from fedmerge.merge.methods import IN_TIME
 
     if method not in METHODS:
         return [_Problem(("merge", "method"), _one_of(method, METHODS))]
-    known = {name.removesuffix("_"): parameter for name, parameter in parameters(method).items()}
+    if method in IN_TIME:
+        text = f"averages over time, and nodes have no order: as [[merge.steps]], put {method} behind a method"
+        return [_Problem(("merge", "method"), text)]
+    given = {key: value for key, value in section.items() if key not in SECTIONS["merge"].model_fields}
+    return _parameter_problems(("merge",), method, parameters(method), given)
+
+
+def _step_problems(section: dict[str, Any]) -> list[_Problem]:
+    stray = [key for key in section if key not in {"steps", "seed"}]
+    problems = [_Problem(("merge", key), "belongs in one of merge.steps, which stand instead") for key in stray]
+    steps = section["steps"]
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        return problems
+    names = [step.get("method") for step in steps]
+    if not all(isinstance(name, str) and name for name in names):
+        return problems
+    from fedmerge.merge.recipe import chain_parameters
+
+    try:
+        known = chain_parameters(names)
+    except ConfigError as err:
+        return [*problems, _Problem(("merge", "steps"), f"{err.message}; {err.hint}")]
+    for index, (step, parameters) in enumerate(zip(steps, known, strict=True)):
+        given = {key: value for key, value in step.items() if key != "method"}
+        problems += _parameter_problems(("merge", "steps", index), names[index], parameters, given)
+    return problems
+
+
+def _parameter_problems(
+    path: KeyPath, method: str, parameters: Mapping[str, Parameter], given: Mapping[str, Any]
+) -> list[_Problem]:
+    from fedmerge.merge.parameters import check, config_key
+
+    known = {config_key(name): parameter for name, parameter in parameters.items()}
     problems: list[_Problem] = []
-    for key, value in section.items():
-        if key in SECTIONS["merge"].model_fields:
-            continue
-        if key not in known:
+    for key, value in given.items():
+        if key in known:
+            problems += [
+                _Problem((*path, key, *inner), _explain(error)) for inner, error in check(known[key], value)[1]
+            ]
+        else:
             suggestion = did_you_mean(key, known) or f"; {method} takes {', '.join(known) or 'no parameters'}"
-            problems.append(_Problem(("merge", key), f"unknown key{suggestion}"))
-            continue
-        problems += [_Problem(("merge", key, *path), _explain(error)) for path, error in check(known[key], value)[1]]
+            problems.append(_Problem((*path, key), f"unknown key{suggestion}"))
     return problems
 
 

@@ -211,11 +211,34 @@ class Delta(Section):
         return self.model_dump(exclude={"codec", "error_feedback", "downlink"})
 
 
-class Merge(OpenSection):
-    """How task vectors become one. Further keys are the method's own parameters, such as density for "ties"."""
+_SCALAR = {"type": ["number", "boolean", "string"]}
+_DEPTH = {"type": "array", "items": {"type": "number"}, "minItems": 1}
+_NAMES = {"type": "object", "additionalProperties": {"anyOf": [_SCALAR, _DEPTH]}, "minProperties": 1}
+
+
+class _WithParameters(OpenSection):
+    """A section whose further keys are parameters of a method, which may vary over layers."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"anyOf": [_SCALAR, _DEPTH, _NAMES]}})
+
+
+class MergeStep(_WithParameters):
+    """One step of several. Further keys are its parameters."""
+
+    method: str = Field(min_length=1)
+    """Name of the step."""
+
+
+class Merge(_WithParameters):
+    """How task vectors become one. Further keys are the method's own parameters, such as density for "ties": a value,
+    or a list that runs over the layers, or a table by patterns of tensor names."""
 
     method: str = Field(default="fedavg", min_length=1)
     """Name of the merge method."""
+    steps: Annotated[
+        tuple[MergeStep, ...], Field(strict=False, examples=[[{"method": "dare"}, {"method": "elect"}]])
+    ] = ()
+    """Several steps instead of one method: what thins each task vector out, a method, and what averages over rounds."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of methods that draw random numbers; the same seed gives the same model, bit for bit."""
 
@@ -327,6 +350,8 @@ class Config(Section):
         """Return the merge method and its parameters; the seed stays in `merge.seed`."""
         from fedmerge.merge import Recipe
 
+        if self.merge.steps:
+            return Recipe.from_steps([(step.method, step.extras) for step in self.merge.steps])
         return Recipe(self.merge.method, self.merge.extras)
 
     def screen_policy(self) -> ScreenPolicy:

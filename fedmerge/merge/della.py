@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -59,7 +59,7 @@ def della(
     """
     rows = as_rows(deltas)
     values = row_weights(weights, len(rows), rows.dtype)
-    thinned = sample(rows, _draw(rows, deltas.shape[1:], seed, density, epsilon), rescale=rescale)
+    thinned = sample(rows, draw(rows, deltas.shape[1:], row_seeds(seed, len(rows)), density, epsilon), rescale=rescale)
     rules = Consensus(election, zero_sum, normalize, normalizer, aggregation)
     merged = elect_and_merge(lambda block: thinned[:, block], rows[0], values, rules)
     return merged.mul_(lambda_).view(deltas.shape[1:])
@@ -84,8 +84,13 @@ def della_linear(
     `task_arithmetic` do.
     """
     rows = as_rows(deltas)
-    thinned = sample(rows, _draw(rows, deltas.shape[1:], seed, density, epsilon), rescale=rescale)
+    thinned = sample(rows, draw(rows, deltas.shape[1:], row_seeds(seed, len(rows)), density, epsilon), rescale=rescale)
     return task_arithmetic(thinned, weights, lambda_=lambda_, normalize=normalize).view(deltas.shape[1:])
+
+
+def row_seeds(seed: int, num_rows: int) -> list[int]:
+    """Return the seeds of `num_rows` task vectors."""
+    return [derive_seed(seed, index) for index in range(num_rows)]
 
 
 def keep_probabilities(row: Tensor, shape: torch.Size, *, density: float, epsilon: float) -> Tensor:
@@ -113,8 +118,11 @@ def sample(rows: Tensor, draws: Draws, *, rescale: Rescale = "paper") -> Tensor:
     return thinned
 
 
-def _draw(rows: Tensor, shape: torch.Size, seed: int, density: float, epsilon: float) -> Draws:
-    """Return an iterator over the draws for `rows` (K, N); draw i depends on `seed`, i and the magnitudes of row i."""
+def draw(rows: Tensor, shape: torch.Size, seeds: Sequence[int], density: float, epsilon: float) -> Draws:
+    """Return an iterator over the draws for `rows` (K, N) of `shape`; draw i depends on seed i and row i's magnitudes.
+
+    Raises `ConfigError` when density - epsilon or density + epsilon is no probability.
+    """
     if density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
         raise ConfigError(
             f"DELLA with density {density:g} and epsilon {epsilon:g} keeps entries with probabilities from "
@@ -122,8 +130,8 @@ def _draw(rows: Tensor, shape: torch.Size, seed: int, density: float, epsilon: f
             hint="choose an epsilon below density and below 1 - density",
         )
 
-    def draw(index: int) -> tuple[Tensor, Tensor]:
-        probabilities = keep_probabilities(rows[index], shape, density=density, epsilon=epsilon)
-        return uniform(derive_seed(seed, index), rows.shape[1]) < probabilities, probabilities
+    def drawn(row: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        probabilities = keep_probabilities(row, shape, density=density, epsilon=epsilon)
+        return uniform(seed, row.numel()) < probabilities, probabilities
 
-    return map(draw, range(len(rows)))
+    return map(drawn, rows, seeds)

@@ -52,8 +52,8 @@ def merge_deltas(
     may decode lazily and into one buffer. `weights` are K numbers, or values that vary over the model
     (`fedmerge.merge.layers`), `scales` K factors on the deltas (norm clipping).
     Linear methods hold one tensor at a time, the others a stack of K at most. The outcome is `METHODS[recipe.method]`
-    on each stack, with the seed `derive_seed(seed, method, name)`, and depends on the order of the deltas: sort them
-    first.
+    on each stack of what the steps before it make of the deltas, with the seed `derive_seed(seed, name)`, and depends
+    on the order of the deltas: sort them first. The recipe's steps over rounds are not taken: see `Plan.follow`.
 
     Raises `InputError` when the numbers of deltas, weights and scales differ, and `ModelMismatch` when names (at once)
     or shapes (when reached) do; `ConfigError` when a value varies by a pattern that fits no name.
@@ -75,7 +75,7 @@ def merge_models(
 ) -> Iterator[str]:
     """Merge as `merge_deltas` does, add to `base`, round once to its dtype, and `write`; yield each name when done.
 
-    What is written is `UpdatedModel(base, [merged])` to the bit, its tensors without a task vector included. Where the
+    Steps over rounds are taken as in a first round. What is written is `UpdatedModel(base, [merged])` to the bit, its tensors without a task vector included. Where the
     deltas are differences of checkpoints, and the method has a compiled form, no tensor is held whole. With several
     workers `write` is called from several threads. Raises as `merge_deltas` does, and `InputError` when a merged value
     is NaN or infinite.
@@ -134,7 +134,7 @@ class _Merge:
         """Return a function from a parameter's name to about how much memory merging it takes, given the result."""
         known = next((one for one in (self.base, *self.deltas) if hasattr(one, "schema")), None)
         schema: Schema = getattr(known, "schema", {})
-        by_block = self.recipe.method in FUSED and all(map(_is_readable, self.deltas))
+        by_block = self.recipe.method in FUSED and not self.recipe.steps[1:] and all(map(_is_readable, self.deltas))
         stacks = 0 if by_block else 1 if self.recipe.method in LINEAR else 2 * len(self.deltas) + 2
 
         def cost(name: str) -> int:
@@ -157,9 +157,9 @@ class _Merge:
 
     def model_tensor(self, name: str, before: Tensor, write: Write) -> None:
         """Merge one parameter, add it to the base's tensor `before`, and write it."""
-        rows = self._rows(name)
+        rows = None if self.recipe.after else self._rows(name)
         if rows is None or not Operand(before).compiled:
-            after = apply_one(before, self.task_vector(name))
+            after = apply_one(before, self.plan.follow(name, self.task_vector(name), {})[0])
             if not after.isfinite().all():
                 raise _not_finite(name)
             write(name, 0, after.view(-1))
@@ -177,7 +177,7 @@ class _Merge:
         """Return the task vectors of a parameter for a compiled method; None where there is none, or none for them."""
         if self.recipe.method not in FUSED or self.device.type != "cpu":
             return None
-        if all(map(_is_readable, self.deltas)):
+        if not self.recipe.before and all(map(_is_readable, self.deltas)):
             operands = [_operand(delta, name, scale) for delta, scale in zip(self.deltas, self.scales, strict=True)]
             _require_one_shape(name, [operand.tuned for operand in operands])
         elif self.recipe.method in LINEAR:
@@ -193,7 +193,7 @@ class _Merge:
 
     def _compiled(self, name: str, rows: Rows) -> MergeBlock:
         values = row_weights(self._weights(name), rows.num_rows, torch.float32)
-        seed = derive_seed(self.seed, self.recipe.method, name)
+        seed = self.plan.method_seed(derive_seed(self.seed, name))
         return FUSED[self.recipe.method](rows, values, seed=seed, **self.plan.params(name))
 
     def _by_torch(self, name: str) -> Tensor:
@@ -201,11 +201,11 @@ class _Merge:
         method, params, weights = self.recipe.method, self.plan.params(name), self._weights(name)
         if method in LINEAR:
             return fold(
-                self._read(name),
+                self._thinned(name),
                 lambda dtype: LINEAR[method](row_weights(weights, len(self.deltas), dtype), **params),
             )
         base = self.base[name].to(self.device) if self.base is not None and method in NEEDS_BASE else None
-        seed = derive_seed(self.seed, method, name)
+        seed = self.plan.method_seed(derive_seed(self.seed, name))
         return METHODS[method](self._stack(name), weights, base=base, seed=seed, **params)
 
     def _weights(self, name: str) -> Tensor:
@@ -214,8 +214,12 @@ class _Merge:
     def _stack(self, name: str) -> Tensor:
         if not hasattr(self._local, "stack"):
             self._local.stack = _Stack(len(self.deltas), self.device)
-        stack: Tensor = self._local.stack.fill(self._read(name))
+        stack: Tensor = self._local.stack.fill(self._thinned(name))
         return stack
+
+    def _thinned(self, name: str) -> Iterator[Tensor]:
+        """Yield the tensor called `name` of each delta as the steps before the method leave it."""
+        return self.plan.transformed(name, self._read(name), derive_seed(self.seed, name))
 
     def _read(self, name: str) -> Iterator[Tensor]:
         """Yield the tensor called `name` of each delta, checked and scaled, holding none of them."""

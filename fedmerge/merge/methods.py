@@ -18,7 +18,17 @@ from fedmerge.merge.robust import mean_around_median, median, trimmed_mean
 from fedmerge.merge.selection import cabs, magmax, sce
 from fedmerge.merge.spectral import iso_c, iso_cts, subspace_boosting, tsv
 from fedmerge.merge.spherical import karcher, multislerp, nuslerp, rda, slerp
-from fedmerge.merge.ties import ties
+from fedmerge.merge.ties import elect, ties
+from fedmerge.merge.trajectory import (
+    ema,
+    ema_coefficients,
+    lawa,
+    lawa_coefficients,
+    swa,
+    swa_coefficients,
+    wise_ft,
+    wise_ft_coefficients,
+)
 
 # METHODS[name](deltas, weights, *, base=None, seed=0, **params): a pure function of one parameter's task vectors
 # (K, *shape) and their weights (K,) that returns the merged one (*shape,) in fp32, or fp64 if the deltas are fp64.
@@ -28,6 +38,7 @@ METHODS: dict[str, MergeMethod] = {
     "fedavg": fedavg,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
+    "elect": elect,
     "dare_linear": dare_linear,
     "dare_ties": dare_ties,
     "della": della,
@@ -54,6 +65,10 @@ METHODS: dict[str, MergeMethod] = {
     "iso_c": iso_c,
     "iso_cts": iso_cts,
     "subspace_boosting": subspace_boosting,
+    "ema": ema,
+    "lawa": lawa,
+    "swa": swa,
+    "wise_ft": wise_ft,
 }
 
 # Methods that look at the base: the engine reads it for these only, since base tensors may have to be computed.
@@ -66,4 +81,11 @@ PAIRWISE: frozenset[str] = frozenset({"slerp", "nuslerp"})
 LINEAR: dict[str, Callable[Concatenate[list[float], ...], list[float]]] = {
     "fedavg": fedavg_coefficients,
     "task_arithmetic": task_arithmetic_coefficients,
+    "ema": ema_coefficients,
+    "lawa": lawa_coefficients,
+    "swa": swa_coefficients,
+    "wise_ft": wise_ft_coefficients,
 }
+
+# Methods that take the checkpoints of one run, in order of time, and not the fine-tunes of several nodes.
+IN_TIME: frozenset[str] = frozenset({"ema", "lawa", "swa"})

@@ -59,6 +59,30 @@ def ties(
     return elect_and_merge(trimmed, scratch, values, rules).mul_(lambda_).view(deltas.shape[1:])
 
 
+def elect(
+    deltas: Tensor,
+    weights: Tensor,
+    *,
+    base: Tensor | None = None,
+    seed: int = 0,
+    lambda_: Lambda = 1.0,
+    normalize: Normalize = True,
+    election: Election = "mass",
+    zero_sum: ZeroSum = "positive",
+    normalizer: Normalizer = "weights",
+    aggregation: Aggregation = "sum",
+) -> Tensor:
+    """Return the sign-elected disjoint merge of `deltas` (K, *shape): `ties` without its trim, for steps that thin.
+
+    Result (*shape,) in fp32 (or fp64 if the deltas are). Raises `InputError` when the weights (K,) do not fit them.
+    """
+    rows = as_rows(deltas)
+    values = row_weights(weights, len(rows), rows.dtype)
+    rules = Consensus(election, zero_sum, normalize, normalizer, aggregation)
+    merged = elect_and_merge(lambda block: rows[:, block], rows[0], values, rules)
+    return merged.mul_(lambda_).view(deltas.shape[1:])
+
+
 def find_cut(row: Tensor, density: float, trim: Trim, *, scratch: Tensor) -> Cut:
     """Return the cut that keeps as many entries of `row` (N,) as `trim` says; overwrites `scratch` (N,)."""
     if trim == "authors":

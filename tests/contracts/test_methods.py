@@ -23,11 +23,15 @@ DARE = {"dare_linear", "dare_ties"}
 RANDOM = DARE | {"della", "della_linear"}
 # Parameters with which a method drops nothing: those of any method, and those of one.
 DENSE = {"density": 1.0, "selected": 1.0, "trimmed": 0.0, "lambda_": 1.0}
-DENSE_FOR = {"cabs": {"num_kept": 256}, "consensus": {"min_nodes": 1}}
+DENSE_FOR: dict[str, dict[str, Any]] = {
+    "cabs": {"num_kept": 256},
+    "consensus": {"min_nodes": 1},
+    "wise_ft": {"alpha": 1.0},
+}
 # Scores are scaled by minimum and maximum, so that the least entry of a task vector never counts.
 NOT_THE_IDENTITY = {"pcb"}
-# The last of equal magnitudes wins; who comes first takes what others then can't.
-ORDERED = {"magmax", "cabs"}
+# The last of equal magnitudes wins; who comes first takes what others then can't; time has a direction.
+ORDERED = {"magmax", "cabs", "ema", "lawa", "swa"}
 # tanh(delta_i * sum of deltas)
 NOT_HOMOGENEOUS = {"pcb"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -47,3 +48,46 @@ def test_a_pattern_that_fits_nothing_is_refused_before_a_round_opens(tmp_path: P
     config, _ = make_config(tmp_path, extra="[merge]\nmethod = 'ties'\ndensity = {'*.vektor' = 0.5}\n")
     with pytest.raises(ConfigError, match=r"fits no tensor; did you mean 'vector'\?"):
         Coordinator(config, tmp_path / "base", clock=time.time)
+
+
+STEPS = """[outer]
+name = 'nesterov'
+[[merge.steps]]
+method = 'dare'
+density = {'vec*' = 0.5, default = 0.2}
+[[merge.steps]]
+method = 'elect'
+[[merge.steps]]
+method = 'lawa'
+latest = 2
+[[merge.steps]]
+method = 'wise_ft'
+alpha = 0.75
+"""
+
+
+def test_steps_with_state_over_rounds_replay_bit_for_bit(tmp_path: Path) -> None:
+    _, history = run(tmp_path, 3, STEPS)
+    for record in history.records:
+        assert [step["method"] for step in record.merge["steps"]] == ["dare", "elect", "lawa", "wise_ft"]
+        assert record.outer_state_root is not None
+
+
+def test_what_is_published_after_each_round_is_the_average_so_far(tmp_path: Path) -> None:
+    recipe = "[[merge.steps]]\nmethod = 'fedavg'\n[[merge.steps]]\nmethod = 'ema'\ndecay = 0.5\n"
+    result, _ = run(tmp_path, 3, recipe)
+    base, merged = Checkpoint(tmp_path / "base"), Checkpoint(result.model_dir)
+    mean = torch.stack([one.step("vector", base["vector"]) for one in TRAINERS.values()]).double().mean(dim=0)
+    # Every round leads on by the same step; the models 1, 2 and 3 steps away weigh 1/4, 1/2 and 1.
+    expected = base["vector"].double() + mean * (1 / 4 + 2 / 2 + 3) / (1 / 4 + 1 / 2 + 1)
+    torch.testing.assert_close(merged["vector"].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_coordinator_that_starts_again_goes_on_from_the_published_state(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path / "whole", 3, STEPS)
+    run(tmp_path / "parts", 2, STEPS)
+    resumed, _ = make_config(tmp_path / "again", num_rounds=3, extra=PLAIN + STEPS)
+    shutil.rmtree(tmp_path / "again")
+    shutil.copytree(tmp_path / "parts", tmp_path / "again")
+    result = simulate(resumed, tmp_path / "again/base", TRAINERS, clock=time.time)
+    assert result.version == whole.version

@@ -220,6 +220,12 @@ def test_a_valid_configuration_comes_back_as_it_was_written(data: st.DataObject)
     assert config.recipe().method == wanted.get("merge", {}).get("method", "fedavg")
 
 
+def test_steps_make_a_recipe() -> None:
+    text = "[[merge.steps]]\nmethod = 'dare'\ndensity = [0.2, 0.4]\n[[merge.steps]]\nmethod = 'elect'\n"
+    expected = Recipe.from_steps([("dare", {"density": [0.2, 0.4]}), ("elect", {})])
+    assert parse(MINIMAL + text).recipe() == expected
+
+
 @unhurried
 @given(st.data())
 def test_a_misspelt_key_is_reported_with_its_line(data: st.DataObject) -> None:
@@ -258,6 +264,33 @@ BAD: list[tuple[str, list[str]]] = [
         MINIMAL + "[merge]\nmethod = 'tie'\n",
         [f"6: merge.method: should be one of {', '.join(map(repr, METHODS))}, not 'tie'; did you mean 'ties'?"],
     ),
+    (
+        MINIMAL + "[merge]\nmethod = 'ema'\n",
+        ["6: merge.method: averages over time, and nodes have no order: as [[merge.steps]], put ema behind a method"],
+    ),
+    (
+        MINIMAL + "[[merge.steps]]\nmethod = 'dare'\ndensty = 0.2\n[[merge.steps]]\nmethod = 'elect'\nlambda = 'x'\n",
+        [
+            "7: merge.steps[0].densty: unknown key; did you mean 'density'?",
+            "10: merge.steps[1].lambda: should be a number, not 'x'",
+        ],
+    ),
+    (
+        MINIMAL + "[[merge.steps]]\nmethod = 'dare'\n",
+        [
+            "5: merge.steps: no step merges: dare; "
+            "put a method behind the transforms, such as elect, task_arithmetic or fedavg"
+        ],
+    ),
+    (
+        MINIMAL + "[merge]\nmethod = 'ties'\ndensity = 0.5\n[[merge.steps]]\nmethod = 'ties'\n",
+        [
+            "6: merge.method: belongs in one of merge.steps, which stand instead",
+            "7: merge.density: belongs in one of merge.steps, which stand instead",
+        ],
+    ),
+    (MINIMAL + "[[merge.steps]]\ndensity = 0.5\n", ["5: merge.steps[0].method: required key is missing"]),
+    (MINIMAL + "[merge]\nsteps = 3\n", ["6: merge.steps: should be a list, not 3"]),
     (MINIMAL + "[merge]\nmethod = 3\n", ["6: merge.method: should be a string, not 3"]),
     (MINIMAL + "[rouns]\nmin_nodes = 2\n", ["5: rouns: unknown section; did you mean 'rounds'?"]),
     ("min_nodes = 2\n" + MINIMAL, ["1: min_nodes: unknown key; it belongs in [rounds]"]),
