@@ -211,9 +211,9 @@ class Delta(Section):
         return self.model_dump(exclude={"codec", "error_feedback", "downlink"})
 
 
-_SCALAR = {"type": ["number", "boolean", "string"]}
-_DEPTH = {"type": "array", "items": {"type": "number"}, "minItems": 1}
-_NAMES = {"type": "object", "additionalProperties": {"anyOf": [_SCALAR, _DEPTH]}, "minProperties": 1}
+_SCALAR: dict[str, Any] = {"type": ["number", "boolean", "string"]}
+_DEPTH: dict[str, Any] = {"type": "array", "items": {"type": "number"}, "minItems": 1}
+_NAMES: dict[str, Any] = {"type": "object", "additionalProperties": {"anyOf": [_SCALAR, _DEPTH]}, "minProperties": 1}
 
 
 class _WithParameters(OpenSection):
