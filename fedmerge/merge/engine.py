@@ -50,10 +50,10 @@ def merge_deltas(
     `deltas` are K task vectors with the same names and shapes. Of a map that decodes, each tensor is asked for once,
     one parameter after the other (unless there are several `workers`), and used up before the next is asked for, so it
     may decode lazily and into one buffer. `weights` are K numbers, or values that vary over the model
-    (`fedmerge.merge.layers`), `scales` K factors on the deltas (norm clipping).
-    Linear methods hold one tensor at a time, the others a stack of K at most. The outcome is `METHODS[recipe.method]`
-    on each stack of what the steps before it make of the deltas, with the seed `derive_seed(seed, name)`, and depends
-    on the order of the deltas: sort them first. The recipe's steps over rounds are not taken: see `Plan.follow`.
+    (`fedmerge.merge.layers`), `scales` K factors on the deltas (norm clipping). Linear methods hold one tensor at a
+    time, the others a stack of K at most. The outcome is `METHODS[recipe.method]` on each stack of what the steps
+    before it make of the deltas, with the seed `derive_seed(seed, name)`, and depends on the order of the deltas: sort
+    them first. The recipe's steps over rounds are not taken: see `Plan.follow`.
 
     Raises `InputError` when the numbers of deltas, weights and scales differ, and `ModelMismatch` when names (at once)
     or shapes (when reached) do; `ConfigError` when a value varies by a pattern that fits no name.
@@ -75,10 +75,10 @@ def merge_models(
 ) -> Iterator[str]:
     """Merge as `merge_deltas` does, add to `base`, round once to its dtype, and `write`; yield each name when done.
 
-    Steps over rounds are taken as in a first round. What is written is `UpdatedModel(base, [merged])` to the bit, its tensors without a task vector included. Where the
-    deltas are differences of checkpoints, and the method has a compiled form, no tensor is held whole. With several
-    workers `write` is called from several threads. Raises as `merge_deltas` does, and `InputError` when a merged value
-    is NaN or infinite.
+    Steps over rounds are taken as in a first round. What is written is `UpdatedModel(base, [merged])` to the bit, its
+    tensors without a task vector included. Where the deltas are differences of checkpoints, and the method has a
+    compiled form, no tensor is held whole. With several workers `write` is called from several threads. Raises as
+    `merge_deltas` does, and `InputError` when a merged value is NaN or infinite.
     """
     merge = _Merge(deltas, weights, recipe, base=base, seed=seed, scales=scales, workers=workers)
     merged = set(merge.names)

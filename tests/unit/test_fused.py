@@ -61,7 +61,7 @@ def by_torch(
     merged = {}
     for name in sorted(base):
         stack = torch.stack([one[name].float() - base[name].float() for one in tuned])
-        merged[name] = METHODS[method](stack, weights, seed=derive_seed(seed, method, name), **params)
+        merged[name] = METHODS[method](stack, weights, seed=derive_seed(seed, name), **params)
     return merged
 
 

@@ -58,7 +58,7 @@ def test_yields_the_method_on_each_stack_to_the_bit(method: str, dtype: torch.dt
     merged = list(merge_deltas(deltas, WEIGHTS, Recipe(method), seed=7))
     assert [name for name, _ in merged] == sorted(SHAPES)
     for name, tensor in merged:
-        stack, seed = torch.stack([one[name] for one in deltas]), derive_seed(7, method, name)
+        stack, seed = torch.stack([one[name] for one in deltas]), derive_seed(7, name)
         # Whether the caller's weights are fp32 or fp64 makes no difference to fp32 deltas.
         for weights in (torch.tensor(WEIGHTS, dtype=torch.float64), torch.tensor(WEIGHTS, dtype=torch.float32)):
             if dtype != torch.float64 or weights.dtype == torch.float64:
