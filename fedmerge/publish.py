@@ -16,23 +16,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from fedmerge.assemble import Assembly
 from fedmerge.card import local_card, model_card
 from fedmerge.delta import UpdatedModel
 from fedmerge.errors import reporting_os_errors
 from fedmerge.merge import Write
 from fedmerge.sign import SigningKey
-from fedmerge.statements import Lineage, LocalInput, LocalMerge, MergeRecord
+from fedmerge.statements import Lineage, LocalMerge, MergeRecord
 from fedmerge.store.blobs import sync_directory
 from fedmerge.tensors import Checkpoint, copy_side_files, model_digest
 from fedmerge.versions import write_model
-from fedmerge.weights import split_shards, writing_weights
+from fedmerge.weights import writing_weights
 
 LINEAGE = "lineage.json"
 SIGNATURE = "lineage.sig.json"
 PROVENANCE = "provenance.jsonl"
 CARD = "README.md"
+CONFIG = "config.json"
 
 
 def publish(
@@ -70,36 +71,37 @@ def publish(
 
 
 def publish_local(
+    assembly: Assembly,
     fill: Callable[[Write], None],
-    base: Checkpoint,
     target: Path,
     *,
     max_shard_bytes: int | None = None,
-    inputs: Sequence[LocalInput],
-    recipe: Mapping[str, Any],
     seed: int,
     key: SigningKey | None,
 ) -> str:
     """Write a model that was merged here, with a card and lineage.json, signed if there is a `key`; return its digest.
 
-    `fill(write)` writes all of the base's tensors with their merged values, in any order, as
-    `fedmerge.merge.merge_models` does. They are sharded as the base is, or into files of at most `max_shard_bytes`.
-    Config and tokenizer come after the weights: without them, no tool takes an interrupted attempt for a model. Raises
-    `ResourceError`.
+    `fill(write)` writes all of the assembly's tensors, in any order, as `Assembly.merge` with this `seed` does. They
+    are sharded as the host is, or into files of at most `max_shard_bytes`. Config and tokenizer come after the weights:
+    without them, no tool takes an interrupted attempt for a model. Raises `ResourceError`.
     """
-    shards = base.shards() if max_shard_bytes is None else split_shards(base.schema, max_shard_bytes)
+    inputs, recipe, host = assembly.inputs(), assembly.job.to_dict(), assembly.host
+    changes = assembly.config_changes()
     with appearing_whole(target) as partial:
-        with writing_weights(partial, base.schema, shards) as writer:
+        with writing_weights(partial, assembly.schema, assembly.shards(max_shard_bytes)) as writer:
             fill(writer.write)
         digest = model_digest(Checkpoint(partial))
-        copy_side_files(base.directory, partial)
-        (partial / CARD).write_text(local_card(base.directory.name, inputs, recipe, seed, digest))
+        copy_side_files(host.directory, partial)
+        if changes:
+            config = json.loads((host.directory / CONFIG).read_text())
+            (partial / CONFIG).write_text(json.dumps(config | changes, indent=2) + "\n")
+        (partial / CARD).write_text(local_card(host.directory.name, inputs, recipe, seed, digest))
         statement = LocalMerge(
             files=file_digests(partial),
             model_digest=digest,
-            base_digest=model_digest(base),
-            inputs=list(inputs),
-            merge=dict(recipe),
+            base_digest=model_digest(host),
+            inputs=inputs,
+            merge=recipe,
             merge_seed=seed,
             software=software_versions(),
         )

@@ -118,6 +118,23 @@ class Checkpoint(Mapping[str, Tensor]):
         return found
 
 
+class Renamed(Mapping[str, Tensor]):
+    """Tensors of a checkpoint under other names: `names` gives each name's own there."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+        self._checkpoint, self._names = checkpoint, dict(sorted(names.items()))
+        self.schema: Schema = {name: checkpoint.schema[own] for name, own in self._names.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def _weight_files(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such model directory")
@@ -142,13 +159,14 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def is_resident(tensors: TensorMap) -> bool:
     """Return whether every tensor is there already, in memory or in a mapped file, so that asking for one is free."""
-    return isinstance(tensors, dict | Checkpoint)
+    return isinstance(tensors, dict | Checkpoint | Renamed)
 
 
 def schema_of(tensors: TensorMap) -> Schema:
     """Return the names, shapes and dtypes of `tensors`, sorted by name."""
-    if isinstance(tensors, Checkpoint):
-        return tensors.schema
+    known: Schema | None = getattr(tensors, "schema", None)
+    if known is not None:
+        return known
     return {name: TensorSpec(tuple(tensors[name].shape), DTYPE_NAMES[tensors[name].dtype]) for name in sorted(tensors)}
 
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from fedmerge.cli.diff import main_dtype
 from fedmerge.cli.output import JsonFlag, parse_bytes, print_json, stderr
 from fedmerge.cli.resources import num_cores, require_device
 from fedmerge.errors import ConfigError, ResourceError, did_you_mean
 from fedmerge.sign import SigningKey
 
 if TYPE_CHECKING:
-    from fedmerge.interop.mergekit_yaml import MergeJob
+    from fedmerge.assemble import MergeJob
     from fedmerge.merge import Recipe
     from fedmerge.merge.layers import Value
 
@@ -68,12 +67,10 @@ def merge(
     """Merge fine-tunes of one base model into a directory that transformers opens."""
     if out.exists():
         _require_replaceable(out, force=force)
-    from fedmerge.adapter import open_tuned
+    from fedmerge.assemble import Assembly
     from fedmerge.cli.progress import counting
-    from fedmerge.merge import Workers, Write, merge_models
+    from fedmerge.merge import Workers, Write
     from fedmerge.publish import publish_local
-    from fedmerge.statements import LocalInput
-    from fedmerge.tensors import Checkpoint, model_digest
 
     if from_ is None:
         job = _job(models, base, method, weights, set)
@@ -83,42 +80,19 @@ def merge(
         from fedmerge.interop.mergekit_yaml import read_mergekit
 
         job = read_mergekit(from_)
-    recipe = job.recipe
     workers = Workers(threads or num_cores(), parse_bytes("--memory", memory), require_device(device))
     max_shard_bytes = None if max_shard_size is None else parse_bytes("--max-shard-size", max_shard_size)
     signing_key = SigningKey.load(key) if key is not None else None
-    origin = Checkpoint(job.base)
-    if job.dtype not in {None, main_dtype(origin.schema)}:
-        raise ConfigError(
-            f"{from_}: dtype: {job.dtype} is not the base's, which is {main_dtype(origin.schema)}",
-            hint="a merged model has the dtype of its base: leave dtype out, or convert the base first",
-        )
-    opened = [open_tuned(path, origin, where=str(path)) for path in job.models]
-    inputs = [
-        LocalInput(name=path.name, digest=model_digest(model), weight=weight)
-        for path, (model, _), weight in zip(job.models, opened, job.weights, strict=True)
-    ]
-    vectors = [vector for _, vector in opened]
+    assembly = Assembly(job)
 
     def fill(write: Write) -> None:
-        names = merge_models(vectors, job.weights, recipe, origin, write, seed=seed, workers=workers)
-        counting(names, len(origin), "merging")
+        counting(assembly.merge(write, seed=seed, workers=workers), len(assembly.schema), "merging")
 
-    digest = publish_local(
-        fill,
-        origin,
-        out,
-        max_shard_bytes=max_shard_bytes,
-        inputs=inputs,
-        recipe=recipe.to_dict(),
-        seed=seed,
-        key=signing_key,
-    )
-    names = [step.name for step in recipe.steps]
+    digest = publish_local(assembly, fill, out, max_shard_bytes=max_shard_bytes, seed=seed, key=signing_key)
     if json:
-        print_json({"out": str(out), "version": digest, "merge": recipe.to_dict(), "signed": signing_key is not None})
+        print_json({"out": str(out), "version": digest, "merge": job.to_dict(), "signed": signing_key is not None})
         return
-    stderr.print(f"merged {len(opened)} models with {'+'.join(names)} into version {digest[:12]}")
+    stderr.print(f"merged {len(job.models)} models with {'+'.join(job.methods)} into version {digest[:12]}")
     sys.stdout.write(f"{out}\n")
 
 
@@ -126,13 +100,15 @@ def _job(
     models: tuple[Path, ...], base: Path | None, method: str | None, weights: str | None, assignments: tuple[str, ...]
 ) -> MergeJob:
     """Return the merge that a command line asks for."""
-    from fedmerge.interop.mergekit_yaml import MergeJob
+    from fedmerge.assemble import MergeJob, Slice, Source
 
     for name, given in (("MODEL", models), ("--base", base)):
         if not given:
             raise ConfigError(f"{name} is missing", hint=SEE_HELP)
+    origin = base or Path()
     recipe = _recipe(method or "task_arithmetic", _parameters(assignments))
-    return MergeJob(recipe, base or Path(), models, tuple(_weights(weights, len(models))), dtype=None)
+    sources = map(Source, models, _weights(weights, len(models)))
+    return MergeJob((Slice(recipe, tuple(sources), Source(origin)),), origin)
 
 
 def _recipe(method: str, values: dict[str, Any]) -> Recipe:

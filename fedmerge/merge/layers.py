@@ -129,6 +129,20 @@ def require_fitting(value: Value, names: Iterable[str], *, where: str) -> None:
             )
 
 
+def restrict(value: Value, names: Iterable[str]) -> Value:
+    """Return `value` without the patterns that fit none of the tensors `names`."""
+    known = list(names)
+    if is_each(value):
+        return {EACH: [restrict(item, known) for item in value[EACH]]}
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        pattern: item
+        for pattern, item in value.items()
+        if pattern == DEFAULT or any(fnmatchcase(name, pattern) for name in known)
+    }
+
+
 def _patterns(value: Value) -> Iterator[str]:
     for item in value[EACH] if is_each(value) else [value]:
         if isinstance(item, Mapping):

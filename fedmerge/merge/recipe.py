@@ -154,8 +154,9 @@ def chain_parameters(names: Sequence[str]) -> list[dict[str, Parameter]]:
 
 
 def step_names(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the names of the steps of what `Recipe.to_dict` wrote."""
-    return [str(step["method"]) for step in recipe.get("steps", [recipe])]
+    """Return the names of the steps, once each, of a recipe, or of slices with recipes, as they are recorded."""
+    recipes = [part["merge"] for part in recipe["slices"]] if "slices" in recipe else [recipe]
+    return list(dict.fromkeys(str(step["method"]) for one in recipes for step in one.get("steps", [one])))
 
 
 def _resolved(kind: str, step: Step, known: Mapping[str, Callable[..., object]], *, each: bool = False) -> Step:
