@@ -42,6 +42,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "server": ("sqlalchemy", "google.rpc", "grpc_status", "grpc_health"),
     "demo": ("sklearn",),
     "flower": ("flwr",),
+    "plots": ("matplotlib",),
 }
 
 EPILOGUE = """\

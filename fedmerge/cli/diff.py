@@ -25,11 +25,15 @@ def diff(
     /,
     *,
     base: Annotated[Path, Parameter(help="The directory of the model they were tuned from.")],
-    svg: Annotated[Path | None, Parameter(help="Write a heat map of cosines and sign conflicts here.")] = None,
+    plot: Annotated[
+        Path | None, Parameter(help="Write heat maps of cosines and sign conflicts here: FILE.svg or FILE.png.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Show how fine-tunes of one base model interfere: angles, sign conflicts and lengths. Nothing is merged."""
     names = _names(models)
+    if plot is not None and plot.suffix not in {".svg", ".png"}:
+        raise ConfigError(f"--plot {plot}: expected a name that ends in .svg or .png")
     from fedmerge.adapter import open_tuned
     from fedmerge.files import write_new
     from fedmerge.measure import advice, measure
@@ -39,16 +43,16 @@ def diff(
     opened = {name: open_tuned(path, origin, where=name) for name, path in zip(names, models, strict=True)}
     found = measure({name: vector for name, (_, vector) in opened.items()})
     notes = advice(found, dtype=main_dtype(origin.schema))
-    if svg is not None:
-        write_new(svg, _drawn(found), if_exists="choose another --svg")
+    if plot is not None:
+        write_new(plot, _drawn(found, plot.suffix), if_exists="choose another --plot")
     if json:
         print_json({**found.to_dict(), "warnings": notes})
         return
     _show(found)
     for note in notes:
         print_problem("warning", note, style="yellow")
-    if svg is not None:
-        stderr.print(f"wrote {printable(str(svg))}", markup=False)
+    if plot is not None:
+        stderr.print(f"wrote {printable(str(plot))}", markup=False)
 
 
 def _names(models: tuple[Path, ...]) -> list[str]:
@@ -70,21 +74,33 @@ def main_dtype(schema: Schema) -> str:
     return counts.most_common(1)[0][0] if counts else "F32"
 
 
-def _drawn(found: Interference) -> bytes:
-    from fedmerge.cli.heatmap import heat_map
+MEASURES = {
+    "Cosine of task vectors": "cosine",
+    "Sign conflict": "conflict",
+    "Sign conflict by magnitude": "weighted_conflict",
+}
+
+
+def _drawn(found: Interference, suffix: str) -> bytes:
+    from fedmerge.cli.heatmap import Panel, png_map, svg_map
 
     names = [model.name for model in found.models]
+    layers = [layer.name for layer in found.layers]
+    agreements = {frozenset(pair): agreement for pair, agreement in found.pairs.items()}
 
-    def matrix(value: str, diagonal: float) -> list[list[float | None]]:
-        pairs = {frozenset(pair): getattr(agreement, value) for pair, agreement in found.pairs.items()}
-        return [[diagonal if a == b else pairs[frozenset((a, b))] for b in names] for a in names]
+    def of_pair(value: str, a: str, b: str) -> float | None:
+        alone = 1.0 if value == "cosine" else 0.0
+        return alone if a == b else getattr(agreements[frozenset((a, b))], value)
 
-    panels = {
-        "Cosine of task vectors": matrix("cosine", 1.0),
-        "Sign conflict": matrix("conflict", 0.0),
-        "Sign conflict by magnitude": matrix("weighted_conflict", 0.0),
-    }
-    return heat_map("How the task vectors of the fine-tunes agree", names, panels)
+    panels = [
+        Panel(caption, names, names, [[of_pair(value, a, b) for b in names] for a in names])
+        for caption, value in MEASURES.items()
+    ]
+    if found.pairs:
+        by_layer = [[getattr(layer.agreement, value) for value in MEASURES.values()] for layer in found.layers]
+        panels.append(Panel("Mean pair, by layer", layers, ["cosine", "conflict", "by magnitude"], by_layer))
+    draw = svg_map if suffix == ".svg" else png_map
+    return draw("How the task vectors of the fine-tunes agree", panels)
 
 
 def _show(found: Interference) -> None:

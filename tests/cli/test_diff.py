@@ -70,7 +70,7 @@ def test_a_bf16_model_that_moved_nothing_is_called_out(run: Run, tmp_path: Path)
 
 def test_the_heat_map_is_xml_with_a_number_in_every_cell(run: Run, models: Path) -> None:
     (models / "south").rename(models / "<s&\x1b'\">")
-    arguments = ["diff", "north", "<s&\x1b'\">", "other/south", "copy", "--base", "base", "--svg", "new/map.svg"]
+    arguments = ["diff", "north", "<s&\x1b'\">", "other/south", "copy", "--base", "base", "--plot", "new/map.svg"]
     result = run(*arguments)
     assert result.returncode == 0
     assert "\x1b" not in result.stdout + result.stderr
@@ -79,7 +79,7 @@ def test_the_heat_map_is_xml_with_a_number_in_every_cell(run: Run, models: Path)
     panels = root.findall(f"{SVG}g")
     texts = [[text.text for text in panel.iter(f"{SVG}text")] for panel in panels]
     assert [panel[0] for panel in texts] == [
-        "Cosine of task vectors", "Sign conflict", "Sign conflict by magnitude",
+        "Cosine of task vectors", "Sign conflict", "Sign conflict by magnitude", "Mean pair, by layer",
     ]  # fmt: skip
     cells = [[cell[-1].text for cell in panel.findall(f"{SVG}g")] for panel in panels]
     assert cells[0] == [
@@ -89,12 +89,13 @@ def test_the_heat_map_is_xml_with_a_number_in_every_cell(run: Run, models: Path)
         "-", "-", "-", "1.00",
     ]  # fmt: skip
     assert cells[1][6] == "1.00"
+    assert (len(cells[3]), cells[3][0][:2]) == (2 * 3, "-0")  # two groups of layers, three measures
     assert {"<s&?'\">", "north", "south", "copy"} <= set(texts[0])
 
     before = (models / "new/map.svg").read_bytes()
     again = run(*arguments)
     assert (again.returncode, (models / "new/map.svg").read_bytes()) == (8, before)
-    assert again.stderr == "error: new/map.svg: already exists\nhint: choose another --svg\n"
+    assert again.stderr == "error: new/map.svg: already exists\nhint: choose another --plot\n"
 
 
 def test_models_of_one_name_are_told_apart_by_their_paths(run: Run, models: Path) -> None:
@@ -117,7 +118,28 @@ def test_models_of_one_name_are_told_apart_by_their_paths(run: Run, models: Path
 def test_mistakes_are_one_line(run: Run, models: Path, arguments: str, error: str) -> None:
     write_model(models / "smaller", {"layers.0.w": torch.ones(2, 2), "ids": torch.arange(3)})
     write_model(models / "diverged", {"layers.0.w": torch.ones(2, 2), "head.w": torch.tensor([0.0, torch.nan])})
-    result = run("diff", *arguments.split(), "--svg", "map.svg")
+    result = run("diff", *arguments.split(), "--plot", "map.svg")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.splitlines()[0] == f"error: {error}"
     assert not (models / "map.svg").exists()
+
+
+def test_the_same_map_as_a_picture(run: Run, models: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (models / "south").rename(models / "s$x$<")
+    result = run("diff", "north", "s$x$<", "copy", "--base", "base", "--plot", "map.png")
+    assert result.returncode == 0, result.stderr
+    data = (models / "map.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
+    assert width > height > 200
+    assert run("diff", "north", "copy", "--base", "base", "--plot", "map.pdf").stderr == (
+        "error: --plot map.pdf: expected a name that ends in .svg or .png\n"
+    )
+
+
+def test_without_matplotlib_it_says_what_to_install(run: Run, models: Path) -> None:
+    program = "import sys; sys.modules['matplotlib'] = None; from fedmerge.cli import main\n"
+    arguments = ["diff", "north", "south", "--base", "base", "--plot", "map.png"]
+    result = run(python=f"{program}sys.exit(main({arguments}))")
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (6, "hint: pip install 'fedmerge[plots]'")

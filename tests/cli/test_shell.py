@@ -45,7 +45,7 @@ OPTIONS: dict[str, list[str]] = {
         "MODEL", "--out", "--base", "--from", "--method", "--weights", "--set", "--seed", "--key",
         "--max-shard-size", "--threads", "--memory", "--device", "--force", "--json",
     ],
-    "diff": ["MODEL", "--base", "--svg", "--json"],
+    "diff": ["MODEL", "--base", "--plot", "--json"],
     "inspect": ["FILE", "--base", "--tuned", "--seed", "--json"],
     "verify": ["DIRECTORY", "--key", "--trusted", "--replay", "--base", "--json"],
     "simulate": ["CONFIG", "--processes", "--json"],
