@@ -1,52 +1,67 @@
-"""How fast is a merge? CPU seconds to merge four task vectors or fine-tunes, beside what the machine allows.
+"""How fast is a merge, and in how much memory? Beside mergekit, Flower, plain torch and what the machine allows.
 
-    python benchmarks/merge.py [--quick] [--json FILE]
+    python benchmarks/merge.py [--quick] [--json FILE] [--mergekit PYTHON] [--parts models,deltas,fedavg,growth]
 
-Makes a Llama-shaped base and four fine-tunes of random numbers on disk, in bf16 and in fp32, and times two jobs:
+Every case runs in a process of its own, one after the other, on one thread, with a warm page cache. Measured are its
+CPU seconds and the most anonymous memory it holds, both above what it takes to start: imports, and kernels from their
+cache.
 
-    deltas     four task vectors in, the merged one out: a coordinator's step 10
-    models     base and four fine-tunes in, merged model out: read, subtract, merge, add to the base, write
+    models   Llama-shaped base and fine-tunes on disk, merged model out; GB/s is input over CPU time, written or not
+    deltas   the same fine-tunes as delta files
+    fedavg   clients of 500 MB each, beside the FedAvg aggregation of Flower (if MemAvailable has room for it)
+    growth   exponents fitted to CPU time and memory, over the number of fine-tunes and the number of parameters
 
-Beside each method stand
-
-    limit      one streaming pass over the same files that adds them up and writes the sum: what reading, converting,
-               accumulating and writing cost, whoever does it
-    naive      the method as one would write it in torch: stack the models, sort to find the threshold
-    mergekit   the same merge by mergekit, less its start-up, where it is installed (fedmerge does not depend on it)
-
-CPU seconds at one thread are compared, since those change little when others use the machine. The page cache is warm.
+`--mergekit` names the Python of an environment that has it (python -m venv E; E/bin/pip install mergekit): its pins do
+not agree with ours. Its start-up is measured and taken off. `--quick` merges 28 M parameters instead of 300 M.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedmerge.delta import UpdatedModel, subtract
-from fedmerge.merge import METHODS, Recipe, merge_deltas
-from fedmerge.tensors import DTYPES, WEIGHTS, Checkpoint, write_weights
+from fedmerge.codec import Codec
+from fedmerge.delta import subtract
+from fedmerge.frame import DeltaFile, write_delta
+from fedmerge.merge import Recipe, Workers, merge_deltas, merge_models
+from fedmerge.tensors import WEIGHTS, Checkpoint, TensorMap
+from fedmerge.weights import writing_weights
 
 NUM_NODES = 4
-DENSITY = {"ties": 0.2, "dare_linear": 0.5, "dare_ties": 0.5}
+DENSITY = {"ties": 0.2, "dare_ties": 0.5, "della": 0.5, "breadcrumbs": 0.85}
+METHOD_NAMES = (
+    "fedavg",
+    "task_arithmetic",
+    "ties",
+    "dare_ties",
+    "della",
+    "breadcrumbs",
+    "model_stock",
+    "karcher",
+    "tsv",
+)
 LINEAR = ("fedavg", "task_arithmetic")
-CHUNK_ELEMENTS = 1 << 17
-REPEATS = 3
+# Of mergekit's CPU seconds, at most so much; the other methods are shown only.
+SHARE_OF_MERGEKIT = dict.fromkeys(LINEAR, 1 / 2) | dict.fromkeys(DENSITY, 1 / 5)
+THEIR_NAMES = {"fedavg": "linear"}
+NOT_THEIRS = {"tsv"}
+NAIVE = ("fedavg", "ties", "dare_ties")
+REPEATS = 2
+POLL_S = 0.01
 
 
 # --- the models
@@ -73,7 +88,7 @@ def llama_shapes(hidden: int, ffn: int, num_layers: int, vocab: int) -> dict[str
     return shapes | {"model.norm.weight": (hidden,)}
 
 
-def write_models(folder: Path, sizes: dict[str, int], dtype: torch.dtype) -> list[Path]:
+def write_models(folder: Path, sizes: dict[str, int], dtype: torch.dtype, num_nodes: int) -> list[Path]:
     """Write a base and fine-tunes of it, and return their directories, the base first."""
     generator = torch.Generator().manual_seed(0)
     shapes = llama_shapes(**sizes)
@@ -91,7 +106,7 @@ def write_models(folder: Path, sizes: dict[str, int], dtype: torch.dtype) -> lis
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     directories = []
-    for index in range(NUM_NODES + 1):
+    for index in range(num_nodes + 1):
         directory = folder / ("base" if index == 0 else f"ft{index}")
         directory.mkdir(parents=True)
         tensors = {
@@ -102,52 +117,6 @@ def write_models(folder: Path, sizes: dict[str, int], dtype: torch.dtype) -> lis
         (directory / "config.json").write_text(json.dumps(config))
         directories.append(directory)
     return directories
-
-
-# --- fedmerge
-
-
-def recipe_of(method: str) -> Recipe:
-    return Recipe(method, {"density": DENSITY[method]} if method in DENSITY else {})
-
-
-def merge_models(directories: list[Path], out: Path, method: str) -> None:
-    base, *tuned = map(Checkpoint, directories)
-    deltas = [subtract(model, base) for model in tuned]
-    merged = dict(merge_deltas(deltas, [1 / NUM_NODES] * NUM_NODES, recipe_of(method), seed=1))
-    write_weights(UpdatedModel(base, [merged]), out, {WEIGHTS: list(base)})
-
-
-def merge_task_vectors(directories: list[Path], out: Path, method: str) -> None:
-    """Merge the fine-tunes as if they were task vectors, which have the same size, into one of the same dtype."""
-    deltas = [Checkpoint(directory) for directory in directories[1:]]
-    merged = merge_deltas(deltas, [1 / NUM_NODES] * NUM_NODES, recipe_of(method), seed=1)
-    dtype = DTYPES[next(iter(deltas[0].schema.values())).dtype]
-    write_weights({name: update.to(dtype) for name, update in merged}, out, {WEIGHTS: list(deltas[0])})
-
-
-# --- the limit
-
-
-def open_flat(path: Path, dtype: torch.dtype) -> Tensor:
-    """Map all tensors of a safetensors file as one vector."""
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-    stored = np.int16 if dtype == torch.bfloat16 else np.float32
-    return torch.from_numpy(np.memmap(path, stored, mode="c", offset=start)).view(dtype)
-
-
-def stream(directories: list[Path], out: Path, dtype: torch.dtype) -> None:
-    """Add up the models chunk by chunk in fp32, and write the sum in their dtype."""
-    inputs = [open_flat(directory / WEIGHTS, dtype) for directory in directories]
-    scratch = torch.empty(CHUNK_ELEMENTS)
-    with (out / WEIGHTS).open("wb") as file:
-        for start in range(0, inputs[0].numel(), CHUNK_ELEMENTS):
-            parts = [one[start : start + CHUNK_ELEMENTS] for one in inputs]
-            total = parts[0].to(torch.float32, copy=True)
-            for part in parts[1:]:
-                total.add_(scratch[: part.numel()].copy_(part), alpha=1 / NUM_NODES)
-            file.write(total.to(dtype).view(torch.uint8).numpy().data)
 
 
 # --- the methods as one would write them down
@@ -184,7 +153,7 @@ def naive(method: str, stack: Tensor, weights: Tensor) -> Tensor:
 
 def merge_naively(directories: list[Path], out: Path, method: str) -> None:
     base, *tuned = (load_file(directory / WEIGHTS) for directory in directories)
-    weights = torch.full((NUM_NODES,), 1 / NUM_NODES)
+    weights = torch.full((len(tuned),), 1 / len(tuned))
     merged = {}
     for name, tensor in base.items():
         stack = torch.stack([one[name].float() - tensor.float() for one in tuned])
@@ -192,127 +161,429 @@ def merge_naively(directories: list[Path], out: Path, method: str) -> None:
     save_file(merged, out / WEIGHTS)
 
 
+# --- one case in a process of its own
+
+
+class Cost(NamedTuple):
+    """What a case took, above what its process takes to start."""
+
+    cpu_s: float
+    wall_s: float
+    anonymous_bytes: int
+
+
+def status_bytes(process: int | str, key: str = "RssAnon") -> int:
+    """Return a number from a process's status, 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
+
+
+def run_alone(command: list[str], environment: dict[str, str]) -> tuple[Cost, str]:
+    """Run a command; return what all of it took, and the last line it printed."""
+    start, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        while True:
+            peak = max(peak, status_bytes(child.pid))
+            pid, code, usage = os.wait4(child.pid, os.WNOHANG)
+            if pid:
+                child.returncode = os.waitstatus_to_exitcode(code)
+                break
+            time.sleep(POLL_S)
+        output.seek(0)
+        text = output.read()
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{text[-2000:]}")
+    wall_s = time.perf_counter() - start
+    return Cost(usage.ru_utime + usage.ru_stime, wall_s, peak), text.strip().splitlines()[-1] if text.strip() else ""
+
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def measure(case: str, *, repeats: int = 1, **arguments: Any) -> Cost:
+    """Run a function of `CASES` in a new process, on an empty folder `out`; return the cheapest of `repeats`."""
+    found = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(dir=arguments.pop("folder", None)) as out:
+            text = json.dumps({"case": case, "arguments": arguments | {"out": out}})
+            whole, line = run_alone([sys.executable, __file__, "--case", text], dict(os.environ) | ONE_THREAD)
+            own = json.loads(line)
+            found.append(Cost(own["cpu_s"], own["wall_s"], max(0, whole.anonymous_bytes - own["before_bytes"])))
+    return min(found)
+
+
+def run_case(text: str) -> None:
+    """Be the process of a case."""
+    torch.set_num_threads(1)
+    given = json.loads(text)
+    work, arguments = CASES[given["case"]](**given["arguments"]), given["arguments"]
+    if "method" in arguments:
+        for dtype in (torch.bfloat16, torch.float32):
+            tiny = {"w": torch.randn(8, 8).to(dtype)}
+            recipe = recipe_of(arguments["method"])
+            for _ in merge_models([subtract(tiny, tiny)] * 2, [0.5, 0.5], recipe, tiny, lambda *_: None):
+                pass
+    before_bytes, cpu, wall = status_bytes("self"), time.process_time(), time.perf_counter()
+    work()
+    took = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall, "before_bytes": before_bytes}
+    print(json.dumps(took))
+
+
+def recipe_of(method: str) -> Recipe:
+    return Recipe(method, {"density": DENSITY[method]} if method in DENSITY else {})
+
+
+def merge_case(
+    directories: list[str], out: str, method: str, threads: int = 1, keep: bool = True
+) -> Callable[[], None]:
+    """Merge model directories, the base first, and write the outcome, or only compute it."""
+    base, *tuned = (Checkpoint(Path(directory)) for directory in directories)
+    return lambda: merge_to(out, base, [subtract(one, base) for one in tuned], method, threads, keep)
+
+
+def merge_to(out: str, base: Checkpoint, deltas: list[TensorMap], method: str, threads: int, keep: bool) -> None:
+    weights, recipe, workers = [1 / len(deltas)] * len(deltas), recipe_of(method), Workers(threads)
+    if not keep:
+        for _ in merge_models(deltas, weights, recipe, base, lambda *_: None, seed=1, workers=workers):
+            pass
+        return
+    with writing_weights(Path(out), base.schema, base.shards()) as writer:
+        for _ in merge_models(deltas, weights, recipe, base, writer.write, seed=1, workers=workers):
+            pass
+
+
+def deltas_case(base: str, files: list[str], codec: dict[str, Any], out: str, method: str) -> Callable[[], None]:
+    """Merge delta files, add to the base and write."""
+    origin = Checkpoint(Path(base))
+    made = Codec.from_dict(codec)
+    deltas = [DeltaFile(Path(file), origin.schema, made, seed=seed) for seed, file in enumerate(files)]
+    return lambda: merge_to(out, origin, list(deltas), method, 1, keep=True)
+
+
+def naive_case(directories: list[str], out: str, method: str) -> Callable[[], None]:
+    return lambda: merge_naively([Path(directory) for directory in directories], Path(out), method)
+
+
+def fedavg_case(directories: list[str], out: str, method: str) -> Callable[[], None]:
+    """Average clients' parameters, one tensor in memory at a time."""
+    clients = [Checkpoint(Path(directory)) for directory in directories]
+
+    def work() -> None:
+        with writing_weights(Path(out), clients[0].schema, clients[0].shards()) as writer:
+            for name, tensor in merge_deltas(clients, [1.0] * len(clients), recipe_of(method)):
+                writer.write(name, 0, tensor.view(-1))
+
+    return work
+
+
+def flower_case(directories: list[str], out: str) -> Callable[[], None]:
+    """Average them as Flower's strategies do, from arrays in memory; reading is in the price for both."""
+    from flwr.server.strategy.aggregate import aggregate
+
+    def work() -> None:
+        results = []
+        for directory in directories:
+            tensors = load_file(Path(directory) / WEIGHTS)
+            # As they come from a message: in memory of their own.
+            results.append(([tensors[name].numpy().copy() for name in sorted(tensors)], 1))
+        merged = aggregate(results)
+        save_file({f"{i}": torch.from_numpy(array) for i, array in enumerate(merged)}, Path(out) / WEIGHTS)
+
+    return work
+
+
+def read_case(directories: list[str], out: str) -> Callable[[], None]:
+    """Read the files from the page cache into one small buffer."""
+    buffer = bytearray(1 << 20)
+
+    def work() -> None:
+        for directory in directories:
+            with (Path(directory) / WEIGHTS).open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    return work
+
+
+def write_case(num_bytes: int, out: str) -> Callable[[], None]:
+    """Write so many bytes to a new file."""
+    data = bytes(1 << 17)
+
+    def work() -> None:
+        with (Path(out) / WEIGHTS).open("wb", buffering=0) as file:
+            for _ in range(num_bytes // len(data)):
+                file.write(data)
+
+    return work
+
+
+def copy_case(num_bytes: int, out: str) -> Callable[[], None]:
+    """Copy so many bytes in memory that was touched before, as often as it takes."""
+    source, target = np.ones(1 << 26, dtype=np.uint8), np.zeros(1 << 26, dtype=np.uint8)
+
+    def work() -> None:
+        for _ in range(num_bytes // source.nbytes):
+            np.copyto(target, source)
+
+    return work
+
+
+CASES: dict[str, Callable[..., Callable[[], None]]] = {
+    "merge": merge_case,
+    "deltas": deltas_case,
+    "naive": naive_case,
+    "fedavg": fedavg_case,
+    "flower": flower_case,
+    "read": read_case,
+    "write": write_case,
+    "copy": copy_case,
+}
+
+
 # --- mergekit
 
 
-MERGEKIT = [sys.executable, "-m", "mergekit.scripts.run_yaml"]
+class Mergekit:
+    """mergekit in an environment of its own."""
 
+    def __init__(self, python: str) -> None:
+        self.command = [python, "-m", "mergekit.scripts.run_yaml"]
+        self.environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | ONE_THREAD
+        self.start = min(run_alone([*self.command, "--help"], self.environment)[0] for _ in range(REPEATS))
 
-def merge_with_mergekit(directories: list[Path], out: Path, method: str) -> float:
-    """Return the CPU seconds that mergekit takes, starting it included."""
-    base, *tuned = map(str, directories)
-    weight: dict[str, Any] = {"weight": 1 / NUM_NODES} | ({"density": DENSITY[method]} if method in DENSITY else {})
-    config: dict[str, Any] = {
-        "merge_method": "linear" if method == "fedavg" else method,
-        "models": [{"model": model, "parameters": weight} for model in tuned],
-        "dtype": json.loads((directories[0] / "config.json").read_text())["torch_dtype"],
-    }
-    if method != "fedavg":
-        config["base_model"] = base
-    # JSON is YAML.
-    (out / "config.yml").write_text(json.dumps(config))
-    return cpu_of_children_s([*MERGEKIT, str(out / "config.yml"), str(out), "--no-copy-tokenizer", "--quiet"])
-
-
-def cpu_of_children_s(command: list[str]) -> float:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-# --- the comparison
-
-
-def cpu_s(work: Callable[[Path], None], folder: Path, repeats: int = 1) -> float:
-    """Return the CPU seconds of `work` on an empty output directory, the least of `repeats`."""
-    measured = []
-    for _ in range(repeats):
-        with tempfile.TemporaryDirectory(dir=folder) as out:
-            start = time.process_time()
-            work(Path(out))
-            measured.append(time.process_time() - start)
-    return min(measured)
-
-
-def compare(
-    dtype_name: str, sizes: dict[str, int], folder: Path, mergekit_start_s: float | None
-) -> list[dict[str, Any]]:
-    """Print the two tables of one dtype, and return the targets they are held to."""
-    dtype = getattr(torch, dtype_name)
-    directories = write_models(folder / dtype_name, sizes, dtype)
-    file_bytes = (directories[0] / WEIGHTS).stat().st_size
-    num_parameters = sum(spec.num_elements for spec in Checkpoint(directories[0]).schema.values())
-    print(f"\n{dtype_name}, {num_parameters / 1e6:.1f} M parameters, {NUM_NODES} nodes")
-    targets = []
-
-    input_bytes = file_bytes * NUM_NODES
-    limit_s = cpu_s(lambda out: stream(directories[1:], out, dtype), folder, REPEATS)
-    print(f"\ndeltas: {input_bytes / 1e9:.2f} GB in; limit {limit_s:.2f} CPU s, {input_bytes / limit_s / 1e9:.2f} GB/s")
-    print(f"{'CPU s':<16} {'fedmerge':>9} {'GB/s':>7} {'x limit':>8}")
-    for method in METHODS:
-        ours_s = cpu_s(partial(merge_task_vectors, directories, method=method), folder, REPEATS)
-        print(f"{method:<16} {ours_s:>9.2f} {input_bytes / ours_s / 1e9:>7.2f} {ours_s / limit_s:>8.1f}")
-        if method in LINEAR:
-            targets.append(at_most(2.0, f"{method} of {dtype_name} deltas: CPU time over the limit", ours_s / limit_s))
-
-    input_bytes += file_bytes
-    limit_s = cpu_s(lambda out: stream(directories, out, dtype), folder, REPEATS)
-    print(f"\nmodels: {input_bytes / 1e9:.2f} GB in; limit {limit_s:.2f} CPU s, {input_bytes / limit_s / 1e9:.2f} GB/s")
-    print(f"{'CPU s':<16} {'fedmerge':>9} {'GB/s':>7} {'x limit':>8} {'naive':>8} {'speed-up':>9} {'mergekit':>9}")
-    for method in METHODS:
-        ours_s = cpu_s(partial(merge_models, directories, method=method), folder, REPEATS)
-        naive_s = cpu_s(partial(merge_naively, directories, method=method), folder)
-        theirs = "-"
-        if mergekit_start_s is not None:
-            with tempfile.TemporaryDirectory(dir=folder) as out:
-                theirs = f"{merge_with_mergekit(directories, Path(out), method) - mergekit_start_s:.2f}"
-        print(
-            f"{method:<16} {ours_s:>9.2f} {input_bytes / ours_s / 1e9:>7.2f} {ours_s / limit_s:>8.1f} "
-            f"{naive_s:>8.2f} {naive_s / ours_s:>8.1f}x {theirs:>9}"
+    def merge(self, directories: list[Path], folder: Path, method: str) -> Cost:
+        base, *tuned = map(str, directories)
+        weight: dict[str, Any] = {"weight": 1 / len(tuned)} | (
+            {"density": DENSITY[method]} if method in DENSITY else {}
         )
-        if method in LINEAR:
-            targets.append(at_most(2.0, f"{method} of {dtype_name} models: CPU time over the limit", ours_s / limit_s))
-        if method == "ties":
-            targets.append(at_least(3.0, f"ties of {dtype_name} models: times faster than sorting", naive_s / ours_s))
-    return targets
+        config: dict[str, Any] = {
+            "merge_method": THEIR_NAMES.get(method, method),
+            "models": [{"model": model, "parameters": weight} for model in tuned],
+            "dtype": json.loads((directories[0] / "config.json").read_text())["torch_dtype"],
+        }
+        if method != "fedavg":
+            config["base_model"] = base
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            # JSON is YAML.
+            (Path(out) / "config.yml").write_text(json.dumps(config))
+            arguments = [f"{out}/config.yml", out, "--no-copy-tokenizer", "--quiet"]
+            whole = run_alone([*self.command, *arguments], self.environment)[0]
+        return Cost(
+            whole.cpu_s - self.start.cpu_s,
+            whole.wall_s - self.start.wall_s,
+            whole.anonymous_bytes - self.start.anonymous_bytes,
+        )
+
+
+# --- the parts
+
+Targets = list[dict[str, Any]]
 
 
 def at_most(goal: float, name: str, value: float) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 3), "goal": goal, "holds": value <= goal}
+    return {"name": name, "value": round(value, 4), "goal": round(goal, 4), "holds": value <= goal}
 
 
 def at_least(goal: float, name: str, value: float) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 3), "goal": goal, "holds": value >= goal}
+    return {"name": name, "value": round(value, 4), "goal": round(goal, 4), "holds": value >= goal}
+
+
+def compare_models(
+    folder: Path, sizes: dict[str, int], num_nodes: int, dtype_name: str, mergekit: Mergekit | None
+) -> Targets:
+    """Print the table of one dtype and number of fine-tunes."""
+    directories = write_models(folder, sizes, getattr(torch, dtype_name), num_nodes)
+    names = [str(directory) for directory in directories]
+    schema = Checkpoint(directories[0]).schema
+    file_bytes = (directories[0] / WEIGHTS).stat().st_size
+    input_bytes, largest = file_bytes * len(directories), max(spec.num_elements for spec in schema.values())
+    read = measure("read", directories=names, repeats=REPEATS)
+    write = measure("write", num_bytes=file_bytes, repeats=REPEATS, folder=folder)
+    copy = measure("copy", num_bytes=2 << 30, repeats=REPEATS)
+    read_rate = input_bytes / read.cpu_s / 1e9
+    num_parameters = sum(spec.num_elements for spec in schema.values())
+    print(
+        f"\n{dtype_name}, {num_parameters / 1e6:.0f} M parameters, {num_nodes} fine-tunes, {input_bytes / 1e9:.2f} GB in; "
+        f"page cache read {read_rate:.1f} GB/s, written {file_bytes / write.cpu_s / 1e9:.1f}, "
+        f"copied {(2 << 30) / copy.cpu_s / 1e9:.1f}; reading and writing alone {read.cpu_s + write.cpu_s:.2f} CPU s"
+    )
+    print(
+        f"{'':<16} {'CPU s':>7} {'wall s':>7} {'MB':>6} {'stacks':>6} {'GB/s':>6} {'unwritten':>9}"
+        f" {'naive s':>8} {'mergekit s':>10} {'wall s':>7} {'MB':>6} {'ratio':>6}"
+    )
+    targets = []
+    for method in METHOD_NAMES:
+        ours = measure("merge", directories=names, method=method, repeats=REPEATS, folder=folder)
+        computed = measure("merge", directories=names, method=method, keep=False)
+        stacks = ours.anonymous_bytes / (4 * num_nodes * largest)
+        rate, computed_rate = (input_bytes / one.cpu_s / 1e9 for one in (ours, computed))
+        naive = f"{measure('naive', directories=names, method=method).cpu_s:.2f}" if method in NAIVE else "-"
+        line = (
+            f"{method:<16} {ours.cpu_s:>7.2f} {ours.wall_s:>7.2f} {ours.anonymous_bytes / 1e6:>6.0f} {stacks:>6.2f}"
+            f" {rate:>6.2f} {computed_rate:>9.2f} {naive:>8}"
+        )
+        where = f"{method}, {num_nodes} {dtype_name} models"
+        targets.append(at_most(4, f"{where}: memory, in stacks of the largest tensor", stacks))
+        if method in LINEAR:
+            targets.append(at_least(0.5, f"{where}: of the page cache's read rate", computed_rate / read_rate))
+        if mergekit is not None and method not in NOT_THEIRS:
+            theirs = mergekit.merge(directories, folder, method)
+            line += f" {theirs.cpu_s:>10.2f} {theirs.wall_s:>7.2f} {theirs.anonymous_bytes / 1e6:>6.0f}"
+            line += f" {ours.cpu_s / theirs.cpu_s:>6.3f}"
+            if method in SHARE_OF_MERGEKIT:
+                goal, share = SHARE_OF_MERGEKIT[method], ours.cpu_s / theirs.cpu_s
+                targets.append(at_most(goal, f"{where}: of mergekit's CPU seconds", share))
+        print(line, flush=True)
+    return targets
+
+
+CODECS = {
+    "int8": {"values": "int8"},
+    "seeded 10 %, int8": {"values": "int8", "sparsify": "seeded", "density": 0.1},
+    "topk 64 of 4096, sign": {"values": "sign", "sparsify": "topk", "density": 64 / 4096},
+}
+
+
+def compare_deltas(folder: Path, sizes: dict[str, int]) -> Targets:
+    """Print what merging delta files costs; there is no peer that reads them."""
+    directories = write_models(folder, sizes, torch.bfloat16, NUM_NODES)
+    base = Checkpoint(directories[0])
+    num_parameters = sum(spec.num_elements for spec in base.schema.values())
+    print(f"\n{NUM_NODES} delta files of {num_parameters / 1e6:.0f} M parameters; CPU s, and MB of memory")
+    print(f"{'':<24}" + "".join(f"{method:>22}" for method in METHOD_NAMES[:4]))
+    for label, settings in CODECS.items():
+        codec, files = Codec.from_dict(Codec(**settings).to_dict()), []
+        for seed, directory in enumerate(directories[1:]):
+            files.append(folder / f"{seed}.delta")
+            write_delta(files[-1], subtract(Checkpoint(directory), base), base.schema, codec, seed=seed)
+        line = f"{label:<24}"
+        for method in METHOD_NAMES[:4]:
+            arguments = {"base": str(directories[0]), "files": list(map(str, files)), "codec": codec.to_dict()}
+            cost = measure("deltas", method=method, folder=folder, **arguments)
+            line += f"{cost.cpu_s:>14.2f}{cost.anonymous_bytes / 1e6:>8.0f}"
+        print(line, flush=True)
+    return []
+
+
+def compare_fedavg(folder: Path, num_clients: int, client_bytes: int) -> Targets:
+    """Print FedAvg beside Flower's."""
+    side = 2048
+    num_tensors = max(1, client_bytes // (4 * side * side))
+    for client in range(num_clients):
+        (folder / f"{client}").mkdir(parents=True)
+        generator = torch.Generator().manual_seed(client)
+        tensors = {f"{i:03d}": torch.randn(side, side, generator=generator) for i in range(num_tensors)}
+        save_file(tensors, folder / f"{client}" / WEIGHTS)
+    names = [str(folder / f"{client}") for client in range(num_clients)]
+    ours = measure("fedavg", directories=names, method="fedavg", repeats=REPEATS, folder=folder)
+    # Flower holds what came in, and each of it once more, weighted.
+    needed_bytes = 2.2 * num_clients * client_bytes
+    meminfo = Path("/proc/meminfo").read_text().splitlines()
+    available_bytes = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
+    where = f"FedAvg of {num_clients} x {client_bytes / 1e6:.0f} MB"
+    print(f"\n{where}: {ours.cpu_s:.2f} CPU s, {ours.anonymous_bytes / 1e6:.0f} MB", end="", flush=True)
+    if needed_bytes > available_bytes:
+        print(f"; Flower left out: it needs {needed_bytes / 1e9:.0f} GB of memory")
+        return []
+    theirs = measure("flower", directories=names, folder=folder)
+    print(f"; Flower {theirs.cpu_s:.2f} CPU s, {theirs.anonymous_bytes / 1e6:.0f} MB")
+    return [
+        at_most(1 / 3, f"{where}: of Flower's CPU seconds", ours.cpu_s / theirs.cpu_s),
+        at_most(1 / 10, f"{where}: of Flower's memory", ours.anonymous_bytes / theirs.anonymous_bytes),
+    ]
+
+
+def exponent(sizes: list[float], costs: list[float]) -> float:
+    """Return the slope of a straight line through the logarithms, by least squares."""
+    return float(np.polyfit([math.log(size) for size in sizes], [math.log(max(cost, 1e-9)) for cost in costs], 1)[0])
+
+
+def measure_growth(folder: Path, quick: bool) -> Targets:
+    """Print how cost grows with the number of fine-tunes, and of parameters."""
+    targets = []
+    sizes = {"hidden": 1024, "ffn": 2816, "num_layers": 1, "vocab": 8000}
+    nodes = [2, 4, 8, 16] if quick else [2, 4, 8, 16, 32]
+    directories = [str(one) for one in write_models(folder / "nodes", sizes, torch.bfloat16, nodes[-1])]
+    layers = [1, 4] if quick else [1, 8, 20, 76]
+    for method in ("task_arithmetic", "ties"):
+        over_nodes = [
+            measure("merge", directories=directories[: k + 1], method=method, repeats=REPEATS, folder=folder)
+            for k in nodes
+        ]
+        slope = exponent(list(map(float, nodes)), [cost.cpu_s for cost in over_nodes])
+        print(
+            f"\n{method} over {nodes} fine-tunes: CPU s {[round(cost.cpu_s, 2) for cost in over_nodes]}, exponent {slope:.2f}"
+        )
+        print(f"  memory {[round(cost.anonymous_bytes / 1e6) for cost in over_nodes]} MB")
+        targets.append(at_most(1.1, f"{method}: growth of CPU time with the number of fine-tunes", slope))
+    over_sizes: dict[str, list[tuple[float, Cost]]] = {"task_arithmetic": [], "ties": []}
+    for num_layers in layers:
+        with tempfile.TemporaryDirectory(dir=folder) as inner:
+            made = write_models(Path(inner), sizes | {"num_layers": num_layers}, torch.bfloat16, 2)
+            num_parameters = (made[0] / WEIGHTS).stat().st_size / 2
+            for method, found in over_sizes.items():
+                cost = measure("merge", directories=list(map(str, made)), method=method, repeats=REPEATS, folder=folder)
+                found.append((num_parameters, cost))
+    for method, found in over_sizes.items():
+        slope = exponent([size for size, _ in found], [cost.cpu_s for _, cost in found])
+        print(f"{method} over {[round(size / 1e6) for size, _ in found]} M parameters: exponent {slope:.2f}")
+        print(f"  memory {[round(cost.anonymous_bytes / 1e6) for _, cost in found]} MB")
+        targets.append(at_most(1.1, f"{method}: growth of CPU time with the number of parameters", slope))
+    return targets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="28 M parameters instead of 300 M; about a minute")
+    parser.add_argument("--quick", action="store_true", help="28 M parameters instead of 300 M")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the targets and whether they are met")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="the Python of an environment that has mergekit")
+    parser.add_argument("--parts", default="models,deltas,fedavg,growth", help="which parts to run")
+    parser.add_argument("--folder", type=Path, help="where to put models meanwhile (full: 12 GB) [default: /tmp]")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-
-    torch.set_num_threads(1)
-    mergekit_start_s = None
-    if arguments.quick:
-        print("mergekit is left out: on a small model its start-up hides the merge")
-    elif importlib.util.find_spec("mergekit") is None:
-        print("mergekit is not installed, so its column stays empty (pip install mergekit)")
-    else:
-        mergekit_start_s = min(cpu_of_children_s([*MERGEKIT, "--help"]) for _ in range(REPEATS))
-    sizes = {"hidden": 1024, "ffn": 2816, "num_layers": 20, "vocab": 32_000}
-    if arguments.quick:
-        # One layer with tensors of full size: small ones would measure Python.
-        sizes |= {"num_layers": 1, "vocab": 8_000}
-    targets = []
-    with tempfile.TemporaryDirectory() as folder:
-        for dtype_name in ("bfloat16", "float32"):
-            targets += compare(dtype_name, sizes, Path(folder), mergekit_start_s)
-
+    if arguments.case:
+        run_case(arguments.case)
+        return
+    parts = arguments.parts.split(",")
+    mergekit = Mergekit(arguments.mergekit) if arguments.mergekit else None
+    if mergekit is None:
+        print("mergekit is left out (--mergekit PYTHON)")
+    # One layer with tensors of full size: small ones would measure Python.
+    sizes = {"hidden": 1024, "ffn": 2816, "num_layers": 1, "vocab": 8_000}
+    if not arguments.quick:
+        sizes |= {"num_layers": 20, "vocab": 32_000}
+    targets: Targets = []
+    jobs: list[Callable[[Path], Targets]] = []
+    if "models" in parts:
+        for dtype_name, num_nodes in (
+            (("bfloat16", 4), ("float32", 4))
+            if arguments.quick
+            else (
+                ("bfloat16", 4),
+                ("float32", 4),
+                ("bfloat16", 8),
+            )
+        ):
+            jobs.append(lambda folder, d=dtype_name, n=num_nodes: compare_models(folder, sizes, n, d, mergekit))
+    if "deltas" in parts:
+        jobs.append(lambda folder: compare_deltas(folder, sizes))
+    if "fedavg" in parts:
+        for num_clients in (8, 16):
+            jobs.append(
+                lambda folder, n=num_clients: compare_fedavg(folder, n, (100 if arguments.quick else 500) * 10**6)
+            )
+    if "growth" in parts:
+        jobs.append(lambda folder: measure_growth(folder, arguments.quick))
+    for job in jobs:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            targets += job(Path(folder))
     print()
     for one in targets:
-        print(f"{'met   ' if one['holds'] else 'MISSED'}  {one['name']}: {one['value']:.2f} (goal {one['goal']:g})")
+        print(f"{'met   ' if one['holds'] else 'MISSED'}  {one['name']}: {one['value']:.3g} (goal {one['goal']:.3g})")
     if arguments.json:
         arguments.json.write_text(json.dumps({"targets": targets}, indent=2) + "\n")
 
