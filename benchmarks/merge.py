@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from torch import Tensor
 from fedmerge.codec import Codec
 from fedmerge.delta import subtract
 from fedmerge.frame import DeltaFile, write_delta
-from fedmerge.merge import Recipe, Workers, merge_deltas, merge_models
+from fedmerge.merge import Recipe, merge_deltas, merge_models
 from fedmerge.tensors import WEIGHTS, Checkpoint, TensorMap
 from fedmerge.weights import writing_weights
 
@@ -204,11 +204,11 @@ def run_alone(command: list[str], environment: dict[str, str]) -> tuple[Cost, st
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def measure(case: str, *, repeats: int = 1, **arguments: Any) -> Cost:
+def measure(case: str, *, repeats: int = 1, folder: Path | None = None, **arguments: Any) -> Cost:
     """Run a function of `CASES` in a new process, on an empty folder `out`; return the cheapest of `repeats`."""
     found = []
     for _ in range(repeats):
-        with tempfile.TemporaryDirectory(dir=arguments.pop("folder", None)) as out:
+        with tempfile.TemporaryDirectory(dir=folder) as out:
             text = json.dumps({"case": case, "arguments": arguments | {"out": out}})
             whole, line = run_alone([sys.executable, __file__, "--case", text], dict(os.environ) | ONE_THREAD)
             own = json.loads(line)
@@ -225,8 +225,7 @@ def run_case(text: str) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             tiny = {"w": torch.randn(8, 8).to(dtype)}
             recipe = recipe_of(arguments["method"])
-            for _ in merge_models([subtract(tiny, tiny)] * 2, [0.5, 0.5], recipe, tiny, lambda *_: None):
-                pass
+            exhaust(merge_models([subtract(tiny, tiny)] * 2, [0.5, 0.5], recipe, tiny, lambda *_: None))
     before_bytes, cpu, wall = status_bytes("self"), time.process_time(), time.perf_counter()
     work()
     took = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall, "before_bytes": before_bytes}
@@ -242,18 +241,21 @@ def merge_case(
 ) -> Callable[[], None]:
     """Merge model directories, the base first, and write the outcome, or only compute it."""
     base, *tuned = (Checkpoint(Path(directory)) for directory in directories)
-    return lambda: merge_to(out, base, [subtract(one, base) for one in tuned], method, threads, keep)
+    return lambda: merge_to(out if keep else None, base, [subtract(one, base) for one in tuned], method)
 
 
-def merge_to(out: str, base: Checkpoint, deltas: list[TensorMap], method: str, threads: int, keep: bool) -> None:
-    weights, recipe, workers = [1 / len(deltas)] * len(deltas), recipe_of(method), Workers(threads)
-    if not keep:
-        for _ in merge_models(deltas, weights, recipe, base, lambda *_: None, seed=1, workers=workers):
-            pass
+def merge_to(out: str | None, base: Checkpoint, deltas: Sequence[TensorMap], method: str) -> None:
+    weights, recipe = [1 / len(deltas)] * len(deltas), recipe_of(method)
+    if out is None:
+        exhaust(merge_models(deltas, weights, recipe, base, lambda *_: None, seed=1))
         return
     with writing_weights(Path(out), base.schema, base.shards()) as writer:
-        for _ in merge_models(deltas, weights, recipe, base, writer.write, seed=1, workers=workers):
-            pass
+        exhaust(merge_models(deltas, weights, recipe, base, writer.write, seed=1))
+
+
+def exhaust(steps: Iterator[object]) -> None:
+    for _ in steps:
+        pass
 
 
 def deltas_case(base: str, files: list[str], codec: dict[str, Any], out: str, method: str) -> Callable[[], None]:
@@ -261,7 +263,7 @@ def deltas_case(base: str, files: list[str], codec: dict[str, Any], out: str, me
     origin = Checkpoint(Path(base))
     made = Codec.from_dict(codec)
     deltas = [DeltaFile(Path(file), origin.schema, made, seed=seed) for seed, file in enumerate(files)]
-    return lambda: merge_to(out, origin, list(deltas), method, 1, keep=True)
+    return lambda: merge_to(out, origin, deltas, method)
 
 
 def naive_case(directories: list[str], out: str, method: str) -> Callable[[], None]:
@@ -407,7 +409,7 @@ def compare_models(
     read_rate = input_bytes / read.cpu_s / 1e9
     num_parameters = sum(spec.num_elements for spec in schema.values())
     print(
-        f"\n{dtype_name}, {num_parameters / 1e6:.0f} M parameters, {num_nodes} fine-tunes, {input_bytes / 1e9:.2f} GB in; "
+        f"\n{dtype_name}, {num_parameters / 1e6:.0f} M parameters, {num_nodes} fine-tunes, {input_bytes / 1e9:.2f} GB; "
         f"page cache read {read_rate:.1f} GB/s, written {file_bytes / write.cpu_s / 1e9:.1f}, "
         f"copied {(2 << 30) / copy.cpu_s / 1e9:.1f}; reading and writing alone {read.cpu_s + write.cpu_s:.2f} CPU s"
     )
@@ -515,9 +517,8 @@ def measure_growth(folder: Path, quick: bool) -> Targets:
             for k in nodes
         ]
         slope = exponent(list(map(float, nodes)), [cost.cpu_s for cost in over_nodes])
-        print(
-            f"\n{method} over {nodes} fine-tunes: CPU s {[round(cost.cpu_s, 2) for cost in over_nodes]}, exponent {slope:.2f}"
-        )
+        print(f"\n{method} over {nodes} fine-tunes: exponent {slope:.2f}")
+        print(f"  {[round(cost.cpu_s, 2) for cost in over_nodes]} CPU s")
         print(f"  memory {[round(cost.anonymous_bytes / 1e6) for cost in over_nodes]} MB")
         targets.append(at_most(1.1, f"{method}: growth of CPU time with the number of fine-tunes", slope))
     over_sizes: dict[str, list[tuple[float, Cost]]] = {"task_arithmetic": [], "ties": []}

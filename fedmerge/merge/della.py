@@ -101,10 +101,18 @@ def keep_probabilities(row: Tensor, shape: torch.Size, *, density: float, epsilo
     """
     num_lines = shape[0] if len(shape) > 1 else 1
     num_columns = row.numel() // max(1, num_lines)
+    by_rank = probabilities_by_rank(num_columns, density=density, epsilon=epsilon).to(row.device)
     if density >= 1 or num_columns <= 1:
-        return torch.full(row.shape, min(density, 1.0), dtype=torch.float64)
-    places = ranks(row.abs().view(num_lines, num_columns)).to(torch.float64).view(-1)
-    return (density - epsilon) + (num_columns - 1 - places) * (2 * epsilon) / (num_columns - 1)
+        return by_rank[:1].expand(row.numel())
+    return by_rank[ranks(row.abs().view(num_lines, num_columns))].view(-1)
+
+
+def probabilities_by_rank(num_columns: int, *, density: float, epsilon: float) -> Tensor:
+    """Return the probability of each rank in a line of `num_columns`, the largest magnitude first: fp64."""
+    if density >= 1 or num_columns <= 1:
+        return torch.full((max(1, num_columns),), min(density, 1.0), dtype=torch.float64)
+    steps = torch.arange(num_columns - 1, -1, -1, dtype=torch.float64)
+    return (density - epsilon) + steps * (2 * epsilon) / (num_columns - 1)
 
 
 def sample(rows: Tensor, draws: Draws, *, rescale: Rescale = "paper") -> Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 
 from fedmerge.merge import kernels
 from fedmerge.merge.average import fedavg_coefficients, task_arithmetic_coefficients
+from fedmerge.merge.della import probabilities_by_rank
 from fedmerge.merge.kernels import LOW_BITS, NUM_HIGH, NUM_LOW
 from fedmerge.merge.ranking import Cut, count, num_middle
 from fedmerge.merge.rows import Array, Rows
@@ -251,22 +252,16 @@ def _drop(rows: Rows, seed: int, density: float, rescale: str) -> Thin:
 def _drop_by_rank(rows: Rows, seed: int, density: float, epsilon: float, rescale: str) -> Thin:
     """Drop as `della.sample` does."""
     num_lines = rows.shape[0] if len(rows.shape) > 1 else 1
-    num_columns = rows.num_elements // max(1, num_lines)
-    if density >= 1 or num_columns <= 1:
-        # Every entry has one probability.
-        lowest, span, last = min(density, 1.0), 0.0, 1
-    else:
-        lowest, span, last = density - epsilon, 2 * epsilon, num_columns - 1
+    num_columns = max(1, rows.num_elements // max(1, num_lines))
+    probabilities = probabilities_by_rank(num_columns, density=density, epsilon=epsilon).numpy()
+    factors = 1 / probabilities if rescale == "paper" else np.ones_like(probabilities)
     seeds = [derive_seed(seed, index) for index in range(rows.num_rows)]
     words = np.empty(room_for(rows.num_columns), dtype=np.uint32)
-    ranks = np.zeros(rows.num_columns, dtype=np.int64)
-    scratch = np.empty((2, max(1, num_columns)), dtype=np.uint64)
+    scratch, counts = np.empty((2, num_columns), dtype=np.uint64), np.empty((4, 256), dtype=np.int64)
 
     def drop(index: int, start: int, values: Array) -> None:
-        if span > 0:
-            kernels.rank_lines(values, num_columns, scratch, ranks)
         drawn = draws(seeds[index], start, values.size, out=words)
-        kernels.drop_by_rank(values, drawn, ranks, lowest, span, last, rescale == "paper")
+        kernels.drop_by_rank(values, drawn, probabilities, factors, scratch, counts)
 
     return _scaled(drop, _l1_ratios(rows, drop)) if rescale == "l1" else drop
 

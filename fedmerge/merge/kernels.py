@@ -35,6 +35,12 @@ TILE = 1024
 
 
 @kernel
+def _magnitude(value: np.float32) -> np.uint32:
+    # Every step is cut back to 32 bits: numba's integers are of 64, which halves the width of vectors.
+    return np.uint32(bits_of(value) & MAGNITUDE)
+
+
+@kernel
 def read(stored: Array, before: Array | None, out: Array) -> int:
     """Set `out` (B,) to the task vector's elements; return the largest magnitude among them."""
     largest = np.uint32(0)
@@ -43,7 +49,7 @@ def read(stored: Array, before: Array | None, out: Array) -> int:
         if before is not None:
             value = value - fp32_of(before[j])
         out[j] = value
-        largest = max(largest, bits_of(value) & MAGNITUDE)
+        largest = np.uint32(max(largest, _magnitude(value)))
     return int(largest)
 
 
@@ -56,14 +62,14 @@ def add_scaled(stored: Array, before: Array | None, coefficient: np.float32, fir
             value = fp32_of(stored[j])
             if before is not None:
                 value = value - fp32_of(before[j])
-            largest = max(largest, bits_of(value) & MAGNITUDE)
+            largest = np.uint32(max(largest, _magnitude(value)))
             out[j] = coefficient * value
     else:
         for j in range(out.size):
             value = fp32_of(stored[j])
             if before is not None:
                 value = value - fp32_of(before[j])
-            largest = max(largest, bits_of(value) & MAGNITUDE)
+            largest = np.uint32(max(largest, _magnitude(value)))
             out[j] = out[j] + coefficient * value
     return int(largest)
 
@@ -75,7 +81,7 @@ def apply_fp32(before: Array, change: Array, out: Array) -> int:
     for j in range(out.size):
         value = fp32_of(before[j]) + change[j]
         out[j] = value
-        largest = max(largest, bits_of(value) & MAGNITUDE)
+        largest = np.uint32(max(largest, _magnitude(value)))
     return int(largest)
 
 
@@ -84,12 +90,13 @@ def apply_bf16(before: Array, change: Array, out: Array) -> int:
     """Set `out` (B,), uint16, to the bf16 nearest to `before + change`, ties to even; return the largest magnitude."""
     largest = np.uint32(0)
     for j in range(out.size):
-        bits = bits_of(fp32_of(before[j]) + change[j])
-        rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-        if (bits & MAGNITUDE) > np.uint32(INFINITE):
-            rounded = np.uint32(0x7FC00000)
+        value = fp32_of(before[j]) + change[j]
+        bits = bits_of(value)
+        odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+        rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd)
+        rounded = np.uint32(0x7FC00000) if _magnitude(value) > np.uint32(INFINITE) else rounded
         out[j] = np.uint16(rounded >> np.uint32(16))
-        largest = max(largest, rounded & MAGNITUDE)
+        largest = np.uint32(max(largest, np.uint32(rounded & MAGNITUDE)))
     return int(largest)
 
 
@@ -100,14 +107,14 @@ def apply_bf16(before: Array, change: Array, out: Array) -> int:
 def count_high(values: Array, counts: Array) -> None:
     """Add to `counts` (NUM_HIGH,) how many of `values` have each upper part of a magnitude."""
     for j in range(values.size):
-        counts[(bits_of(values[j]) & MAGNITUDE) >> np.uint32(LOW_BITS)] += 1
+        counts[_magnitude(values[j]) >> np.uint32(LOW_BITS)] += 1
 
 
 @kernel
 def count_low(values: Array, high: int, counts: Array) -> None:
     """Add to `counts` (NUM_LOW,) how many of the `values` whose upper part is `high` have each lower part."""
     for j in range(values.size):
-        magnitude = bits_of(values[j]) & MAGNITUDE
+        magnitude = _magnitude(values[j])
         if magnitude >> np.uint32(LOW_BITS) == np.uint32(high):
             counts[magnitude & np.uint32(NUM_LOW - 1)] += 1
 
@@ -154,32 +161,31 @@ def drop_largest(values: Array, low: np.float32, high: np.float32, split: int) -
 
 
 @kernel
-def rank_lines(values: Array, num_columns: int, scratch: Array, ranks: Array) -> None:
-    """Set `ranks` (L,) to the place of each of `values` (L,) by magnitude within its line, 0 for the largest.
+def sort_line(values: Array, scratch: Array, counts: Array) -> int:
+    """Sort the indices of `values` (C,) by falling magnitude; return the row of `scratch` whose lower bits they are.
 
-    Of equal magnitudes the first ranks higher. `scratch` is uint64 of (2, `num_columns`). A radix sort, least digit
-    first, of the magnitudes, falling, with their positions below them.
+    Of equal magnitudes the first comes first. `scratch` is uint64 of (2, C), `counts` int64 of (4, 256). A radix sort,
+    least digit first, of 31 bits that fall with the magnitude, above the index.
     """
-    counts = np.empty(256, dtype=np.int64)
-    for start in range(0, values.size, num_columns):
-        source, target = scratch[0], scratch[1]
-        for j in range(num_columns):
-            falling = MAGNITUDE - (bits_of(values[start + j]) & MAGNITUDE)
-            source[j] = (np.uint64(falling) << np.uint64(32)) | np.uint64(j)
-        for shift in (32, 40, 48, 56):
-            counts[:] = 0
-            for j in range(num_columns):
-                counts[(source[j] >> np.uint64(shift)) & np.uint64(255)] += 1
-            place = 0
-            for digit in range(256):
-                counts[digit], place = place, place + counts[digit]
-            for j in range(num_columns):
-                digit = int((source[j] >> np.uint64(shift)) & np.uint64(255))
-                target[counts[digit]] = source[j]
-                counts[digit] += 1
-            source, target = target, source
-        for place in range(num_columns):
-            ranks[start + np.int64(source[place] & np.uint64(0xFFFFFFFF))] = place
+    counts[:] = 0
+    for j in range(values.size):
+        falling = np.uint32(MAGNITUDE - _magnitude(values[j]))
+        scratch[0, j] = (np.uint64(falling) << np.uint64(32)) | np.uint64(j)
+        for digit in range(4):
+            counts[digit, (falling >> np.uint32(8 * digit)) & np.uint32(255)] += 1
+    row = 0
+    for digit in range(4):
+        place = 0
+        for value in range(256):
+            counts[digit, value], place = place, place + counts[digit, value]
+        shift = np.uint64(32 + 8 * digit)
+        for j in range(values.size):
+            key = scratch[row, j]
+            value = int((key >> shift) & np.uint64(255))
+            scratch[1 - row, counts[digit, value]] = key
+            counts[digit, value] += 1
+        row = 1 - row
+    return row
 
 
 # --- dropping at random
@@ -194,16 +200,20 @@ def drop(values: Array, words: Array, threshold: np.uint32) -> None:
 
 @kernel
 def drop_by_rank(
-    values: Array, words: Array, ranks: Array, lowest: float, span: float, last: int, rescale: bool
+    values: Array, words: Array, probabilities: Array, factors: Array, scratch: Array, counts: Array
 ) -> None:
-    """Keep each of `values` with a probability that falls with its rank; divide it by that if `rescale` is set.
+    """Keep each of `values` (B,), lines of C, with the probability (C,) of its rank in its line; multiply by a factor.
 
-    `lowest + (last - rank) * span / last` is the probability, as `della.keep_probabilities` has it.
+    Probabilities and factors, both float64, are by rank, the largest first; `scratch` and `counts` are of `sort_line`.
     """
-    for j in range(values.size):
-        probability = lowest + np.float64(last - ranks[j]) * span / last
-        kept = values[j] * (np.float32(1) if words[j] * 2.0**-32 < probability else np.float32(0))
-        values[j] = np.float32(np.float64(kept) * (1 / probability)) if rescale else kept
+    num_columns = probabilities.size
+    for start in range(0, values.size, num_columns):
+        line, drawn = values[start : start + num_columns], words[start : start + num_columns]
+        row = sort_line(line, scratch, counts)
+        for place in range(num_columns):
+            j = int(scratch[row, place] & np.uint64(0xFFFFFFFF))
+            kept = line[j] * (np.float32(1) if drawn[j] * 2.0**-32 < probabilities[place] else np.float32(0))
+            line[j] = np.float32(np.float64(kept) * factors[place])
 
 
 # --- consensus

@@ -67,11 +67,8 @@ class Rows:
         most = min(MOST_COLUMNS, max(1 << 12, MOST_ENTRIES // self.num_rows), self.num_elements)
         self.num_columns = num_columns = max(1, line_elements, most // max(1, line_elements) * line_elements)
         self._stored = [_stored(operand.tuned) for operand in operands]
-        # Fine-tunes of one base share it: widened once for all of them.
-        bases = {operand.base.data_ptr(): operand.base for operand in operands if operand.base is not None}
-        self._base_of = [None if operand.base is None else operand.base.data_ptr() for operand in operands]
-        self._bases = {pointer: _stored(base) for pointer, base in bases.items()}
-        self._widened = {pointer: np.empty(num_columns, dtype=np.float32) for pointer in bases}
+        self._bases = [None if operand.base is None else _stored(operand.base) for operand in operands]
+        self._widened = np.empty(num_columns, dtype=np.float32)
         self._scratch = np.empty(num_columns, dtype=np.float32)
         self._stack: Array | None = None
 
@@ -83,7 +80,7 @@ class Rows:
     def read_row(self, index: int, start: int, stop: int, *, out: Array | None = None) -> Array:
         """Return the columns `start` to `stop` of one row, in `out` or a buffer that is valid until the next call."""
         out = self._scratch[: stop - start] if out is None else out
-        before = self._before(self._base_of[index], start, stop)
+        before = self._before(index, start, stop)
         self._check(index, read(self._block(index, start, stop, out), before, out))
         if self.operands[index].scale != 1:
             out *= np.float32(self.operands[index].scale)
@@ -100,22 +97,18 @@ class Rows:
 
     def fold(self, coefficients: Sequence[float], start: int, stop: int, *, out: Array) -> None:
         """Set `out` to the sum of coefficient * row over the columns `start` to `stop`, added in the rows' order."""
-        before: Array | None = None
         for index, coefficient in enumerate(coefficients):
-            stored: Array
             if self.operands[index].scale != 1:
                 stored, before = self.read_row(index, start, stop), None
             else:
-                stored = self._block(index, start, stop, self._scratch)
-                if index == 0 or self._base_of[index] != self._base_of[index - 1] or before is None:
-                    before = self._before(self._base_of[index], start, stop)
+                stored, before = self._block(index, start, stop, self._scratch), self._before(index, start, stop)
             self._check(index, add_scaled(stored, before, np.float32(coefficient), index == 0, out))
 
-    def _before(self, base: int | None, start: int, stop: int) -> Array | None:
-        if base is None:
-            return None
-        stored, widened = self._bases[base][start:stop], self._widened[base][: stop - start]
-        return stored if stored.dtype == np.float32 else _widen(stored, widened)
+    def _before(self, index: int, start: int, stop: int) -> Array | None:
+        base = self._bases[index]
+        if base is None or base.dtype != np.float16:
+            return None if base is None else base[start:stop]
+        return _widen(base[start:stop], self._widened[: stop - start])
 
     def _block(self, index: int, start: int, stop: int, scratch: Array) -> Array:
         stored = self._stored[index][start:stop]
@@ -155,8 +148,5 @@ def _stored(tensor: Tensor) -> Array:
 
 
 def _widen(stored: Array, out: Array) -> Array:
-    if stored.dtype == np.float16:
-        np.copyto(out, stored)
-    else:
-        read(stored, None, out)
+    np.copyto(out, stored)
     return out
