@@ -60,7 +60,9 @@ def merge(
         Parameter(help="How many tensors to merge at once. [default: one per core]", validator=Number(gte=1)),
     ] = None,
     memory: Annotated[str, Parameter(help="About how much memory they may share.")] = "2GB",
-    device: Annotated[str, Parameter(help="Where to compute: cpu, or cuda with a GPU.")] = "cpu",
+    device: Annotated[
+        str | None, Parameter(help="Let torch compute there: cuda with a GPU, or cpu. [default: compiled for the CPU]")
+    ] = None,
     force: Annotated[bool, Parameter(negative=(), help="Replace the merged model at --out.")] = False,
     json: JsonFlag = False,
 ) -> None:

@@ -12,8 +12,10 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def require_device(name: str) -> str:
-    """Return `name` if torch can compute there (`cpu`, `cuda`, `cuda:1`), else raise `ConfigError`."""
+def require_device(name: str | None) -> str | None:
+    """Return `name` if torch can compute there (`cpu`, `cuda`, `cuda:1`) or it is None, else raise `ConfigError`."""
+    if name is None:
+        return None
     import torch
 
     try:
@@ -23,7 +25,7 @@ def require_device(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {name}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices",
-            hint="--device cpu works everywhere; for a GPU, install a driver and a build of torch with CUDA",
+            hint="leave --device out, or use cpu; for a GPU, install a driver and a build of torch with CUDA",
         )
     if device.type not in {"cpu", "cuda"}:
         raise ConfigError(f"--device {name}: merges run on cpu or cuda")

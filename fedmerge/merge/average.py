@@ -73,7 +73,7 @@ def fold(deltas: Iterable[Tensor], coefficients: Callable[[torch.dtype], Sequenc
         dtype, row = working_dtype(delta), delta.detach().reshape(-1)
         if total is None:
             factors = coefficients(dtype)
-            total = torch.empty(delta.shape, dtype=dtype)
+            total = torch.empty(delta.shape, dtype=dtype, device=delta.device)
             _scale(row, factors[index], out=total.view(-1))
         else:
             total = total.to(torch.promote_types(total.dtype, dtype))

@@ -90,7 +90,7 @@ def thin(row: Tensor, mask: Tensor, *, density: float | Tensor, rescale: Rescale
 def _draw(rows: Tensor, seed: int, density: float) -> Iterator[Tensor]:
     """Yield a mask (N,) for each of `rows` (K, N); mask i depends on `seed`, i and `density` only."""
     for index, row in enumerate(rows):
-        yield bernoulli_mask(derive_seed(seed, index), row.numel(), density)
+        yield bernoulli_mask(derive_seed(seed, index), row.numel(), density).to(row.device)
 
 
 def _l1_ratio(row: Tensor, kept: Tensor) -> float:

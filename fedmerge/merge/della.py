@@ -140,6 +140,6 @@ def draw(rows: Tensor, shape: torch.Size, seeds: Sequence[int], density: float, 
 
     def drawn(row: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         probabilities = keep_probabilities(row, shape, density=density, epsilon=epsilon)
-        return uniform(seed, row.numel()) < probabilities, probabilities
+        return uniform(seed, row.numel()).to(row.device) < probabilities, probabilities
 
     return map(drawn, rows, seeds)

@@ -108,7 +108,8 @@ class _Merge:
     ) -> None:
         self.deltas, self.recipe, self.base, self.seed = deltas, recipe, base, seed
         self.scales = [1.0] * len(deltas) if scales is None else scales
-        self.device = torch.device(workers.device)
+        self.compiled = workers.device is None and recipe.method in FUSED
+        self.device = torch.device(workers.device or "cpu")
         if not deltas:
             raise InputError("nothing to merge: no task vectors")
         if not len(deltas) == len(weights) == len(self.scales):
@@ -134,7 +135,7 @@ class _Merge:
         """Return a function from a parameter's name to about how much memory merging it takes, given the result."""
         known = next((one for one in (self.base, *self.deltas) if hasattr(one, "schema")), None)
         schema: Schema = getattr(known, "schema", {})
-        by_block = self.recipe.method in FUSED and not self.recipe.steps[1:] and all(map(_is_readable, self.deltas))
+        by_block = self.compiled and not self.recipe.steps[1:] and all(map(_is_readable, self.deltas))
         stacks = 0 if by_block else 1 if self.recipe.method in LINEAR else 2 * len(self.deltas) + 2
 
         def cost(name: str) -> int:
@@ -175,7 +176,7 @@ class _Merge:
 
     def _rows(self, name: str) -> Rows | None:
         """Return the task vectors of a parameter for a compiled method; None where there is none, or none for them."""
-        if self.recipe.method not in FUSED or self.device.type != "cpu":
+        if not self.compiled:
             return None
         if not self.recipe.before and all(map(_is_readable, self.deltas)):
             operands = [_operand(delta, name, scale) for delta, scale in zip(self.deltas, self.scales, strict=True)]

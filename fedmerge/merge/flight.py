@@ -17,12 +17,12 @@ class Workers:
 
     The memory, of results that wait and of stacks, is what parameters share that are in work together; one parameter is
     always in work, whatever it takes. With more than one thread, the maps that are merged have to be safe to read from
-    several. Tensors are computed on the `device`: a CPU with compiled methods, others through torch.
+    several. With a `device` torch computes there, `cpu` included; without one, compiled methods do where there are any.
     """
 
     num_threads: int = 1
     memory_budget_bytes: int = 2 << 30
-    device: str = "cpu"
+    device: str | None = None
 
 
 def in_order(

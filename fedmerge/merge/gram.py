@@ -67,7 +67,7 @@ def inner_products(vectors: Sequence[Tensor]) -> Tensor:
         for i, left in enumerate(tile):
             for j, right in enumerate(tile[: i + 1]):
                 # numpy's order of additions does not depend on the number of threads.
-                products[groups, i, j] += torch.from_numpy((left * right).numpy().sum(axis=1))
+                products[groups, i, j] += torch.from_numpy((left * right).cpu().numpy().sum(axis=1))
     lower = products.tril(-1)
     return products.tril() + lower.mT
 

@@ -95,7 +95,7 @@ def _scale(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _order_statistic(values: Tensor, place: int) -> float:
     """Return the entry of `values` (N,) that is at `place`, counted from 0, in ascending order."""
-    ordered = values.numpy().copy()
+    ordered = values.cpu().numpy().copy()
     ordered.partition(place)
     return float(ordered[place])
 

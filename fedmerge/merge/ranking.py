@@ -62,7 +62,9 @@ def keep(part: Tensor, cut: Cut, start: int, *, out: Tensor) -> None:
 def ranks(magnitudes: Tensor) -> Tensor:
     """Return, for each row of `magnitudes` (R, C), the place of every entry, 0 for the largest: (R, C) int64."""
     order = magnitudes.sort(dim=1, descending=True, stable=True).indices
-    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    return torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
 
 
 def _kth_largest(row: Tensor, k: int, scratch: Tensor) -> tuple[np.floating[Any], int]:
@@ -70,6 +72,8 @@ def _kth_largest(row: Tensor, k: int, scratch: Tensor) -> tuple[np.floating[Any]
 
     numpy selects with vector instructions: ten times faster than torch.kthvalue, eighty times faster than a sort.
     """
+    if row.device.type != "cpu":
+        row, scratch = row.cpu(), scratch.cpu()
     magnitudes, place = torch.abs(row, out=scratch).numpy(), row.numel() - k
     magnitudes.partition(place)
     threshold = magnitudes[place]

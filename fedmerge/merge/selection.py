@@ -100,7 +100,7 @@ def _most_varied(rows: Tensor, share: float) -> Tensor:
 def _sum_of_squares(row: Tensor, mask: Tensor) -> float:
     """Return the sum of squares of `row` (N,) where `mask` (N,) is 1, in fp64, whatever the number of threads."""
     products = ((row[block] * mask[block]).to(torch.float64).square_() for block in blocks(row.numel()))
-    return math.fsum(product.numpy().sum() for product in products)
+    return math.fsum(product.cpu().numpy().sum() for product in products)
 
 
 def cabs(

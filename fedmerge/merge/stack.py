@@ -75,4 +75,4 @@ def blocks(num_elements: int) -> Iterator[slice]:
 
 def l1_norm(row: Tensor) -> float:
     """Return the sum of magnitudes in fp64, added by numpy, whose order does not depend on the number of threads."""
-    return math.fsum(row[block].abs().to(torch.float64).numpy().sum() for block in blocks(row.numel()))
+    return math.fsum(row[block].abs().to(torch.float64).cpu().numpy().sum() for block in blocks(row.numel()))

@@ -12,6 +12,7 @@ from fedmerge.delta import UpdatedModel, subtract
 from fedmerge.errors import InputError
 from fedmerge.merge import METHODS, Recipe, Workers, merge_deltas, merge_models
 from fedmerge.merge.fused import FUSED
+from fedmerge.merge.methods import PAIRWISE
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import WEIGHTS, Checkpoint, schema_of
 from fedmerge.weights import split_shards, writing_weights
@@ -128,6 +129,17 @@ def test_threads_and_memory_change_nothing(method: str, tmp_path: Path) -> None:
         assert [name for name, _ in update] == sorted(base)
     assert files[0] == files[1] == files[2]
     assert len(files[0]) > 2
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - PAIRWISE))
+def test_torch_on_a_device_gives_the_same_bits(method: str) -> None:
+    base = {"w": torch.randn(40, 30, generator=torch.Generator().manual_seed(0))}
+    deltas = [subtract({"w": base["w"] + torch.randn(40, 30) / 50}, base) for _ in range(3)]
+    ours, on_device = (
+        dict(merge_deltas(deltas, [0.5, 0.3, 0.2], Recipe(method), base=base, workers=Workers(device=device)))
+        for device in (None, "cpu")
+    )
+    assert same_bits(ours["w"], on_device["w"])
 
 
 @pytest.mark.parametrize("method", sorted(FUSED))
