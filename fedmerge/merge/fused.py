@@ -118,15 +118,16 @@ BY_LINE = frozenset({"della", "della_linear"})
 
 def _fold(rows: Rows, coefficients: Sequence[float], thin: Thin | None = None) -> MergeBlock:
     """Merge to the sum of coefficient * row, added in the rows' order."""
+    factors = [np.float32(coefficient) for coefficient in coefficients]
 
     def merge_block(start: int, stop: int, out: Array) -> None:
         if thin is None:
-            rows.fold(coefficients, start, stop, out=out)
+            rows.fold(factors, start, stop, out=out)
             return
-        for index, coefficient in enumerate(coefficients):
+        for index, factor in enumerate(factors):
             values = rows.read_row(index, start, stop)
             thin(index, start, values)
-            kernels.add_scaled(values, None, np.float32(coefficient), index == 0, out)
+            kernels.add_scaled(values, None, factor, index == 0, out)
 
     return merge_block
 

@@ -19,7 +19,7 @@ from fedmerge.merge.kernels import INFINITE, add_scaled, apply_bf16, apply_fp32,
 Array: TypeAlias = npt.NDArray[Any]
 
 # Columns of a block: with K rows of them and as much again in scratch, it should fit a core's second-level cache.
-MOST_COLUMNS, MOST_ENTRIES = 1 << 15, 1 << 18
+MOST_COLUMNS, MOST_ENTRIES = 1 << 16, 1 << 18
 
 # What a kernel can read: the stored form of each dtype. fp16 has no arithmetic in compiled code and is widened first.
 STORED: dict[torch.dtype, torch.dtype] = {
@@ -95,14 +95,14 @@ class Rows:
             self.read_row(index, start, stop, out=stack[index])
         return stack
 
-    def fold(self, coefficients: Sequence[float], start: int, stop: int, *, out: Array) -> None:
+    def fold(self, coefficients: Sequence[np.float32], start: int, stop: int, *, out: Array) -> None:
         """Set `out` to the sum of coefficient * row over the columns `start` to `stop`, added in the rows' order."""
         for index, coefficient in enumerate(coefficients):
             if self.operands[index].scale != 1:
                 stored, before = self.read_row(index, start, stop), None
             else:
                 stored, before = self._block(index, start, stop, self._scratch), self._before(index, start, stop)
-            self._check(index, add_scaled(stored, before, np.float32(coefficient), index == 0, out))
+            self._check(index, add_scaled(stored, before, coefficient, index == 0, out))
 
     def _before(self, index: int, start: int, stop: int) -> Array | None:
         base = self._bases[index]
