@@ -254,7 +254,7 @@ class Screen(Section):
     """Weighs nodes by their number of training examples, or all the same."""
     max_weight_ratio: float = Field(default=3.0, ge=1)
     """Caps a node's weight at so many times the median weight, as the number of examples is the node's own claim."""
-    robust: list[str] = Field(default_factory=list, examples=[["arc", "nnm"]])
+    robust: list[str] = Field(default_factory=list)
     """Robust rules that the deltas go through before the merge: "arc", "nnm", "krum", "multi_krum", "bulyan",
     "centered_clip" or "geometric_median". With 5 nodes or more, ["arc", "nnm"] and [merge] method = "trimmed_mean" keep
     the merge near the honest nodes' mean."""
