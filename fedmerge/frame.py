@@ -240,6 +240,7 @@ def write_delta(
                 frames[name] = _write_frame(encoded.sections, spec, str(encoded.encoding), compressor, out=payload)
                 if encoded.noise_ratio is not None or encoded.energy is not None:
                     choices[name] = Choice(str(encoded.encoding), encoded.noise_ratio, encoded.energy)
+                del encoded  # its sections are as large as the tensor, and the next one's are made beside them
             header = Header(format=FORMAT, version=VERSION, codec=codec.to_dict(), frames=frames)
             table = _safetensors_header(header)
             if len(table) > MAX_HEADER_BYTES:

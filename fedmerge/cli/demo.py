@@ -225,17 +225,19 @@ def _report(
         "version": result.version,
         "model": str(out / "model"),
         "test": str(out / "data" / "test.jsonl"),
-        "verify": shlex.join([_command(), "verify", str(out / "model"), "--key", str(out / "coordinator.pem")]),
+        "verify": shlex.join([*_command(), "verify", str(out / "model"), "--key", str(out / "coordinator.pem")]),
         "seconds": round(seconds, 1),
     }
 
 
-def _command() -> str:
+def _command() -> list[str]:
     """Return how this shell finds the command that is running: by name, or by path where it is not on the path."""
     running, found = Path(sys.argv[0]), shutil.which("fedmerge")
+    if running.name == "__main__.py":
+        return [os.path.relpath(sys.executable), "-m", "fedmerge"]
     if not running.is_file() or (found and Path(found).samefile(running)):
-        return "fedmerge"
-    return os.path.relpath(running)
+        return ["fedmerge"]
+    return [os.path.relpath(running)]
 
 
 def _print_report(report: Mapping[str, Any]) -> None:
@@ -262,7 +264,7 @@ def _byte_table(report: Mapping[str, Any]) -> Table:
     """Return what travelled, beside what FedAvg in fp32 would have sent."""
     dense, num_messages = report["fp32_bytes"], len(report["organisations"]) * report["num_rounds"]
     table = Table(title="bytes, beside whole models in fp32", title_justify="left")
-    for heading in ("", "codec", "fp32", "all rounds and nodes", "each", "bits/param", "less"):
+    for heading in ("", "codec", "fp32", "in all", "each", "bits/param", "less"):
         table.add_column(heading, justify="left" if heading in {"", "codec"} else "right")
     for what, codec, num_bytes in (
         ("sent", report["codec"], report["sent_bytes"]),
