@@ -12,7 +12,7 @@ this statement exists. It is as confidential as the delta, and never leaves the 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,26 +22,9 @@ from fedmerge.errors import reporting_os_errors
 from fedmerge.outbox import previous_folder
 from fedmerge.sign import PublicKey
 from fedmerge.statements import RoundSpec
-from fedmerge.tensors import Checkpoint, TensorMap, write_weights
+from fedmerge.tensors import Checkpoint, Computed, TensorMap, write_weights
 
 RESIDUAL = "residual"
-
-
-class _Computed(Mapping[str, Tensor]):
-    """A tensor map whose tensors are computed when they are asked for."""
-
-    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
-        self._names = list(names)
-        self._compute = compute
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._compute(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def carry_over(task_vector: TensorMap, residual: TensorMap | None, decay: float) -> TensorMap:
@@ -54,7 +37,7 @@ def carry_over(task_vector: TensorMap, residual: TensorMap | None, decay: float)
         change = task_vector[name].to(torch.float32)
         return change if residual is None else residual[name] * decay + change
 
-    return _Computed(task_vector, compute)
+    return Computed(task_vector, compute)
 
 
 def unsent(to_send: TensorMap, sent: TensorMap) -> TensorMap:
@@ -62,7 +45,7 @@ def unsent(to_send: TensorMap, sent: TensorMap) -> TensorMap:
 
     `sent` is what the receiver decodes, of the names and shapes of `to_send`.
     """
-    return _Computed(to_send, lambda name: to_send[name].to(torch.float32) - sent[name])
+    return Computed(to_send, lambda name: to_send[name].to(torch.float32) - sent[name])
 
 
 def write_residual(outbox: Path, residual: TensorMap, shards: Mapping[str, list[str]]) -> None:

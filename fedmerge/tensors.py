@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,28 @@ def _weight_files(directory: Path) -> list[Path]:
 def is_resident(tensors: TensorMap) -> bool:
     """Return whether every tensor is there already, in memory or in a mapped file, so that asking for one is free."""
     return isinstance(tensors, dict | Checkpoint | Renamed)
+
+
+class Computed(Mapping[str, Tensor]):
+    """A tensor map of the given names whose tensors are computed when they are asked for."""
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._compute = compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def schema_of(tensors: TensorMap) -> Schema:

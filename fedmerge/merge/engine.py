@@ -43,6 +43,7 @@ def merge_deltas(
     base: TensorMap | None = None,
     seed: int = 0,
     scales: Sequence[float] | None = None,
+    statistics: Sequence[TensorMap] | None = None,
     workers: Workers = ONE_WORKER,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield `(name, merged task vector)` for every parameter, sorted by name, in fp32 (fp64 where a delta is fp64).
@@ -50,15 +51,17 @@ def merge_deltas(
     `deltas` are K task vectors with the same names and shapes. Of a map that decodes, each tensor is asked for once,
     one parameter after the other (unless there are several `workers`), and used up before the next is asked for, so it
     may decode lazily and into one buffer. `weights` are K numbers, or values that vary over the model
-    (`fedmerge.merge.layers`), `scales` K factors on the deltas (norm clipping). Linear methods hold one tensor at a
-    time, the others a stack of K at most. The outcome is `METHODS[recipe.method]` on each stack of what the steps
-    before it make of the deltas, with the seed `derive_seed(seed, name)`, and depends on the order of the deltas: sort
-    them first. The recipe's steps over rounds are not taken: see `Plan.follow`.
+    (`fedmerge.merge.layers`), `scales` K factors on the deltas (norm clipping), `statistics` K maps of what
+    `recipe.statistics` asks for, by the parameters that have any (see `fedmerge.statistics`). Linear methods hold one
+    tensor at a time, the others a stack of K at most. The outcome is `METHODS[recipe.method]` on each stack of what the
+    steps before it make of the deltas, with the seed `derive_seed(seed, name)`, and depends on the order of the deltas:
+    sort them first. The recipe's steps over rounds are not taken: see `Plan.follow`.
 
-    Raises `InputError` when the numbers of deltas, weights and scales differ, and `ModelMismatch` when names (at once)
-    or shapes (when reached) do; `ConfigError` when a value varies by a pattern that fits no name.
+    Raises `InputError` when the numbers of deltas, weights, scales and statistics differ, or statistics are missing,
+    and `ModelMismatch` when names (at once) or shapes (when reached) do; `ConfigError` when a value varies by a pattern
+    that fits no name.
     """
-    merge = _Merge(deltas, weights, recipe, base=base, seed=seed, scales=scales, workers=workers)
+    merge = _Merge(deltas, weights, recipe, base=base, seed=seed, scales=scales, statistics=statistics, workers=workers)
     return in_order(merge.names, merge.task_vector, merge.cost_bytes(whole=True), workers)
 
 
@@ -71,6 +74,7 @@ def merge_models(
     *,
     seed: int = 0,
     scales: Sequence[float] | None = None,
+    statistics: Sequence[TensorMap] | None = None,
     workers: Workers = ONE_WORKER,
 ) -> Iterator[str]:
     """Merge as `merge_deltas` does, add to `base`, round once to its dtype, and `write`; yield each name when done.
@@ -80,7 +84,7 @@ def merge_models(
     compiled form, no tensor is held whole. With several workers `write` is called from several threads. Raises as
     `merge_deltas` does, and `InputError` when a merged value is NaN or infinite.
     """
-    merge = _Merge(deltas, weights, recipe, base=base, seed=seed, scales=scales, workers=workers)
+    merge = _Merge(deltas, weights, recipe, base=base, seed=seed, scales=scales, statistics=statistics, workers=workers)
     merged = set(merge.names)
 
     def work(name: str) -> None:
@@ -104,10 +108,12 @@ class _Merge:
         base: TensorMap | None,
         seed: int,
         scales: Sequence[float] | None,
+        statistics: Sequence[TensorMap] | None,
         workers: Workers,
     ) -> None:
         self.deltas, self.recipe, self.base, self.seed = deltas, recipe, base, seed
         self.scales = [1.0] * len(deltas) if scales is None else scales
+        self.statistics = statistics or ()
         self.compiled = workers.device is None and recipe.method in FUSED
         self.device = torch.device(workers.device or "cpu")
         if not deltas:
@@ -115,6 +121,11 @@ class _Merge:
         if not len(deltas) == len(weights) == len(self.scales):
             raise InputError(
                 f"{len(deltas)} task vectors came with {len(weights)} weights and {len(self.scales)} scales"
+            )
+        if recipe.statistics is not None and len(self.statistics) != len(deltas):
+            raise InputError(
+                f"{recipe.method} needs {recipe.statistics} statistics with every task vector",
+                hint="compute them with fedmerge statistics, or merge by another method",
             )
         self.names = sorted(deltas[0])
         self.plan = Plan(recipe, weights, self.names)
@@ -207,6 +218,8 @@ class _Merge:
             )
         base = self.base[name].to(self.device) if self.base is not None and method in NEEDS_BASE else None
         seed = self.plan.method_seed(derive_seed(self.seed, name))
+        if self.recipe.statistics is not None and name in self.statistics[0]:
+            params["statistics"] = torch.stack([found[name] for found in self.statistics]).to(self.device)
         return METHODS[method](self._stack(name), weights, base=base, seed=seed, **params)
 
     def _weights(self, name: str) -> Tensor:

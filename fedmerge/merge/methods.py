@@ -11,9 +11,11 @@ from fedmerge.merge.average import fedavg, fedavg_coefficients, task_arithmetic,
 from fedmerge.merge.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from fedmerge.merge.dare import dare_linear, dare_ties
 from fedmerge.merge.della import della, della_linear
+from fedmerge.merge.fisher import fisher
 from fedmerge.merge.geometric import geometric_median, model_stock
 from fedmerge.merge.masks import consensus, emr
 from fedmerge.merge.pcb import pcb
+from fedmerge.merge.regmean import regmean
 from fedmerge.merge.robust import mean_around_median, median, trimmed_mean
 from fedmerge.merge.selection import cabs, magmax, sce
 from fedmerge.merge.spectral import iso_c, iso_cts, subspace_boosting, tsv
@@ -69,10 +71,16 @@ METHODS: dict[str, MergeMethod] = {
     "lawa": lawa,
     "swa": swa,
     "wise_ft": wise_ft,
+    "fisher": fisher,
+    "regmean": regmean,
 }
 
 # Methods that look at the base: the engine reads it for these only, since base tensors may have to be computed.
 NEEDS_BASE: frozenset[str] = frozenset({"slerp", "nuslerp", "multislerp", "karcher"})
+
+# Methods that weigh by statistics of the nodes' data, with the kind (of `fedmerge.statistics`) that they take as a
+# further argument, `statistics`: (K, *shape) for "fisher", (K, in, in) for "gram".
+NEEDS_STATISTICS: dict[str, str] = {"fisher": "fisher", "regmean": "gram"}
 
 # Methods that merge two task vectors (or one) and refuse more.
 PAIRWISE: frozenset[str] = frozenset({"slerp", "nuslerp"})

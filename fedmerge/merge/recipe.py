@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmerge.errors import ConfigError, did_you_mean
 from fedmerge.merge.layers import EACH, Value, at, depths, is_each, leaves, require_fitting, varies
-from fedmerge.merge.methods import METHODS
+from fedmerge.merge.methods import METHODS, NEEDS_STATISTICS
 from fedmerge.merge.parameters import Parameter, config_key, parameters_of, resolve
 from fedmerge.merge.trajectory import OVER_ROUNDS, State
 from fedmerge.merge.transforms import TRANSFORMS
@@ -39,7 +39,7 @@ def parameters(method: str) -> dict[str, Parameter]:
 def _parameters(kind: str, name: str, known: Mapping[str, Callable[..., object]]) -> dict[str, Parameter]:
     if name not in known:
         raise ConfigError(f"there is no {kind} {name!r}{did_you_mean(name, known)}", hint=f"one of {', '.join(known)}")
-    return parameters_of(known[name], skip=("base", "seed"))
+    return parameters_of(known[name], skip=("base", "seed", "statistics"))
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,11 @@ class Recipe:
         place = method_place([name for name, _ in steps])
         before, after = (tuple(Step(*step) for step in part) for part in (steps[:place], steps[place + 1 :]))
         return cls(*steps[place], before=before, after=after)
+
+    @property
+    def statistics(self) -> str | None:
+        """The kind of statistics (of `fedmerge.statistics`) that nodes have to send with their task vectors, if any."""
+        return NEEDS_STATISTICS.get(self.method)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON types, parameters named as in configuration files."""

@@ -2,17 +2,19 @@
 
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fedmerge import merge
 from fedmerge.errors import ConfigError, InputError, ModelMismatch
-from fedmerge.merge import METHODS, Recipe, merge_deltas, parameters
+from fedmerge.merge import METHODS, Recipe, parameters
 from fedmerge.merge.methods import LINEAR, PAIRWISE
 from fedmerge.seeds import derive_seed
+from fedmerge.tensors import TensorMap
 
 SHAPES = {"embed": (300, 16), "a.bias": (16,), "a.weight": (16, 16), "scalar": ()}
 # Their shares of the sum round differently in fp32 when they are rounded to it first.
@@ -21,6 +23,14 @@ WEIGHTS = [0.393, 0.427, 0.196]
 each_method = pytest.mark.parametrize("method", METHODS)
 # The engine treats a method of two nodes like any other; the tests below merge three and more.
 each_method_of_many = pytest.mark.parametrize("method", [method for method in METHODS if method not in PAIRWISE])
+
+
+def merge_deltas(
+    deltas: Sequence[TensorMap], weights: Sequence[float], recipe: Recipe, **options: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge as the library does; methods that need statistics get them for no parameter."""
+    statistics = None if recipe.statistics is None else [{}] * len(deltas)
+    return merge.merge_deltas(deltas, weights, recipe, statistics=statistics, **options)
 
 
 def delta(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

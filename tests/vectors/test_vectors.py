@@ -18,6 +18,7 @@ from fedmerge.merge.dare import drop
 from tests.vectors.runs_elementwise import RUNS_ELEMENTWISE, WHOLE_MODEL_ELEMENTWISE
 
 from .runs_geometric import RUNS_GEOMETRIC
+from .runs_statistics import RUNS_STATISTICS
 
 HERE = Path(__file__).parent
 MANIFEST = json.loads((HERE / "manifest.json").read_text())
@@ -109,14 +110,16 @@ def test_reproduces_the_recorded_output(name: str) -> None:
         flat = RUNS[name](torch.cat([deltas[key].flatten(1) for key in names], dim=1), weights, no_masks)
         parts = flat.split([base[key].numel() for key in names])
         merged = {key: part.view(base[key].shape) for key, part in zip(names, parts, strict=True)}
+    elif name in RUNS_STATISTICS:
+        merged = RUNS_STATISTICS[name](deltas, recorded)
     elif name in RUNS_GEOMETRIC:
         merged = {key: RUNS_GEOMETRIC[name](deltas[key], weights, base_values[key]) for key in names}
     else:
         merged = {key: RUNS[name](deltas[key], weights, masks[key]) for key in names}
 
     for key in names:
-        ours = apply_one(base[key], merged[key]) if case["kind"] == "weight" else merged[key]
         expected = recorded[f"out.{key}"]
+        ours = apply_one(base[key].to(expected.dtype), merged[key]) if case["kind"] == "weight" else merged[key]
         assert ours.dtype == expected.dtype
         torch.testing.assert_close(ours, expected, atol=case["atol"], rtol=1e-6)
 
@@ -129,4 +132,4 @@ def test_files_are_the_ones_that_were_recorded() -> None:
 def test_every_recorded_file_is_in_the_manifest() -> None:
     listed = {case["file"] for case in CASES.values()} | set(MANIFEST["inputs"])
     assert {path.name for path in HERE.glob("*.safetensors")} == listed
-    assert RUNS.keys() | RUNS_GEOMETRIC.keys() == CASES.keys()
+    assert RUNS.keys() | RUNS_GEOMETRIC.keys() | RUNS_STATISTICS.keys() == CASES.keys()
