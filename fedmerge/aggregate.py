@@ -14,16 +14,26 @@ from torch import Tensor
 
 from fedmerge.codec import Codec
 from fedmerge.errors import ConfigError, RoundFailed
-from fedmerge.frame import write_delta
+from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.merge import Plan, Recipe, merge_deltas
 from fedmerge.outer import OUTER
 from fedmerge.robust import Inputs, harden
 from fedmerge.screen import ScreenPolicy, Verdict, screen
 from fedmerge.seeds import derive_seed
 from fedmerge.statements import RoundSpec
+from fedmerge.statistics import statistics_of, statistics_schema, task_vector_of
 from fedmerge.tensors import Schema, TensorMap, reporting_save_errors
 
 STATE_SEPARATOR = ":"
+
+
+def open_delta(spec: RoundSpec, node_id: str, path: Path, schema: Schema) -> DeltaFile:
+    """Return what a node sent for a round, as the plan has it: its task vector and the statistics that the merge needs.
+
+    Raises `InvalidDelta` when the file does not fit the plan.
+    """
+    side = statistics_schema(Recipe.from_dict(spec.merge).statistics, schema)
+    return DeltaFile(path, schema, Codec.from_dict(spec.codec), seed=spec.mask_seed(node_id), side=side)
 
 
 def screen_round(
@@ -33,6 +43,8 @@ def screen_round(
 
     Raises `RoundFailed` when fewer than the round's `min_nodes` pass.
     """
+    kind = Recipe.from_dict(spec.merge).statistics
+    deltas = {node_id: task_vector_of(sent, kind) for node_id, sent in deltas.items()}
     verdicts = screen(deltas, num_examples, schema, ScreenPolicy.from_dict(spec.screen))
     num_accepted = sum(verdict.accepted for verdict in verdicts)
     if num_accepted < spec.min_nodes:
@@ -61,19 +73,23 @@ class RoundUpdate(Mapping[str, Tensor]):
         self.spec = spec
         self.state: dict[str, Tensor] = {}
         self._previous_state = previous_state
-        self._names = sorted(next(iter(deltas.values())))
+        recipe = Recipe.from_dict(spec.merge)
         accepted = [verdict for verdict in verdicts if verdict.accepted]
         policy = ScreenPolicy.from_dict(spec.screen)
+        sent = [deltas[verdict.node_id] for verdict in accepted]
         inputs = Inputs(
-            [deltas[verdict.node_id] for verdict in accepted],
+            [task_vector_of(one, recipe.statistics) for one in sent],
             [verdict.weight for verdict in accepted],
             [verdict.scale for verdict in accepted],
         )
+        self._names = sorted(inputs.deltas[0])
+        if policy.robust and recipe.statistics:
+            # What the rules answer with are combinations of deltas, of which no node has statistics.
+            raise RoundFailed(f"robust rules do not go with {recipe.method}, which needs statistics of every delta")
         try:
             inputs = harden(inputs, policy.robust, policy.max_bad)
         except ConfigError as err:
             raise RoundFailed(f"after screening, {err.message}") from err
-        recipe = Recipe.from_dict(spec.merge)
         self._plan = Plan(recipe, inputs.weights, self._names)
         self._merged = merge_deltas(
             inputs.deltas,
@@ -82,6 +98,7 @@ class RoundUpdate(Mapping[str, Tensor]):
             base=before,
             seed=derive_seed("merge", spec.merge_seed, spec.round),
             scales=inputs.scales,
+            statistics=[statistics_of(one, recipe.statistics) for one in sent] if recipe.statistics else None,
         )
 
     def __getitem__(self, name: str) -> Tensor:

@@ -16,11 +16,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmerge.aggregate import RoundUpdate, screen_round
-from fedmerge.codec import Codec
+from fedmerge.aggregate import RoundUpdate, open_delta, screen_round
 from fedmerge.config import Config
 from fedmerge.delta import delta_schema
-from fedmerge.errors import BadSignature, ConfigError, InputError, RoundFailed, UnknownVersion
+from fedmerge.errors import BadSignature, ConfigError, InputError, InvalidDelta, RoundFailed, UnknownVersion
 from fedmerge.events import (
     DeltaAccepted,
     FederationCreated,
@@ -32,10 +31,9 @@ from fedmerge.events import (
     RoundSealed,
 )
 from fedmerge.events import RoundFailed as RoundFailedEvent
-from fedmerge.frame import DeltaFile
 from fedmerge.intake import Intake
 from fedmerge.journal import Journal
-from fedmerge.merge import Plan
+from fedmerge.merge import Plan, Recipe
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.publish import publish, software_versions
 from fedmerge.rounds import Action, Phase, RoundPolicy, next_action
@@ -52,6 +50,7 @@ from fedmerge.statements import (
     UpdateRef,
     digest_of,
 )
+from fedmerge.statistics import first_problem, statistics_of, task_vector_of
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.lock import FolderLock
 from fedmerge.tensors import PICKLED, Checkpoint, model_digest, schema_digest
@@ -215,7 +214,8 @@ class Coordinator:
             self.journal.append(MergeStarted(round=state.round))
         facts = {node_id: fact for node_id in state.node_ids if (fact := state.accepted(node_id)) is not None}
         deltas = {
-            node_id: self._open_delta(spec, node_id, self.blobs.path(f.payload_root)) for node_id, f in facts.items()
+            node_id: open_delta(spec, node_id, self.blobs.path(f.payload_root), self.schema)
+            for node_id, f in facts.items()
         }
         counts = {node_id: fact.num_examples for node_id, fact in facts.items()}
         verdicts = screen_round(spec, deltas, counts, self.schema)
@@ -341,15 +341,17 @@ class Coordinator:
                     hint="choose another federation.state folder, or restore the configuration it was made with",
                 )
 
-    def _open_delta(self, spec: RoundSpec, node_id: str, path: Path) -> DeltaFile:
-        return DeltaFile(path, self.schema, Codec.from_dict(spec.codec), seed=spec.mask_seed(node_id))
-
     def _require_decodable(self, statement: DeltaStatement, path: Path) -> None:
         spec = self.journal.spec()
         assert spec is not None
-        delta = self._open_delta(spec, statement.node_id, path)
-        for name in delta:
-            delta[name]
+        sent = open_delta(spec, statement.node_id, path, self.schema)
+        kind = Recipe.from_dict(spec.merge).statistics
+        task_vector = task_vector_of(sent, kind)
+        for name in task_vector:
+            task_vector[name]
+        problem = None if kind is None else first_problem(statistics_of(sent, kind), kind)
+        if problem is not None:
+            raise InvalidDelta(f"node {statement.node_id[:12]}: {problem}")
 
     def _find_update(self, ref: UpdateRef) -> Path:
         return self.blobs.path(ref.root)

@@ -6,6 +6,9 @@ after another, each entropy-coded on its own. Encodings are `zero` (no bytes: a 
 type such as `int8`, or a sparsifier and a value type, such as `seeded+int8`; a sparsifier that sends indices has their
 sections first. `lowrank8+bf16` stands for two factors of rank 8.
 
+Beside the task vector a file may carry *side tensors* (`fedmerge.statistics`), which the codec never thins: they travel
+whole, in fp32 or bf16.
+
 A reader knows the schema and the codec from the round's plan and takes neither from the file: the header has to say
 what the plan implies, length for length, before anything is decoded or allocated. The same format carries the update
 that the coordinator publishes.
@@ -46,6 +49,9 @@ ZERO = "zero"
 MAX_HEADER_BYTES = 16 << 20
 MAX_WINDOW_BYTES = 1 << 23
 _COPY_BYTES = 1 << 20
+
+# The number format that a side tensor of each dtype travels in.
+SIDE_VALUES: dict[str, str] = {"F32": "fp32", "BF16": "bf16"}
 
 # Values up to here, divided by the density, are finite in every value type and after every rounding: what comes back is
 # at most 2.2 times the largest value (the outermost level of lloyd3).
@@ -199,21 +205,35 @@ def _write_frame(
     return _Frame(shape=spec.shape, dtype="F32", encoding=encoding, sections=tuple(entries))
 
 
+def _side_codec(codec: Codec, spec: TensorSpec) -> Codec:
+    """Return how a side tensor of this `spec` travels."""
+    return replace(codec, sparsify="none", density=1.0, rank=0, values=SIDE_VALUES[spec.dtype])
+
+
 def write_delta(
-    path: Path, delta: TensorMap, schema: Schema, codec: Codec, *, seed: int, base: TensorMap | None = None
+    path: Path,
+    delta: TensorMap,
+    schema: Schema,
+    codec: Codec,
+    *,
+    seed: int,
+    base: TensorMap | None = None,
+    side: TensorMap | None = None,
 ) -> DeltaStats:
     """Write the task vector `delta` as a delta file and return what it costs.
 
     `schema` says which tensors there must be, in which shapes (its integer tensors have no task vector and are left
     out); `seed` is the round's seed for this sender, from which each tensor's mask is derived; `base` is the model that
     the task vector is to be added to, against which the noise of a mask is judged: without it, it is not. A
-    `LowRankDelta` travels by its factors where the codec allows. Tensors are read one at a time, and none is kept:
-    frames wait in a nameless file beside `path` for the header, which comes first. The file appears whole or not at
-    all, and its owner alone can read it. The same delta, codec, seed and library versions give the same bytes.
+    `LowRankDelta` travels by its factors where the codec allows. `side` are further tensors, fp32 or bf16, that travel
+    whole. Tensors are read one at a time, and none is kept: frames wait in a nameless file beside `path` for the
+    header, which comes first. The file appears whole or not at all, and its owner alone can read it. The same delta,
+    codec, seed and library versions give the same bytes.
 
     Raises `ModelMismatch` when names or shapes differ from `schema`, `InputError` for NaN or infinite values and for a
     mask that would make too much noise, and `ResourceError` when the disk does not take the file.
     """
+    side = side or {}
     schema = delta_schema(schema)
     where = f"delta for {path}"
     require_same_schema(schema, {name: schema.get(name, TensorSpec((), "F32")) for name in delta}, where=where)
@@ -224,17 +244,20 @@ def write_delta(
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with tempfile.TemporaryFile(dir=path.parent) as payload:
-            for name, spec in schema.items():
-                tensor = delta[name]
-                require_same_schema({name: spec}, schema_of({name: tensor}), where=where)
+            for name in (*schema, *side):
+                tensor = side[name] if name in side else delta[name]
+                found = schema_of({name: tensor})
+                spec = found[name] if name in side else schema[name]
+                how = _side_codec(codec, spec) if name in side else codec
+                require_same_schema({name: spec}, found, where=where)
                 values = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
-                weights = base[name] if base is not None and codec.encoding(spec).sparsifier == "seeded" else None
+                weights = base[name] if base is not None and how.encoding(spec).sparsifier == "seeded" else None
                 try:
-                    if not _require_in_range(values, MAX_VALUE * codec.density):
+                    if not _require_in_range(values, MAX_VALUE * how.density):
                         frames[name] = _write_frame({}, spec, ZERO, compressor, out=payload)
                         continue
                     own_seed = derive_seed(seed, name)
-                    encoded = encode(values, spec, codec, own_seed, factors=factors.get(name), base=weights)
+                    encoded = encode(values, spec, how, own_seed, factors=factors.get(name), base=weights)
                 except InputError as err:
                     raise InputError(f"{where}: {name}: {err.message}", hint=err.hint) from err
                 frames[name] = _write_frame(encoded.sections, spec, str(encoded.encoding), compressor, out=payload)
@@ -329,17 +352,22 @@ def open_header(path: Path, max_frame_bytes: int) -> tuple[Any, Header]:
 class DeltaFile(Mapping[str, Tensor]):
     """A delta file as a tensor map: `[name]` decodes one tensor to fp32 of the schema's shape.
 
-    `schema`, `codec` and `seed` are the plan's, as given to `write_delta`; the file has to agree with them. Opening
-    checks the whole header and raises `InvalidDelta` naming the tensor; decoding raises it for frames that do not
-    decompress to what the header says, and for values that are not finite. The file must not change while it is open.
+    `schema`, `codec` and `seed` are the plan's, as given to `write_delta`, and `side` is the schema of the side tensors
+    (F32 or BF16); the file has to agree with them. Opening checks the whole header and raises `InvalidDelta` naming the
+    tensor; decoding raises it for frames that do not decompress to what the header says, and for values that are not
+    finite. The file must not change while it is open.
     """
 
-    def __init__(self, path: Path, schema: Schema, codec: Codec, *, seed: int) -> None:
+    def __init__(self, path: Path, schema: Schema, codec: Codec, *, seed: int, side: Schema | None = None) -> None:
         self.path = path
-        self.schema = {name: TensorSpec(spec.shape, "F32") for name, spec in delta_schema(schema).items()}
+        travelling = delta_schema(schema) | (side or {})
+        self.schema = {name: TensorSpec(spec.shape, "F32") for name, spec in travelling.items()}
+        self._side_codecs = {name: _side_codec(codec, spec) for name, spec in (side or {}).items()}
         self.codec = codec
         self._seed = seed
-        self._file, self._header = open_header(path, sum(most_bytes(spec, codec) for spec in self.schema.values()))
+        self._file, self._header = open_header(
+            path, sum(most_bytes(spec, self._codec_of(name)) for name, spec in self.schema.items())
+        )
         self._encodings: dict[str, tuple[Encoding, int]] = {}  # of each frame that is not all zero, with its M
         if self._header.codec != codec.to_dict():
             raise _invalid(path, f"codec is {self._header.codec!r:.200}, the plan's is {codec.to_dict()}")
@@ -357,7 +385,7 @@ class DeltaFile(Mapping[str, Tensor]):
             sections = _decode_sections(memoryview(self._file.get_tensor(name)), frame.sections)
             encoding, num_kept = self._encodings[name]
             seed = derive_seed(self._seed, name)
-            return decode(sections, encoding, spec, self.codec, seed=seed, num_kept=num_kept)
+            return decode(sections, encoding, spec, self._codec_of(name), seed=seed, num_kept=num_kept)
         except InvalidDelta as err:
             raise _invalid(self.path, f"{name}: {err.message}") from err
 
@@ -372,18 +400,22 @@ class DeltaFile(Mapping[str, Tensor]):
         """What the file costs."""
         return self._header.stats(self.path.stat().st_size)
 
+    def _codec_of(self, name: str) -> Codec:
+        return self._side_codecs.get(name, self.codec)
+
     def _check(self, name: str, spec: TensorSpec, frame: _Frame) -> None:
         """Raise `InvalidDelta` unless `frame` is one that the plan allows for a tensor of this `spec`."""
+        codec = self._codec_of(name)
         if frame.shape != spec.shape:
             raise _invalid(self.path, f"{name}: shape is {list(frame.shape)}, not {list(spec.shape)}")
         if frame.encoding == ZERO:
             expected: dict[str, int] = {}
-        elif (encoding := self.codec.allowed(spec, frame.encoding)) is not None:
-            num_kept = num_values(encoding, spec, self.codec, derive_seed(self._seed, name))
-            expected = section_bytes(encoding, spec, self.codec, num_kept)
+        elif (encoding := codec.allowed(spec, frame.encoding)) is not None:
+            num_kept = num_values(encoding, spec, codec, derive_seed(self._seed, name))
+            expected = section_bytes(encoding, spec, codec, num_kept)
             self._encodings[name] = encoding, num_kept
         else:
-            wanted = str(self.codec.encoding(spec))
+            wanted = str(codec.encoding(spec))
             raise _invalid(self.path, f"{name}: encoding is {frame.encoding!r:.100}, not {wanted!r}")
         found = [(section.kind, section.raw_bytes) for section in frame.sections]
         if found != list(expected.items()):

@@ -32,6 +32,7 @@ from fedmerge.errors import (
 )
 from fedmerge.feedback import carry_over, previous_residual, unsent, write_residual
 from fedmerge.frame import DeltaFile, write_delta
+from fedmerge.merge import Recipe
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.outbox import STATEMENT, previous_folder
 from fedmerge.sign import PublicKey, SigningKey
@@ -45,8 +46,9 @@ from fedmerge.statements import (
     UpdateRef,
     digest_of,
 )
+from fedmerge.statistics import side_tensors, statistics_schema
 from fedmerge.tensors import Checkpoint, TensorMap, model_digest, reporting_save_errors, schema_digest
-from fedmerge.training import STATE, Trainer, TrainTask
+from fedmerge.training import STATE, Trainer, TrainTask, require_statistics
 from fedmerge.versions import open_model, require_digest, write_model
 
 log = logging.getLogger(__name__)
@@ -175,6 +177,9 @@ class Node:
 
     def _make_delta(self, spec: RoundSpec, spec_digest: str, outbox: Path) -> None:
         own = {self.node_id: self.key.public}
+        recipe = Recipe.from_dict(spec.merge)
+        kind = recipe.statistics
+        measuring = None if kind is None else require_statistics(self.trainer, kind, recipe.method)
         model_dir = self._materialise(spec.model, spec)
         self._evaluate("global", model_dir, spec.model.digest, spec, spec.round - 1)
         task = TrainTask(
@@ -202,7 +207,12 @@ class Node:
         if spec.error_feedback:
             residual = previous_residual(outbox, spec, own)
             to_send = carry_over(to_send, residual, spec.error_feedback)
-        stats = write_delta(payload, to_send, schema, codec, seed=seed, base=before)
+        side = (
+            None
+            if kind is None or measuring is None
+            else side_tensors(measuring.statistics(result.model_dir, kind), kind, schema)
+        )
+        stats = write_delta(payload, to_send, schema, codec, seed=seed, base=before, side=side)
         notes = stats.notes(codec)
         for note in notes:
             log.warning("round %d: %s", spec.round, note)
@@ -215,7 +225,7 @@ class Node:
             notes=notes,
         )
         if spec.error_feedback:
-            sent = DeltaFile(payload, schema, codec, seed=seed)
+            sent = DeltaFile(payload, schema, codec, seed=seed, side=statistics_schema(kind, schema))
             write_residual(outbox, unsent(to_send, sent), self._require_base(spec).shards())
         statement = DeltaStatement(
             federation=spec.federation,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedmerge.errors import InputError, ModelMismatch
-from fedmerge.tensors import Computed, Schema, TensorMap, TensorSpec
+from fedmerge.tensors import DTYPES, Computed, Schema, TensorMap, TensorSpec
 
 SEPARATOR = ":"
 
@@ -130,8 +130,8 @@ def statistics_schema(kind: str | None, schema: Schema) -> Schema:
     }
 
 
-def with_statistics(task_vector: TensorMap, found: TensorMap, kind: str, schema: Schema) -> TensorMap:
-    """Return what a node sends: `task_vector` and, under their own names, the statistics `found`, packed.
+def side_tensors(found: TensorMap, kind: str, schema: Schema) -> TensorMap:
+    """Return the statistics `found` as they travel: packed, and under their own names.
 
     `found` has them by parameter, unpacked; what it lacks is zero. Raises `ModelMismatch` when it has unknown names or
     other shapes, and `InputError`, naming the parameter, for values that are no such statistics.
@@ -148,12 +148,11 @@ def with_statistics(task_vector: TensorMap, found: TensorMap, kind: str, schema:
         raise InputError(problem)
 
     def compute(name: str) -> Tensor:
-        if name not in side:
-            return task_vector[name]
         parameter = name.removeprefix(kind + SEPARATOR)
-        return statistic.pack(found[parameter]) if parameter in found else torch.zeros(side[name].shape)
+        tensor = statistic.pack(found[parameter]) if parameter in found else torch.zeros(side[name].shape)
+        return tensor.to(DTYPES[side[name].dtype])
 
-    return Computed([*task_vector, *side], compute)
+    return Computed(side, compute)
 
 
 def task_vector_of(sent: TensorMap, kind: str | None) -> TensorMap:

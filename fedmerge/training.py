@@ -11,11 +11,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 
 from fedmerge.errors import ConfigError, MissingExtra, did_you_mean
+from fedmerge.tensors import TensorMap
 
 STATE = "trainer-state"
 
@@ -71,6 +72,28 @@ class Trainer(Protocol):
     def evaluate(self, model_dir: Path) -> dict[str, float]:
         """Return metrics of a model on the node's test data; empty when it has none."""
         ...
+
+
+@runtime_checkable
+class StatisticsTrainer(Trainer, Protocol):
+    """A trainer that can also say how a model treats the node's data, for merge methods that weigh by that."""
+
+    def statistics(self, model_dir: Path, kind: str) -> TensorMap:
+        """Return statistics of one `kind` (of `fedmerge.statistics`) of a model on the training data, by parameter.
+
+        Parameters that are left out have zeros. Same model and data, same statistics.
+        """
+        ...
+
+
+def require_statistics(trainer: Trainer, kind: str, method: str) -> StatisticsTrainer:
+    """Return `trainer` if it computes statistics; raise `ConfigError` if a round asks for what it does not have."""
+    if not isinstance(trainer, StatisticsTrainer):
+        raise ConfigError(
+            f"merge method {method} needs {kind} statistics, which {type(trainer).__name__} does not compute",
+            hint="the plan needs another merge.method, or this node another trainer",
+        )
+    return trainer
 
 
 # Pydantic models, so that options from a configuration file are checked before anything is loaded. Beside each stands,

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from fedmerge.aggregate import RoundUpdate, screen_round
+from fedmerge.aggregate import RoundUpdate, open_delta, screen_round
 from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import BadSignature, DigestMismatch, InputError, VerificationError
@@ -116,9 +116,8 @@ def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
     with TemporaryDirectory(prefix="fedmerge-replay-") as scratch:
         for record in history.records:
             spec = history.specs[record.spec_digest]
-            codec = Codec.from_dict(spec.codec)
             deltas = {
-                c.node_id: DeltaFile(_checked(blobs, c.payload_root), schema, codec, seed=spec.mask_seed(c.node_id))
+                c.node_id: open_delta(spec, c.node_id, _checked(blobs, c.payload_root), schema)
                 for c in record.contributions
             }
             counts = {c.node_id: history.deltas[c.statement_digest].num_examples for c in record.contributions}

@@ -117,8 +117,12 @@ def _robust_problems(config: Config | None) -> list[_Problem]:
     """Refuse robust rules that could not hold in a round of the least allowed size."""
     if config is None or not config.screen.robust:
         return []
+    from fedmerge.merge.methods import NEEDS_STATISTICS
     from fedmerge.robust import require_rules
 
+    if config.merge.method in NEEDS_STATISTICS:
+        text = f'do not go with [merge] method = "{config.merge.method}": combinations of deltas have no statistics'
+        return [_Problem(("screen", "robust"), text)]
     try:
         require_rules(config.screen.robust, config.screen.max_bad, config.rounds.min_nodes)
     except ConfigError as err:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from fedmerge.errors import ConfigError, InputError, MissingExtra
+from fedmerge.statistics import STATISTICS, side_tensors, statistics_schema
 from fedmerge.tensors import Checkpoint, model_digest, schema_of
 from fedmerge.training import TRAINERS, TrainTask, load_trainer
 from fedmerge_client.train.label_head import build_classifier, label_words
@@ -324,3 +325,21 @@ def test_minilm_with_a_label_head_beats_chance_untrained(tmp_path: Path) -> None
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert TextClassification(data=data, test=data).evaluate(tmp_path / "base")["accuracy"] >= 0.75
+
+
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_statistics_of_a_classifier_can_be_sent(kind: str, base: Path, trainer: TextClassification) -> None:
+    checkpoint = Checkpoint(base)
+    found = trainer.statistics(base, kind)
+    sent = side_tensors(found, kind, checkpoint.schema)
+    assert sorted(sent) == sorted(statistics_schema(kind, checkpoint.schema))
+    linear = "bert.encoder.layer.1.output.dense.weight"
+    assert found[linear].shape == ((64, 64) if kind == "gram" else checkpoint[linear].shape)
+    # Of the embeddings, the words that occur have Fisher information; none have a Gram matrix.
+    embeddings = "bert.embeddings.word_embeddings.weight"
+    assert (embeddings in found) == (kind == "fisher")
+    assert kind != "fisher" or found[embeddings].any(1).sum() == len({*FRUIT, *TOOLS, *ANIMALS}) + 5
+    again = trainer.statistics(base, kind)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    few = trainer.model_copy(update={"statistics_examples": 3}).statistics(base, kind)
+    assert not torch.equal(few[linear], found[linear])

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fedmerge.errors import InputError
 from fedmerge.seeds import derive_seed
+from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask, validated
 from fedmerge_client.train.datasets import label_ids, read_rows
 from fedmerge_client.train.huggingface import (
@@ -31,6 +32,7 @@ from fedmerge_client.train.huggingface import (
     open_tokenizer,
     save_model,
 )
+from fedmerge_client.train.statistics import collect, spread
 
 EVAL_BATCH_SIZE = 64
 POOL_BATCHES = 8  # batches are cut from this many batches' worth of shuffled examples, sorted by length
@@ -61,7 +63,8 @@ class TextClassification(BaseModel):
     """The `text-classification` trainer; its fields are a node's own options.
 
     `data` and `test` are JSON Lines or CSV files (see `datasets.read_rows`) whose labels are labels of the model.
-    `eval_max_length` (tokens) bounds the texts of `evaluate`. `device` "auto" takes a CUDA device when there is one.
+    `eval_max_length` (tokens) bounds the texts of `evaluate` and `statistics`; the latter looks at no more than
+    `statistics_examples` of the training texts. `device` "auto" takes a CUDA device when there is one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +74,7 @@ class TextClassification(BaseModel):
     text_column: str = "text"
     label_column: str = "label"
     eval_max_length: Annotated[int, Field(ge=4)] = 128
+    statistics_examples: Annotated[int, Field(ge=1)] = 256
     device: Device = "auto"
 
     def check(self) -> None:
@@ -130,6 +134,15 @@ class TextClassification(BaseModel):
                 num_correct += int((logits.argmax(-1) == labels[chosen]).sum())
                 total_loss += float(cross_entropy(logits, labels[chosen], reduction="sum"))
         return {"accuracy": num_correct / len(texts), "loss": total_loss / len(texts)}
+
+    def statistics(self, model_dir: Path, kind: str) -> dict[str, Tensor]:
+        """Return statistics of one `kind` (see `statistics.collect`) on texts spread evenly over the training file."""
+        model, tokenizer = self._open(model_dir)
+        texts, _ = self._examples(self.data, model)
+        chosen = [texts[index] for index in spread(len(texts), self.statistics_examples)]
+        tokens = _tokenize(tokenizer, chosen, min(self.eval_max_length, num_positions(model)))
+        examples = (_pad(tokenizer, [row], model.device) for row in tokens)
+        return collect(kind, model, examples, Checkpoint(model_dir).schema, seed=derive_seed("statistics"))
 
     def _read(self, path: Path) -> Any:
         return read_rows(path, text_column=self.text_column, label_column=self.label_column)
