@@ -7,6 +7,7 @@ Tensors outside all layers come from the first slice if they embed, and from the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from fedmerge.merge import Recipe, Step, Workers, Write, merge_models
 from fedmerge.merge.layers import Value, layer_of, require_fitting, restrict
 from fedmerge.merge.recipe import step_names
 from fedmerge.statements import LocalInput
+from fedmerge.statistics import read_statistics
 from fedmerge.tensors import (
     DTYPE_NAMES,
     DTYPES,
@@ -46,11 +48,15 @@ _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 @dataclass(frozen=True)
 class Source:
-    """A model directory, what it counts for, and which of its layers are taken, from the first up to the second."""
+    """A model directory, what it counts for, and which of its layers are taken, from the first up to the second.
+
+    `statistics` is a file with those of its data (`fedmerge.statistics`), for methods that need them.
+    """
 
     model: Path
     weight: Value = 1.0
     layers: tuple[int, int] | None = None
+    statistics: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the source as JSON types."""
@@ -121,6 +127,7 @@ class _Part:
     weights: tuple[Value, ...]
     base: TensorMap
     tuned: tuple[tuple[Path, TensorMap], ...]
+    statistics: tuple[TensorMap, ...] | None = None
 
     @property
     def schema(self) -> Schema:
@@ -151,9 +158,17 @@ class Assembly:
         plain = not self._is_sliced()
         weights = {source.model: source.weight for source in self.job.slices[0].sources} if plain else {}
         opened = {path: model for part in self._parts for path, model in part.tuned}
+        files = {
+            source.model: hashlib.sha256(source.statistics.read_bytes()).hexdigest()
+            for source in self.job.slices[0].sources
+            if source.statistics is not None
+        }
         return [
             LocalInput(
-                name=path.name, digest=model_digest(self._whole(path, opened[path])), weight=weights.get(path, 1.0)
+                name=path.name,
+                digest=model_digest(self._whole(path, opened[path])),
+                weight=weights.get(path, 1.0),
+                statistics=files.get(path),
             )
             for path in self.job.models
         ]
@@ -178,7 +193,16 @@ class Assembly:
                 model if isinstance(model, LowRankDelta) else subtract(model, part.base, where=str(path))
                 for path, model in part.tuned
             ]
-            yield from merge_models(vectors, part.weights, part.recipe, part.base, cast, seed=seed, workers=workers)
+            yield from merge_models(
+                vectors,
+                part.weights,
+                part.recipe,
+                part.base,
+                cast,
+                seed=seed,
+                statistics=part.statistics,
+                workers=workers,
+            )
 
     def config_changes(self) -> dict[str, Any]:
         """Return what differs in config.json from the host's."""
@@ -235,7 +259,8 @@ class Assembly:
             (only,) = self.job.slices
             sources = tuple((source.model, self._open_tuned(source.model, only.base)) for source in only.sources)
             base = self._wide(self._open(only.base.model) if only.base else _Zeros(sources[0][1]))
-            return [_Part(only.recipe, tuple(source.weight for source in only.sources), base, sources)]
+            weights = tuple(source.weight for source in only.sources)
+            return [_Part(only.recipe, weights, base, sources, _read_statistics(only, schema_of(base)))]
         parts: list[_Part] = []
         first = 0
         for index, part in enumerate(self.job.slices):
@@ -292,6 +317,15 @@ class Assembly:
 
     def _cast(self, spec: TensorSpec) -> TensorSpec:
         return TensorSpec(spec.shape, self.job.dtype) if self.job.dtype and spec.is_float else spec
+
+
+def _read_statistics(part: Slice, schema: Schema) -> tuple[TensorMap, ...] | None:
+    """Return the statistics of each source's data that the recipe needs, None if it needs none."""
+    kind = part.recipe.statistics
+    if kind is None:
+        return None
+    files = [source.statistics for source in part.sources if source.statistics is not None]
+    return tuple(read_statistics(path, kind, schema) for path in files)
 
 
 class _Widened(Mapping[str, Tensor]):

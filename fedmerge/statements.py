@@ -64,11 +64,15 @@ class ModelRef(_Strict):
 
 
 class LocalInput(_Strict):
-    """A checkpoint that was merged: its directory's name, its model digest and its weight, which may vary by layer."""
+    """A checkpoint that was merged: its directory's name, its model digest, its weight, which may vary by layer.
+
+    `statistics` is the SHA-256 of a file with statistics of its data, for methods that need them.
+    """
 
     name: str
     digest: Digest
     weight: float | list[float] | dict[str, float | list[float]]
+    statistics: Digest | None = None
 
 
 class Statement(_Strict, ABC):

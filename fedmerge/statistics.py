@@ -12,8 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedmerge.errors import InputError, ModelMismatch
@@ -175,3 +178,37 @@ def first_problem(found: TensorMap, kind: str) -> str | None:
         if problem is not None:
             return f"{kind} statistics of {name}: {problem}"
     return None
+
+
+def packed(found: TensorMap, kind: str, schema: Schema) -> dict[str, Tensor]:
+    """Return the statistics `found` by their travelling names, shapes and dtypes, as a file of them holds them.
+
+    Raises what `side_tensors` raises.
+    """
+    side = side_tensors(found, kind, schema)
+    return {name: side[name].contiguous() for name in (f"{kind}{SEPARATOR}{parameter}" for parameter in found)}
+
+
+def read_statistics(path: Path, kind: str, schema: Schema) -> TensorMap:
+    """Return what a file holds that `packed` was saved to, by parameter, unpacked; what it lacks is zero.
+
+    Raises `InputError` when it is no such file, and `ModelMismatch` when it is of another model or kind.
+    """
+    side = statistics_schema(kind, schema)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as err:
+        raise InputError(f"{path}: not a readable safetensors file ({err})") from err
+    for name, tensor in tensors.items():
+        if name not in side or tuple(tensor.shape) != side[name].shape or not tensor.is_floating_point():
+            raise ModelMismatch(
+                f"{path}: {name} {list(tensor.shape)} is not one of this model's {kind} statistics",
+                hint="fedmerge statistics computes them, for the method and from the fine-tune that you merge",
+            )
+    found = statistics_of(
+        Computed(side, lambda name: tensors[name] if name in tensors else torch.zeros(side[name].shape)), kind
+    )
+    problem = first_problem(found, kind)
+    if problem is not None:
+        raise InputError(f"{path}: {problem}")
+    return found

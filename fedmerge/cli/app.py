@@ -81,6 +81,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Merge": {
         "merge": ("fedmerge.cli.merge:merge", "Merge fine-tuned models into one."),
+        "statistics": ("fedmerge.cli.statistics:statistics", "Compute what fisher and regmean weigh a model by."),
         "diff": ("fedmerge.cli.diff:diff", "Show how fine-tunes interfere, before merging them."),
         "inspect": ("fedmerge.cli.inspect:inspect", "Show what is in a model or delta file."),
         "verify": ("fedmerge.cli.verify:verify", "Check a published model: signatures, digests, the merge itself."),

@@ -47,7 +47,7 @@ def join(
         parse_address(coordinator)
     except ValueError as err:
         raise ConfigError(f"--coordinator {coordinator}: {err}") from err
-    options: dict[str, object] = {"data": data, "test": test, **_key_values(option)}
+    options: dict[str, object] = {"data": data, "test": test, **key_values(option)}
     options = {key: value for key, value in options.items() if value is not None}
     node_trainer = load_trainer(trainer, options)
     node_trainer.check()
@@ -95,7 +95,8 @@ def _connect(link: GrpcLink, coordinator: str, public_key: PublicKey, key_path: 
         ) from err
 
 
-def _key_values(options: tuple[str, ...]) -> dict[str, object]:
+def key_values(options: tuple[str, ...]) -> dict[str, object]:
+    """Parse the KEY=VALUE pairs of --option; raise `ConfigError` for one that is none."""
     values: dict[str, object] = {}
     for option in options:
         name, separator, value = option.partition("=")

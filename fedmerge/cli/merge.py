@@ -48,6 +48,14 @@ def merge(
         tuple[str, ...],
         Parameter(help="A parameter of the method, KEY=VALUE, such as density=0.2 or density=[0.4,0.2]. Repeatable."),
     ] = (),
+    statistics: Annotated[
+        tuple[Path, ...],
+        Parameter(
+            consume_multiple=True,
+            show_default=False,
+            help="For fisher and regmean: each model's file from `fedmerge statistics`, in the same order.",
+        ),
+    ] = (),
     seed: Annotated[
         int, Parameter(help="Seed of methods that draw random masks.", validator=Number(gte=0, lt=1 << 63))
     ] = 0,
@@ -75,8 +83,8 @@ def merge(
     from fedmerge.publish import publish_local
 
     if from_ is None:
-        job = _job(models, base, method, weights, set)
-    elif models or base or method or weights or set:
+        job = _job(models, base, method, weights, set, statistics=statistics)
+    elif models or base or method or weights or set or statistics:
         raise ConfigError("--from says what to merge and how: give it alone, with --out", hint=SEE_HELP)
     else:
         from fedmerge.interop.mergekit_yaml import read_mergekit
@@ -99,7 +107,13 @@ def merge(
 
 
 def _job(
-    models: tuple[Path, ...], base: Path | None, method: str | None, weights: str | None, assignments: tuple[str, ...]
+    models: tuple[Path, ...],
+    base: Path | None,
+    method: str | None,
+    weights: str | None,
+    assignments: tuple[str, ...],
+    *,
+    statistics: tuple[Path, ...],
 ) -> MergeJob:
     """Return the merge that a command line asks for."""
     from fedmerge.assemble import MergeJob, Slice, Source
@@ -109,8 +123,24 @@ def _job(
             raise ConfigError(f"{name} is missing", hint=SEE_HELP)
     origin = base or Path()
     recipe = _recipe(method or "task_arithmetic", _parameters(assignments))
-    sources = map(Source, models, _weights(weights, len(models)))
+    _require_statistics(recipe, statistics, models)
+    files = statistics or [None] * len(models)
+    sources = [
+        Source(model, weight, statistics=file)
+        for model, weight, file in zip(models, _weights(weights, len(models)), files, strict=True)
+    ]
     return MergeJob((Slice(recipe, tuple(sources), Source(origin)),), origin)
+
+
+def _require_statistics(recipe: Recipe, statistics: tuple[Path, ...], models: tuple[Path, ...]) -> None:
+    """Raise `ConfigError` unless there are as many statistics as the method needs."""
+    if recipe.statistics is None and statistics:
+        raise ConfigError(f"--statistics: {recipe.method} takes none", hint=SEE_HELP)
+    if recipe.statistics is not None and len(statistics) != len(models):
+        raise ConfigError(
+            f"{recipe.method} needs --statistics of every model: {len(statistics)} for {len(models)} models",
+            hint=f"compute them with: fedmerge statistics MODEL --method {recipe.method} --data FILE --out FILE",
+        )
 
 
 def _recipe(method: str, values: dict[str, Any]) -> Recipe:

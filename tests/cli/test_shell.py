@@ -42,9 +42,10 @@ OPTIONS: dict[str, list[str]] = {
     "doctor": ["CONFIG", "--json"],
     "schema": [],
     "merge": [
-        "MODEL", "--out", "--base", "--from", "--method", "--weights", "--set", "--seed", "--key",
+        "MODEL", "--out", "--base", "--from", "--method", "--weights", "--set", "--statistics", "--seed", "--key",
         "--max-shard-size", "--threads", "--memory", "--device", "--force", "--json",
     ],
+    "statistics": ["MODEL", "--method", "--data", "--out", "--trainer", "--option", "--json"],
     "diff": ["MODEL", "--base", "--plot", "--json"],
     "inspect": ["FILE", "--base", "--tuned", "--seed", "--json"],
     "verify": ["DIRECTORY", "--key", "--trusted", "--replay", "--base", "--json"],
@@ -63,7 +64,7 @@ OPTIONS: dict[str, list[str]] = {
 def test_the_command_list_is_deliberate() -> None:
     assert {title: list(commands) for title, commands in COMMANDS.items()} == {
         "Start": ["demo", "init", "doctor", "schema"],
-        "Merge": ["merge", "diff", "inspect", "verify"],
+        "Merge": ["merge", "statistics", "diff", "inspect", "verify"],
         "Run": ["simulate", "serve", "join"],
     }
     assert list(KEY_COMMANDS) == ["new", "show", "trust"]
