@@ -13,6 +13,7 @@ from fedmerge.merge.dare import dare_linear, dare_ties
 from fedmerge.merge.della import della, della_linear
 from fedmerge.merge.fisher import fisher
 from fedmerge.merge.geometric import geometric_median, model_stock
+from fedmerge.merge.knots import knots
 from fedmerge.merge.masks import consensus, emr
 from fedmerge.merge.pcb import pcb
 from fedmerge.merge.regmean import regmean
@@ -71,6 +72,7 @@ METHODS: dict[str, MergeMethod] = {
     "lawa": lawa,
     "swa": swa,
     "wise_ft": wise_ft,
+    "knots": knots,
     "fisher": fisher,
     "regmean": regmean,
 }
