@@ -13,18 +13,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedmerge.adapter import is_adapter, read_adapter
 from fedmerge.delta import UpdatedModel, subtract
-from fedmerge.errors import InputError, ModelMismatch
+from fedmerge.errors import ConfigError, InputError, ModelMismatch
 from fedmerge.lowrank import LowRankDelta
 from fedmerge.merge import Recipe, Step, Workers, Write, merge_models
 from fedmerge.merge.layers import Value, layer_of, require_fitting, restrict
 from fedmerge.merge.recipe import step_names
+from fedmerge.rebasin import groups_of, permuted, read_config, weight_matching
 from fedmerge.statements import LocalInput
 from fedmerge.statistics import read_statistics
 from fedmerge.tensors import (
@@ -80,11 +81,13 @@ class MergeJob:
     """A merge as it was asked for. `host` is the model directory whose config and tokenizer the result takes.
 
     `dtype`, as safetensors names it, is that of the result; that of the base, or of the first source, where it is None.
+    With `align` each model's hidden units are first permuted towards the base's (`fedmerge.rebasin`).
     """
 
     slices: tuple[Slice, ...]
     host: Path
     dtype: str | None = None
+    align: Literal["git_rebasin"] | None = None
 
     @property
     def models(self) -> list[Path]:
@@ -99,7 +102,7 @@ class MergeJob:
     def to_dict(self) -> dict[str, Any]:
         """Return how the models are merged as JSON types: the recipe, or each slice's."""
         if self._is_plain():
-            return self.slices[0].recipe.to_dict()
+            return self.slices[0].recipe.to_dict() | ({"align": self.align} if self.align else {})
         slices = [
             {
                 "merge": part.recipe.to_dict(),
@@ -144,6 +147,10 @@ class Assembly:
     def __init__(self, job: MergeJob) -> None:
         self.job = job
         self._models: dict[Path, Checkpoint] = {}
+        # Of each model that was aligned, how many units were moved, of how many.
+        self.alignments: dict[Path, tuple[int, int]] = {}
+        if job.align is not None and (self._is_sliced() or job.slices[0].base is None):
+            raise ConfigError("models are aligned whole, and to a base: not slices, and not without one")
         self.host = self._open(job.host)
         self._parts = self._open_parts()
         self.schema: Schema = {}
@@ -250,6 +257,16 @@ class Assembly:
             else self._open(path)
         )
 
+    def _aligned(self, path: Path, model: TensorMap, base: Checkpoint) -> TensorMap:
+        """Return `model`, which computes the same, with its units in the order that brings it closest to `base`."""
+        if isinstance(model, LowRankDelta):
+            return model  # an adapter of the base, whose units are where they were
+        groups = groups_of(base.schema, read_config(base.directory))
+        permutations = weight_matching(base, model, groups)
+        num_moved = sum(unit != place for units in permutations.values() for place, unit in enumerate(units.tolist()))
+        self.alignments[path] = num_moved, sum(group.num_units for group in groups)
+        return permuted(model, groups, permutations)
+
     def _whole(self, path: Path, opened: TensorMap) -> TensorMap:
         """Return the model that was `opened` from `path`, under its own names."""
         return UpdatedModel(self.host, [opened]) if isinstance(opened, LowRankDelta) else self._open(path)
@@ -258,6 +275,9 @@ class Assembly:
         if not self._is_sliced():
             (only,) = self.job.slices
             sources = tuple((source.model, self._open_tuned(source.model, only.base)) for source in only.sources)
+            if self.job.align is not None and only.base is not None:
+                reference = self._open(only.base.model)
+                sources = tuple((path, self._aligned(path, model, reference)) for path, model in sources)
             base = self._wide(self._open(only.base.model) if only.base else _Zeros(sources[0][1]))
             weights = tuple(source.weight for source in only.sources)
             return [_Part(only.recipe, weights, base, sources, _read_statistics(only, schema_of(base)))]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from fedmerge.cli.output import JsonFlag, parse_bytes, print_json, stderr
+from fedmerge.cli.output import JsonFlag, parse_bytes, print_json, printable, stderr
 from fedmerge.cli.resources import num_cores, require_device
 from fedmerge.errors import ConfigError, ResourceError, did_you_mean
 from fedmerge.sign import SigningKey
@@ -56,6 +57,10 @@ def merge(
             help="For fisher and regmean: each model's file from `fedmerge statistics`, in the same order.",
         ),
     ] = (),
+    align: Annotated[
+        Literal["git_rebasin"] | None,
+        Parameter(help="First permute each model's hidden units towards the base's, for models trained apart."),
+    ] = None,
     seed: Annotated[
         int, Parameter(help="Seed of methods that draw random masks.", validator=Number(gte=0, lt=1 << 63))
     ] = 0,
@@ -90,10 +95,15 @@ def merge(
         from fedmerge.interop.mergekit_yaml import read_mergekit
 
         job = read_mergekit(from_)
+    if align is not None and statistics:
+        raise ConfigError("--align and --statistics do not go together: those are of models that were not aligned")
+    job = replace(job, align=align)
     workers = Workers(threads or num_cores(), parse_bytes("--memory", memory), require_device(device))
     max_shard_bytes = None if max_shard_size is None else parse_bytes("--max-shard-size", max_shard_size)
     signing_key = SigningKey.load(key) if key is not None else None
     assembly = Assembly(job)
+    for path, (num_moved, num_units) in assembly.alignments.items():
+        stderr.print(f"{printable(str(path))}: moved {num_moved} of {num_units} units", markup=False)
 
     def fill(write: Write) -> None:
         counting(assembly.merge(write, seed=seed, workers=workers), len(assembly.schema), "merging")

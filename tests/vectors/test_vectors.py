@@ -73,6 +73,10 @@ RUNS: dict[str, Run] = {
 WHOLE_MODEL = {"ties_authors_K20_sum", "ties_authors_K20_max"} | WHOLE_MODEL_ELEMENTWISE
 
 
+# Not of a merge, but of what comes before one: tests/unit/test_rebasin.py runs it.
+ALIGNMENTS = {"rebasin_weight_matching_1hidden_random"}
+
+
 def load_inputs(file_name: str) -> dict[str, dict[str, Tensor]]:
     """Return the models in an input file: "base", "ft0" and so on, each by tensor name."""
     models: dict[str, dict[str, Tensor]] = {}
@@ -87,7 +91,7 @@ def weights_of(params: dict[str, Any]) -> Tensor:
     return torch.tensor(given if isinstance(given, list) else [given] * 4)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(CASES.keys() - ALIGNMENTS))
 def test_reproduces_the_recorded_output(name: str) -> None:
     case = CASES[name]
     recorded = load_file(HERE / case["file"])
@@ -132,4 +136,4 @@ def test_files_are_the_ones_that_were_recorded() -> None:
 def test_every_recorded_file_is_in_the_manifest() -> None:
     listed = {case["file"] for case in CASES.values()} | set(MANIFEST["inputs"])
     assert {path.name for path in HERE.glob("*.safetensors")} == listed
-    assert RUNS.keys() | RUNS_GEOMETRIC.keys() | RUNS_STATISTICS.keys() == CASES.keys()
+    assert RUNS.keys() | RUNS_GEOMETRIC.keys() | RUNS_STATISTICS.keys() | ALIGNMENTS == CASES.keys()

@@ -1,0 +1,11 @@
+"""Align models that were trained apart: permute one's hidden units to be the other's, which changes no output.
+
+groups_of(schema, config) -> [Group(name, num_units, axes)], what of an architecture may be permuted together
+weight_matching(target, model, groups) -> {group: permutation}
+permuted(model, groups, permutations) -> TensorMap
+"""
+
+from fedmerge.rebasin.groups import Axis, Group, groups_of, mlp_groups, read_config
+from fedmerge.rebasin.match import permuted, weight_matching
+
+__all__ = ["Axis", "Group", "groups_of", "mlp_groups", "permuted", "read_config", "weight_matching"]
