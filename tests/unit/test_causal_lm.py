@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedmerge.errors import ConfigError, InputError
+from fedmerge.statistics import STATISTICS, statistics_schema, with_statistics
 from fedmerge.tensors import Checkpoint, model_digest, schema_of
 from fedmerge.training import STATE, TrainTask, load_trainer
 from fedmerge_client.train.causal_lm import CausalLM, Settings
@@ -390,3 +391,17 @@ def test_frozen_tensors_keep_their_bits_and_have_no_moments(base: Path, data: Pa
 def test_the_trainer_loads_by_name(data: Path) -> None:
     loaded = load_trainer("causal-lm", {"data": str(data), "micro_batch_size": "2"})
     assert loaded == CausalLM(data=data, micro_batch_size=2)
+
+
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_statistics_of_a_language_model_can_be_sent(kind: str, base: Path, data: Path) -> None:
+    trainer = CausalLM(data=data, eval_context_length=24)
+    schema = Checkpoint(base).schema
+    found = trainer.statistics(base, kind)
+    assert sorted(with_statistics({}, found, kind, schema)) == sorted(statistics_schema(kind, schema))
+    assert found["model.layers.1.mlp.down_proj.weight"].any()
+    # The output layer shares its weight with the embeddings, and has no statistics under a name of its own.
+    assert ("model.embed_tokens.weight" in found) == (kind == "fisher")
+    assert "lm_head.weight" not in found
+    few = CausalLM(data=data, eval_context_length=24, statistics_windows=2).statistics(base, kind)
+    assert not torch.equal(few["model.layers.1.mlp.down_proj.weight"], found["model.layers.1.mlp.down_proj.weight"])

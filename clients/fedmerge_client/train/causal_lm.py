@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from fedmerge.errors import InputError
 from fedmerge.seeds import derive_seed
+from fedmerge.tensors import Checkpoint
 from fedmerge.training import STATE, TrainResult, TrainTask, validated
 from fedmerge_client.train.adamw_state import Place, load_state, save_state
 from fedmerge_client.train.datasets import read_texts
@@ -36,6 +37,7 @@ from fedmerge_client.train.huggingface import (
     open_tokenizer,
     save_model,
 )
+from fedmerge_client.train.statistics import collect, spread
 from fedmerge_client.train.token_stream import TokenStream, shuffled, token_stream
 
 STATE_FILE = "adamw.safetensors"
@@ -86,7 +88,8 @@ class CausalLM(BaseModel):
     `data` and `test` are texts (see `datasets.read_texts`). A batch goes through the model `micro_batch_size` windows
     at a time (0: all at once) and its gradients are accumulated. With `checkpoint_steps` training is written to disk
     every so many steps, and goes on from there when it was interrupted in the middle of a round. `evaluate` cuts the
-    test texts into windows of `eval_context_length` tokens and takes `eval_windows` of them, evenly spread (0: all).
+    test texts into windows of `eval_context_length` tokens and takes `eval_windows` of them, evenly spread (0: all);
+    so does `statistics` with the training texts and `statistics_windows`.
     `device` "auto" takes a CUDA device when there is one.
     """
 
@@ -99,6 +102,7 @@ class CausalLM(BaseModel):
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     eval_context_length: Annotated[int, Field(ge=2)] = 512
     eval_windows: Annotated[int, Field(ge=0)] = 0
+    statistics_windows: Annotated[int, Field(ge=1)] = 64
     device: Device = "auto"
 
     def check(self) -> None:
@@ -180,6 +184,17 @@ class CausalLM(BaseModel):
         bytes_per_token = stream.num_bytes / (stream.tokens.numel() - 1)
         perplexity = math.exp(min(loss, 700.0))
         return {"loss": loss, "perplexity": perplexity, "byte_loss": loss / bytes_per_token}
+
+    def statistics(self, model_dir: Path, kind: str) -> dict[str, Tensor]:
+        """Return statistics of one `kind` (see `statistics.collect`) on windows spread evenly over the texts."""
+        model, tokenizer = self._open(model_dir)
+        stream = self._stream(self.data, model, tokenizer)
+        windows = stream.windows(min(self.eval_context_length, num_positions(model)))
+        chosen = (stream.tokens[windows[index]] for index in spread(len(windows), self.statistics_windows))
+        examples = (
+            {"input_ids": tokens[None, :-1].to(model.device, torch.long), "use_cache": False} for tokens in chosen
+        )
+        return collect(kind, model, examples, Checkpoint(model_dir).schema, seed=derive_seed("statistics"))
 
     def _open(self, model_dir: Path) -> tuple[Any, Any | None]:
         model = open_model(
