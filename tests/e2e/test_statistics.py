@@ -127,6 +127,15 @@ def test_rounds_with_statistics_verify_and_replay_bit_for_bit(tmp_path: Path, me
         replay(history, base, blobs)
 
 
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_the_order_in_which_nodes_arrive_does_not_matter(tmp_path: Path, method: str) -> None:
+    nodes = {**NODES, "west": Regression(3)}
+    extra = LOSSLESS.format(method=method)
+    there, _ = federate(tmp_path / "there", extra, nodes)
+    back, _ = federate(tmp_path / "back", extra, dict(reversed(nodes.items())))
+    assert there.version == back.version
+
+
 def test_a_trainer_without_statistics_is_told_before_it_trains(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fisher needs fisher statistics, which StepTrainer does not compute"):
         federate(tmp_path, LOSSLESS.format(method="fisher"), {"north": StepTrainer(1), "south": StepTrainer(2)})
@@ -170,3 +179,9 @@ class Cheat(Regression):
 def test_admission_refuses_what_can_not_be_and_names_tensor_and_node(tmp_path: Path, method: str, kind: str) -> None:
     with pytest.raises(InvalidDelta, match=rf"node [0-9a-f]{{12}}: {kind} statistics of \w+: .* negative"):
         federate(tmp_path, LOSSLESS.format(method=method), {"cheat": Cheat(3), **NODES})
+
+
+def test_robust_rules_that_combine_deltas_are_refused_when_the_plan_is_read(tmp_path: Path) -> None:
+    extra = LOSSLESS.format(method="regmean") + "[screen]\nrobust = ['arc']\n"
+    with pytest.raises(ConfigError, match=r'screen\.robust: do not go with .* "regmean"'):
+        make_config(tmp_path, min_nodes=5, extra=extra)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedmerge.errors import ConfigError, InputError
-from fedmerge.statistics import STATISTICS, statistics_schema, with_statistics
+from fedmerge.statistics import STATISTICS, side_tensors, statistics_schema
 from fedmerge.tensors import Checkpoint, model_digest, schema_of
 from fedmerge.training import STATE, TrainTask, load_trainer
 from fedmerge_client.train.causal_lm import CausalLM, Settings
@@ -398,7 +398,7 @@ def test_statistics_of_a_language_model_can_be_sent(kind: str, base: Path, data:
     trainer = CausalLM(data=data, eval_context_length=24)
     schema = Checkpoint(base).schema
     found = trainer.statistics(base, kind)
-    assert sorted(with_statistics({}, found, kind, schema)) == sorted(statistics_schema(kind, schema))
+    assert sorted(side_tensors(found, kind, schema)) == sorted(statistics_schema(kind, schema))
     assert found["model.layers.1.mlp.down_proj.weight"].any()
     # The output layer shares its weight with the embeddings, and has no statistics under a name of its own.
     assert ("model.embed_tokens.weight" in found) == (kind == "fisher")
