@@ -6,7 +6,7 @@ round spec, deltas and optimizer state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,9 +16,11 @@ from fedmerge.codec import Codec
 from fedmerge.errors import ConfigError, RoundFailed
 from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.merge import Plan, Recipe, merge_deltas
+from fedmerge.merge.layers import Value, leaves
 from fedmerge.outer import OUTER
 from fedmerge.robust import Inputs, harden
 from fedmerge.screen import ScreenPolicy, Verdict, screen
+from fedmerge.search import Candidate
 from fedmerge.seeds import derive_seed
 from fedmerge.statements import RoundSpec
 from fedmerge.statistics import statistics_of, statistics_schema, task_vector_of
@@ -53,13 +55,22 @@ def screen_round(
     return verdicts
 
 
+def weights_of(verdicts: Sequence[Verdict], candidate: Candidate | None) -> dict[str, Value]:
+    """Return the weight of each accepted node by node id: its verdict's, with the candidate's factor on it."""
+    plain = {verdict.node_id: verdict.weight for verdict in verdicts if verdict.accepted}
+    if candidate is None:
+        return dict(plain)
+    return dict(zip(plain, candidate.weights(list(plain.values())), strict=True))
+
+
 class RoundUpdate(Mapping[str, Tensor]):
     """Steps 10 and 11: the round's update as a tensor map that is computed while it is read.
 
     It is the outer optimizer's step, changed by the steps over rounds that the recipe ends with, if any.
 
     Its tensors, fp32 (or fp64), are what to add to the parameters. They can be read once, in the order of their names,
-    since a merge streams; `state` then holds the optimizer state that goes with them.
+    since a merge streams; `state` then holds the optimizer state that goes with them. `candidate` says how to merge
+    where a search found it, instead of the spec and the verdicts alone.
     """
 
     def __init__(
@@ -69,18 +80,24 @@ class RoundUpdate(Mapping[str, Tensor]):
         deltas: Mapping[str, TensorMap],
         before: TensorMap,
         previous_state: Mapping[str, Tensor],
+        *,
+        candidate: Candidate | None = None,
     ) -> None:
         self.spec = spec
         self.state: dict[str, Tensor] = {}
         self._previous_state = previous_state
-        recipe = Recipe.from_dict(spec.merge)
-        accepted = [verdict for verdict in verdicts if verdict.accepted]
+        recipe, weights = Recipe.from_dict(spec.merge), weights_of(verdicts, candidate)
+        if candidate is not None:
+            recipe = candidate.recipe(recipe)
+        scales = {verdict.node_id: verdict.scale for verdict in verdicts}
+        # Weights of zero: a search left the node out, and methods that look at all deltas must not see this one.
+        merged = [node_id for node_id, weight in weights.items() if any(leaves(weight))]
         policy = ScreenPolicy.from_dict(spec.screen)
-        sent = [deltas[verdict.node_id] for verdict in accepted]
+        sent = [deltas[node_id] for node_id in merged]
         inputs = Inputs(
             [task_vector_of(one, recipe.statistics) for one in sent],
-            [verdict.weight for verdict in accepted],
-            [verdict.scale for verdict in accepted],
+            [weights[node_id] for node_id in merged],
+            [scales[node_id] for node_id in merged],
         )
         self._names = sorted(inputs.deltas[0])
         if policy.robust and recipe.statistics:

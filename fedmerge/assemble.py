@@ -37,10 +37,13 @@ from fedmerge.tensors import (
     Schema,
     TensorMap,
     TensorSpec,
+    copy_side_files,
     model_digest,
     schema_of,
 )
 from fedmerge.weights import split_shards
+
+CONFIG = "config.json"
 
 # Names of embeddings; what GPT-NeoX calls embed_out is a head.
 _EMBEDS = re.compile(r"embed(?!_out)|(?:^|\.)w[tp]e\.")
@@ -211,9 +214,17 @@ class Assembly:
                 workers=workers,
             )
 
+    def write_side_files(self, directory: Path) -> None:
+        """Put the host's config and tokenizer beside the merged weights. Raises `InputError` as `config_changes`."""
+        changes = self.config_changes()
+        copy_side_files(self.host.directory, directory)
+        if changes:
+            config = json.loads((self.host.directory / CONFIG).read_text())
+            (directory / CONFIG).write_text(json.dumps(config | changes, indent=2) + "\n")
+
     def config_changes(self) -> dict[str, Any]:
         """Return what differs in config.json from the host's."""
-        path = self.job.host / "config.json"
+        path = self.job.host / CONFIG
         try:
             config = json.loads(path.read_text()) if path.exists() else {}
         except (OSError, ValueError) as err:

@@ -15,7 +15,7 @@ def model_card(record: MergeRecord, base_name: str) -> str:
     header = _header(base_name, ["merge", "fedmerge", "federated", *step_names(record.merge)])
     rows = [
         f"| `{c.node_id[:12]}` | {c.num_examples:,} | {'-' if c.norm is None else f'{c.norm:.4g}'} "
-        f"| {c.weight:.3f} | {c.payload_bytes / 1e6:.2f} MB "
+        f"| {_weight(c.weight)} | {c.payload_bytes / 1e6:.2f} MB "
         f"| {'merged' if c.accepted else 'screened: ' + c.reason} |"
         for c in record.contributions
     ]
@@ -32,7 +32,7 @@ Version `{record.model.digest}`, made from base `{record.model.base_digest[:12]}
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-{total_bytes / 1e6:.2f} MB came in, in all.
+{total_bytes / 1e6:.2f} MB came in, in all.{_search(record)}
 
 ## How it was merged
 
@@ -50,6 +50,16 @@ fedmerge verify . --key coordinator.pem
 ```
 """
     return header + body
+
+
+def _search(record: MergeRecord) -> str:
+    search = record.search
+    if search is None:
+        return ""
+    return (
+        f" The weights are the best of {len(search.scores)} candidates by the mean score of {len(search.panel)} "
+        f"organisations on their own test data, {search.scores[search.chosen]}."
+    )
 
 
 def local_card(

@@ -13,14 +13,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from safetensors.torch import load_file
-from torch import Tensor
-
-from fedmerge.aggregate import RoundUpdate, open_delta, screen_round
+from fedmerge.aggregate import open_delta
 from fedmerge.config import Config
 from fedmerge.delta import delta_schema
 from fedmerge.errors import BadSignature, ConfigError, InputError, InvalidDelta, RoundFailed, UnknownVersion
 from fedmerge.events import (
+    CandidatesScored,
     DeltaAccepted,
     FederationCreated,
     MergeFinished,
@@ -34,18 +32,19 @@ from fedmerge.events import RoundFailed as RoundFailedEvent
 from fedmerge.intake import Intake
 from fedmerge.journal import Journal
 from fedmerge.merge import Plan, Recipe
+from fedmerge.merging import RoundMerge, drop_candidates
 from fedmerge.merkle import leaves_of, merkle_root
-from fedmerge.publish import publish, software_versions
-from fedmerge.rounds import Action, Phase, RoundPolicy, next_action
+from fedmerge.publish import publish
+from fedmerge.rounds import Action, FederationState, Phase, RoundPolicy, after, next_action
+from fedmerge.search import Search
 from fedmerge.sign import SigningKey, TrustStore
 from fedmerge.statements import (
     FILE_NAME,
-    Contribution,
+    Candidates,
     DeltaStatement,
     FileRef,
     MergeRecord,
     MetricsStatement,
-    ModelRef,
     RoundSpec,
     UpdateRef,
     digest_of,
@@ -77,11 +76,14 @@ class Coordinator:
             min_nodes=config.rounds.min_nodes,
             deadline_s=config.rounds.deadline_s,
             grace_s=config.rounds.grace_s,
+            scoring_s=config.search.deadline_s,
         )
         state_dir = config.federation.state
         self.base = Checkpoint(base_dir)
         self.schema = delta_schema(self.base.schema)
         Plan(config.recipe(), [], self.schema)  # what fits no tensor is reported now, not in every round
+        if search := config.search_settings():
+            Search(search, config.recipe(), num_models=2, seed=0)  # so is a library that is not installed
         self.uplink = config.uplink(sum(spec.num_elements for spec in self.schema.values()))
         if config.delta.codec == "auto":
             log.info("codec: %s", self.uplink)
@@ -122,12 +124,20 @@ class Coordinator:
         """Whether no further round will open."""
         return self._due() == Action.FINISH
 
+    def candidates_envelope(self) -> bytes:
+        """The signed candidates that nodes are to score now; empty at other times."""
+        state = self.journal.state
+        generations = state.generations() if state.phase == Phase.SEARCHING else []
+        return generations[-1].proposal_envelope.encode() if generations else b""
+
     def artifact(self, root: str) -> Path:
-        """Return a file that nodes may fetch: a base model file or a published update. Raises `UnknownVersion`."""
+        """Return a file that nodes may fetch: of the base model, an update or a candidate. Raises `UnknownVersion`."""
         for ref in self._base_files:
             if ref.root == root:
                 return self.base.directory / ref.name
-        if any(merge.update_root == root for merge in self.journal.state.merges):
+        state = self.journal.state
+        published = any(merge.update_root == root for merge in state.merges)
+        if published or any(root in generation.update_roots for generation in state.generations()):
             return self.blobs.path(root)
         raise UnknownVersion("no file with that root is served")
 
@@ -139,7 +149,10 @@ class Coordinator:
             raise BadSignature("the metrics were signed by another node than the one that sends them")
         if (statement.federation, statement.run) != (created.federation, created.run):
             raise BadSignature("the metrics are for another federation or run")
-        self.journal.append(MetricsReported(round=statement.round, node_id=caller_id, envelope=envelope.decode()))
+        candidate = statement.digest if statement.model == "candidate" else None
+        self.journal.append(
+            MetricsReported(round=statement.round, node_id=caller_id, candidate=candidate, envelope=envelope.decode())
+        )
 
     # The course of a round
 
@@ -159,6 +172,8 @@ class Coordinator:
                 except (RoundFailed, InputError) as err:
                     # Not to be tried again: the plan and the deltas are what they are.
                     self._fail(err.message)
+            case Action.SCORE:
+                self.journal.append(CandidatesScored(round=self.journal.state.round))
             case Action.PUBLISH:
                 self._publish()
             case Action.WAIT | Action.FINISH:
@@ -184,6 +199,7 @@ class Coordinator:
             merge=config.recipe().to_dict(),
             merge_seed=config.merge.seed,
             screen=config.screen_policy().to_dict(),
+            search=search.to_dict() if (search := config.search_settings()) else {},
             outer=config.outer_settings(),
             min_nodes=self.policy.min_nodes,
             deadline_s=self.policy.deadline_s,
@@ -201,6 +217,7 @@ class Coordinator:
             self.intake.forget_all()
 
     def _fail(self, reason: str) -> None:
+        drop_candidates(self.journal, self.blobs)
         round_number = self.journal.state.round
         self.journal.append(RoundFailedEvent(round=round_number, reason=reason))
         log.warning("round %d failed: %s", round_number, reason)
@@ -208,70 +225,27 @@ class Coordinator:
     # 9 screen, 10 merge, 11 step
 
     def _merge(self) -> None:
-        state, spec = self.journal.state, self.journal.spec()
-        assert spec is not None
-        if state.phase == Phase.SEALED:
-            self.journal.append(MergeStarted(round=state.round))
-        facts = {node_id: fact for node_id in state.node_ids if (fact := state.accepted(node_id)) is not None}
-        deltas = {
-            node_id: open_delta(spec, node_id, self.blobs.path(f.payload_root), self.schema)
-            for node_id, f in facts.items()
-        }
-        counts = {node_id: fact.num_examples for node_id, fact in facts.items()}
-        verdicts = screen_round(spec, deltas, counts, self.schema)
-        before = open_model(spec.model, self.base, self._find_update)
-        update = RoundUpdate(spec, verdicts, deltas, before, self._outer_state())
-        ref, state_root = self._store_update(update)
-        updates = [*spec.model.updates, ref]
-        unnamed = spec.model.model_copy(update={"updates": updates})
-        version = model_digest(open_model(unnamed, self.base, self._find_update))
-        assert state.opened is not None
-        record = MergeRecord(
-            federation=spec.federation,
-            run=spec.run,
-            round=spec.round,
-            spec_digest=state.opened.spec_digest,
-            before=spec.model,
-            model=ModelRef(digest=version, base_digest=spec.model.base_digest, updates=updates),
-            schema_digest=spec.schema_digest,
-            contributions=[
-                Contribution(
-                    node_id=verdict.node_id,
-                    statement_digest=facts[verdict.node_id].statement_digest,
-                    payload_root=facts[verdict.node_id].payload_root,
-                    payload_bytes=facts[verdict.node_id].payload_bytes,
-                    num_examples=verdict.num_examples,
-                    accepted=verdict.accepted,
-                    reason=verdict.reason,
-                    norm=verdict.norm,
-                    weight=verdict.weight,
-                    scale=verdict.scale,
-                )
-                for verdict in verdicts
-            ],
-            merge=spec.merge,
-            merge_seed=spec.merge_seed,
-            outer=spec.outer,
-            outer_state_root=state_root,
-            ledger_head=state.sealed_hash,
-            software=software_versions(),
-        )
+        """Make the round's model; or, where the plan is to search for it, the next candidates for nodes to score."""
+        drop_candidates(self.journal, self.blobs)  # whichever wins is made again, to the same bits
+        merge = RoundMerge(self.journal, self.blobs, self.base, self.schema)
+        searching = bool(merge.spec.search)
+        if self.journal.state.phase == Phase.SEALED:
+            generation = merge.next_generation() if searching else None
+            if generation is not None:
+                self.journal.append(generation)
+                log.info("round %d: %d candidates are out for scoring", generation.round, len(generation.digests))
+                return
+            self.journal.append(MergeStarted(round=merge.spec.round))
+        candidate, outcome = merge.chosen() if searching else (None, None)
+        made = merge.make(candidate)
+        record = merge.record(made, candidate, outcome)
         envelope = record.sign(self.key).decode()
         self.journal.append(
-            MergeFinished(round=spec.round, version=version, update_root=ref.root, record_envelope=envelope)
+            MergeFinished(
+                round=record.round, version=made.version, update_root=made.update.root, record_envelope=envelope
+            )
         )
-        log.info("round %d merged into version %s", spec.round, version[:12])
-
-    def _store_update(self, update: RoundUpdate) -> tuple[UpdateRef, str | None]:
-        spec = update.spec
-        scratch = self.blobs.part_path(f"update-{spec.round}")
-        update.write(scratch, self.schema)
-        num_bytes = scratch.stat().st_size
-        root = self.blobs.add(scratch)
-        ref = UpdateRef(
-            round=spec.round, root=root, num_bytes=num_bytes, codec=spec.downlink, seed=str(spec.update_seed())
-        )
-        return ref, self.blobs.add(scratch) if update.write_state(scratch) else None
+        log.info("round %d merged into version %s", record.round, made.version[:12])
 
     # 12 publish
 
@@ -299,12 +273,18 @@ class Coordinator:
     def _provenance(self) -> list[tuple[str, str]]:
         """Return (kind, envelope) of all that was signed on the way to the newest version, in order."""
         kept: list[tuple[str, str]] = []
+        state = FederationState()
         for entry in self.journal.ledger.entries:
+            state = after(state, entry)
             match entry.event:
                 case RoundOpened(spec_envelope=envelope):
                     kept.append((RoundSpec.kind, envelope))
                 case DeltaAccepted(statement_envelope=envelope):
                     kept.append((DeltaStatement.kind, envelope))
+                case MergeStarted():
+                    # Only now: a search that failed led nowhere, and of what nodes reported not all counted.
+                    kept += [(Candidates.kind, proposal.proposal_envelope) for proposal in state.generations()]
+                    kept += [(MetricsStatement.kind, envelope) for envelope in state.answers.values()]
                 case MergeFinished(record_envelope=envelope):
                     kept.append((MergeRecord.kind, envelope))
                 case _:
@@ -355,12 +335,6 @@ class Coordinator:
 
     def _find_update(self, ref: UpdateRef) -> Path:
         return self.blobs.path(ref.root)
-
-    def _outer_state(self) -> dict[str, Tensor]:
-        record = self.journal.record()
-        if record is None or record.outer_state_root is None:
-            return {}
-        return load_file(self.blobs.path(record.outer_state_root))
 
 
 def _file_refs(directory: Path) -> list[FileRef]:

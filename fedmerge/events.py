@@ -70,6 +70,25 @@ class RoundSealed(_Event):
     node_ids: list[Digest]
 
 
+class CandidatesProposed(_Event):
+    """A generation of candidate merges is stored and out for scoring by `judges`; `num_bytes` is what each fetches."""
+
+    kind: Literal["candidates_proposed"] = "candidates_proposed"
+    round: int
+    digests: list[Digest]
+    judges: list[Digest]
+    update_roots: list[Digest]
+    num_bytes: int
+    proposal_envelope: str
+
+
+class CandidatesScored(_Event):
+    """A generation's scores are closed: what a node reports from here on does not count."""
+
+    kind: Literal["candidates_scored"] = "candidates_scored"
+    round: int
+
+
 class MergeStarted(_Event):
     """Screening and merging began. A coordinator that finds this as the last event merges again, to the same bytes."""
 
@@ -104,11 +123,12 @@ class RoundFailed(_Event):
 
 
 class MetricsReported(_Event):
-    """A node's signed evaluation of a model on its own data."""
+    """A node's signed evaluation of a model on its own data; `candidate` is its digest if it is only a candidate."""
 
     kind: Literal["metrics_reported"] = "metrics_reported"
     round: int
     node_id: Digest
+    candidate: Digest | None = None
     envelope: str
 
 
@@ -118,6 +138,8 @@ Event: TypeAlias = (
     | DeltaAccepted
     | DeltaRejected
     | RoundSealed
+    | CandidatesProposed
+    | CandidatesScored
     | MergeStarted
     | MergeFinished
     | RoundPublished

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from fedmerge.errors import (
     RoundFailed,
     StaleBase,
     UnknownRound,
+    UnknownVersion,
     reporting_os_errors,
 )
 from fedmerge.feedback import carry_over, previous_residual, unsent, write_residual
@@ -37,6 +39,7 @@ from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.outbox import STATEMENT, previous_folder
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import (
+    Candidates,
     DeltaStatement,
     MergeRecord,
     MetricsStatement,
@@ -65,6 +68,7 @@ class RoundView:
     phase: str
     spec_envelope: bytes
     record_envelope: bytes
+    candidates_envelope: bytes
     num_deltas: int
     finished: bool
     failure: str
@@ -152,6 +156,8 @@ class Node:
         if view.phase == "open" and spec_digest not in self._taken:
             self._taken.add(spec_digest)
             self._take_part(spec, spec_digest)
+        if view.phase == "searching" and view.candidates_envelope:
+            self._score(view.candidates_envelope, spec, spec_digest)
         return self._finish(view, spec) if view.finished else None
 
     def _take_part(self, spec: RoundSpec, spec_digest: str) -> None:
@@ -282,6 +288,35 @@ class Node:
         (outbox / "receipt.json").write_bytes(receipt)
         self._emit("delivered", spec.round, payload_bytes=num_bytes, event=signed_for.event)
 
+    # Where the plan searches for the merge: score candidates
+
+    def _score(self, envelope: bytes, spec: RoundSpec, spec_digest: str) -> None:
+        """Evaluate a generation of candidates on this site's own test data, if it is asked to, and report."""
+        proposal, signed = Candidates.open(envelope, self._coordinator, where="candidates")
+        digest = digest_of(signed.payload)
+        if proposal.spec_digest != spec_digest:
+            raise DigestMismatch("the candidates are for another round than the one under way")
+        if digest in self._taken or self.node_id not in proposal.judges:
+            return
+        self._taken.add(digest)
+        scratch = self.home / "candidates"
+        try:
+            for candidate in proposal.candidates:
+                reported = self.home / "metrics" / f"{spec_digest[:12]}-candidate-{candidate.digest[:12]}.json"
+                if reported.exists():
+                    continue
+                updates = [*spec.model.updates, candidate.update]
+                ref = spec.model.model_copy(update={"digest": candidate.digest, "updates": updates})
+                model_dir = self._materialise(ref, spec, scratch)
+                self._report("candidate", model_dir, candidate.digest, spec, round_number=spec.round, done=reported)
+                (self.home / "updates" / candidate.update.root).unlink(missing_ok=True)
+        except UnknownVersion as err:
+            # The search went on without this site's scores.
+            log.warning("round %d: %s", spec.round, err.message)
+            self._emit("missed", spec.round, reason="candidates were withdrawn before they were scored")
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
     # The model chain
 
     def _finish(self, view: RoundView, spec: RoundSpec) -> Path:
@@ -299,12 +334,12 @@ class Node:
             )
         return model_dir
 
-    def _materialise(self, ref: ModelRef, spec: RoundSpec) -> Path:
-        """Return a directory with the model version `ref`, checked against its digest."""
+    def _materialise(self, ref: ModelRef, spec: RoundSpec, parent: Path | None = None) -> Path:
+        """Return a directory with the model version `ref`, checked against its digest, the only one in `parent`."""
         base = self._require_base(spec)
         if not ref.updates:
             return base.directory
-        target = self.home / "models" / ref.digest
+        target = (parent or self.home / "models") / ref.digest
         if target.exists():
             return target
         model = self._open(ref)
@@ -369,10 +404,15 @@ class Node:
     def _evaluate(self, which: str, model_dir: Path, digest: str, spec: RoundSpec, round_number: int) -> None:
         """Score a model on this site's own test data, once, and report it signed."""
         done = self.home / "metrics" / f"{spec.run[:12]}-{round_number:04d}-{which}-{digest[:12]}.json"
-        if done.exists():
-            return
-        values = self.trainer.evaluate(model_dir)
-        if not values:
+        if not done.exists():
+            self._report(which, model_dir, digest, spec, round_number=round_number, done=done)
+
+    def _report(
+        self, which: str, model_dir: Path, digest: str, spec: RoundSpec, *, round_number: int, done: Path
+    ) -> None:
+        # A model that diverged has metrics that no statement can carry: JSON knows finite numbers only.
+        values = {name: value for name, value in self.trainer.evaluate(model_dir).items() if math.isfinite(value)}
+        if not values and which != "candidate":  # about candidates, nothing to say is an answer that is waited for
             return
         statement = MetricsStatement.model_validate(
             {

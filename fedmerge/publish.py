@@ -25,7 +25,7 @@ from fedmerge.merge import Write
 from fedmerge.sign import SigningKey
 from fedmerge.statements import Lineage, LocalMerge, MergeRecord
 from fedmerge.store.blobs import sync_directory
-from fedmerge.tensors import Checkpoint, copy_side_files, model_digest
+from fedmerge.tensors import Checkpoint, model_digest
 from fedmerge.versions import write_model
 from fedmerge.weights import writing_weights
 
@@ -33,7 +33,6 @@ LINEAGE = "lineage.json"
 SIGNATURE = "lineage.sig.json"
 PROVENANCE = "provenance.jsonl"
 CARD = "README.md"
-CONFIG = "config.json"
 
 
 def publish(
@@ -78,23 +77,24 @@ def publish_local(
     max_shard_bytes: int | None = None,
     seed: int,
     key: SigningKey | None,
+    side_files: Mapping[str, str] | None = None,
 ) -> str:
     """Write a model that was merged here, with a card and lineage.json, signed if there is a `key`; return its digest.
 
     `fill(write)` writes all of the assembly's tensors, in any order, as `Assembly.merge` with this `seed` does. They
     are sharded as the host is, or into files of at most `max_shard_bytes`. Config and tokenizer come after the weights:
-    without them, no tool takes an interrupted attempt for a model. Raises `ResourceError`.
+    without them, no tool takes an interrupted attempt for a model. `side_files` are further texts, by file name. Raises
+    `ResourceError`.
     """
     inputs, recipe, host = assembly.inputs(), assembly.job.to_dict(), assembly.host
-    changes = assembly.config_changes()
+    assembly.config_changes()  # what can't be done is said before it is merged
     with appearing_whole(target) as partial:
         with writing_weights(partial, assembly.schema, assembly.shards(max_shard_bytes)) as writer:
             fill(writer.write)
         digest = model_digest(Checkpoint(partial))
-        copy_side_files(host.directory, partial)
-        if changes:
-            config = json.loads((host.directory / CONFIG).read_text())
-            (partial / CONFIG).write_text(json.dumps(config | changes, indent=2) + "\n")
+        assembly.write_side_files(partial)
+        for name, text in (side_files or {}).items():
+            (partial / name).write_text(text)
         (partial / CARD).write_text(local_card(host.directory.name, inputs, recipe, seed, digest))
         statement = LocalMerge(
             files=file_digests(partial),

@@ -1,6 +1,10 @@
 """The round as a pure state machine: `after(state, entry)` says what an event changes, `next_action` what is due.
 
     planned -> open -> sealed -> merging -> publishing -> published -> open (the next round) ...
+                 |     |    ^
+                 |     v    |
+                 |   searching (nodes score candidate merges; once for each generation, if the plan has a search)
+                 |
                  \\-> failed -> open (the same round again, when the operator restarts it)
 
 Nothing here reads a clock or touches a disk: times come in with the ledger's entries and as `now_s`, both in seconds.
@@ -14,6 +18,8 @@ from enum import StrEnum
 
 from fedmerge.errors import DigestMismatch
 from fedmerge.events import (
+    CandidatesProposed,
+    CandidatesScored,
     DeltaAccepted,
     DeltaRejected,
     FederationCreated,
@@ -34,6 +40,7 @@ class Phase(StrEnum):
     PLANNED = "planned"
     OPEN = "open"
     SEALED = "sealed"
+    SEARCHING = "searching"
     MERGING = "merging"
     PUBLISHING = "publishing"
     PUBLISHED = "published"
@@ -48,6 +55,7 @@ class Action(StrEnum):
     SEAL = "seal"
     FAIL = "fail"
     MERGE = "merge"
+    SCORE = "score"
     PUBLISH = "publish"
     FINISH = "finish"
 
@@ -58,18 +66,23 @@ class RoundPolicy:
 
     It seals as soon as every trusted node has delivered; or `grace_s` after the delta that made the quorum of
     `min_nodes`; or `deadline_s` after opening, if the quorum is there, and fails then if it is not. There are
-    `num_rounds` rounds.
+    `num_rounds` rounds. Where merges are searched for, nodes have `scoring_s` for each generation of candidates.
     """
 
     num_rounds: int
     min_nodes: int
     deadline_s: float
     grace_s: float
+    scoring_s: float = 3600.0
 
 
 @dataclass(frozen=True)
 class FederationState:
-    """All that the ledger says, in the form that the coordinator uses it."""
+    """All that the ledger says, in the form that the coordinator uses it.
+
+    `proposals` are the round's generations of candidates, `answers` the metrics statements about them that count, by
+    candidate and node: a judge's first one before the generation was closed.
+    """
 
     created: FederationCreated | None = None
     round: int = 0
@@ -79,6 +92,8 @@ class FederationState:
     deltas: Mapping[str, LedgerEntry] = field(default_factory=dict)
     sealed_hash: str = ""
     node_ids: tuple[str, ...] = ()
+    proposals: tuple[LedgerEntry, ...] = ()
+    answers: Mapping[tuple[str, str], str] = field(default_factory=dict)
     merges: tuple[MergeFinished, ...] = ()
     failure: str = ""
 
@@ -87,6 +102,10 @@ class FederationState:
         entry = self.deltas.get(node_id)
         return entry.event if entry is not None and isinstance(entry.event, DeltaAccepted) else None
 
+    def generations(self) -> list[CandidatesProposed]:
+        """Return the round's generations of candidates so far."""
+        return [entry.event for entry in self.proposals if isinstance(entry.event, CandidatesProposed)]
+
 
 _LEGAL: dict[type, set[Phase]] = {
     FederationCreated: {Phase.PLANNED},
@@ -94,10 +113,12 @@ _LEGAL: dict[type, set[Phase]] = {
     DeltaAccepted: {Phase.OPEN},
     DeltaRejected: {Phase.OPEN},
     RoundSealed: {Phase.OPEN},
+    CandidatesProposed: {Phase.SEALED},
+    CandidatesScored: {Phase.SEARCHING},
     MergeStarted: {Phase.SEALED},
     MergeFinished: {Phase.MERGING},
     RoundPublished: {Phase.PUBLISHING},
-    RoundFailed: {Phase.OPEN, Phase.MERGING},
+    RoundFailed: {Phase.OPEN, Phase.SEALED, Phase.MERGING},
     MetricsReported: set(Phase),
 }
 
@@ -123,12 +144,20 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
                 deltas={},
                 node_ids=(),
                 sealed_hash="",
+                proposals=(),
+                answers={},
                 failure="",
             )
         case DeltaAccepted():
             return replace(state, deltas={**state.deltas, event.node_id: entry})
         case RoundSealed():
             return replace(state, phase=Phase.SEALED, node_ids=tuple(event.node_ids), sealed_hash=entry.hash)
+        case CandidatesProposed():
+            return replace(state, phase=Phase.SEARCHING, proposals=(*state.proposals, entry))
+        case CandidatesScored():
+            return replace(state, phase=Phase.SEALED)
+        case MetricsReported():
+            return _with_answer(state, event)
         case MergeStarted():
             return replace(state, phase=Phase.MERGING)
         case MergeFinished():
@@ -137,8 +166,20 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
             return replace(state, phase=Phase.PUBLISHED)
         case RoundFailed():
             return replace(state, phase=Phase.FAILED, failure=event.reason)
-        case DeltaRejected() | MetricsReported():
+        case DeltaRejected():
             return state
+
+
+def _with_answer(state: FederationState, event: MetricsReported) -> FederationState:
+    generation = state.generations()[-1] if state.phase == Phase.SEARCHING else None
+    if (
+        generation is None
+        or event.candidate not in generation.digests
+        or event.node_id not in generation.judges
+        or (event.candidate, event.node_id) in state.answers
+    ):
+        return state
+    return replace(state, answers={**state.answers, (event.candidate, event.node_id): event.envelope})
 
 
 def replay(entries: Iterable[LedgerEntry]) -> FederationState:
@@ -158,6 +199,8 @@ def next_action(state: FederationState, policy: RoundPolicy, trusted: Collection
             return Action.OPEN if state.round < policy.num_rounds else Action.FINISH
         case Phase.SEALED | Phase.MERGING:
             return Action.MERGE
+        case Phase.SEARCHING:
+            return _while_searching(state, policy, now_s)
         case Phase.PUBLISHING:
             return Action.PUBLISH
         case Phase.FAILED:
@@ -176,3 +219,10 @@ def _while_open(state: FederationState, policy: RoundPolicy, trusted: Collection
     if now_s >= state.opened_at_s + policy.deadline_s:
         return Action.SEAL if len(arrivals_s) >= policy.min_nodes else Action.FAIL
     return Action.WAIT
+
+
+def _while_searching(state: FederationState, policy: RoundPolicy, now_s: float) -> Action:
+    generation = state.generations()[-1]
+    asked = [(digest, node_id) for digest in generation.digests for node_id in generation.judges]
+    everyone = all(pair in state.answers for pair in asked)
+    return Action.SCORE if everyone or now_s >= state.proposals[-1].at_s + policy.scoring_s else Action.WAIT

@@ -153,6 +153,7 @@ class RoundSpec(Statement):
     merge: dict[str, Any]
     merge_seed: Count
     screen: dict[str, Any]
+    search: dict[str, Any]
     outer: dict[str, Any]
     min_nodes: Annotated[int, Field(ge=1)]
     deadline_s: float
@@ -175,6 +176,10 @@ class RoundSpec(Statement):
     def update_seed(self) -> int:
         """Return the seed with which the round's published update is encoded."""
         return derive_seed("update", self.merge_seed, self.round)
+
+    def search_seed(self) -> int:
+        """Return the seed of the round's search for a merge."""
+        return derive_seed("search", self.merge_seed, self.round)
 
 
 class DeltaStatement(Statement):
@@ -232,13 +237,54 @@ class MetricsStatement(Statement):
     run: str
     round: Count
     node_id: Digest
-    model: Literal["global", "own"]
+    model: Literal["global", "own", "candidate"]
     digest: Digest
     values: dict[str, float]
 
     def subject(self) -> dict[str, str]:
         """The model that was evaluated."""
         return {"model": self.digest}
+
+
+class ProposedMerge(_Strict):
+    """A candidate: its model version, the update that leads to it, and how it is merged (`fedmerge.search`)."""
+
+    digest: Digest
+    update: UpdateRef
+    factors: list[float | list[float]]
+    params: dict[str, float]
+
+
+class Candidates(Statement):
+    """A generation of candidate merges, out for scoring by `judges`; `factors` are those of `node_ids`, in order."""
+
+    kind: ClassVar[str] = "candidates"
+    digest_algorithm: ClassVar[str] = MODEL_DIGEST
+
+    federation: str
+    run: str
+    round: Annotated[int, Field(ge=1)]
+    spec_digest: Digest
+    node_ids: list[Digest]
+    judges: list[Digest]
+    candidates: Annotated[list[ProposedMerge], Field(min_length=1)]
+
+    def subject(self) -> dict[str, str]:
+        """The candidate models."""
+        return {f"candidate-{number}": each.digest for number, each in enumerate(self.candidates)}
+
+
+class SearchOutcome(_Strict):
+    """How a search ended: its generations by statement digest, and the candidates' mean scores over the `panel`.
+
+    The panel are the nodes that scored every candidate. A score is None when it is not finite. `chosen` is the number
+    of the candidate that was merged, over all generations.
+    """
+
+    proposals: list[Digest]
+    panel: list[Digest]
+    scores: list[float | None]
+    chosen: Count
 
 
 class SessionProof(Statement):
@@ -255,7 +301,10 @@ class SessionProof(Statement):
 
 
 class Contribution(_Strict):
-    """What became of one node's delta: its screening verdict and, by digest, what it signed."""
+    """What became of one node's delta: its screening verdict and, by digest, what it signed.
+
+    `weight` is a list where a search found one for each part of the model's depth.
+    """
 
     node_id: Digest
     statement_digest: Digest
@@ -265,7 +314,7 @@ class Contribution(_Strict):
     accepted: bool
     reason: str
     norm: float | None
-    weight: float
+    weight: float | list[float]
     scale: float
 
 
@@ -287,6 +336,7 @@ class MergeRecord(Statement):
     merge_seed: Count
     outer: dict[str, Any]
     outer_state_root: Digest | None
+    search: SearchOutcome | None
     ledger_head: Digest
     software: dict[str, str]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,15 +21,19 @@ from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import BadSignature, DigestMismatch, InputError, VerificationError
 from fedmerge.frame import DeltaFile
+from fedmerge.merge import Recipe
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
+from fedmerge.scoring import candidate_of, is_as_planned, outcome, proposed
 from fedmerge.sign import MAX_ENVELOPE_BYTES, PublicKey
 from fedmerge.statements import (
     PREDICATE_ROOT,
+    Candidates,
     DeltaStatement,
     Lineage,
     LocalMerge,
     MergeRecord,
+    MetricsStatement,
     ModelRef,
     RoundSpec,
     digest_of,
@@ -53,11 +57,17 @@ class Check:
 
 @dataclass(frozen=True)
 class History:
-    """A directory's provenance, verified: round specs and delta statements by digest, merge records in order."""
+    """A directory's provenance, verified: round specs and delta statements by digest, merge records in order.
+
+    Of rounds that searched for their merge also the candidates by digest, and what nodes reported about them, by round,
+    candidate and node.
+    """
 
     specs: dict[str, RoundSpec]
     deltas: dict[str, DeltaStatement]
     records: list[MergeRecord]
+    proposals: dict[str, Candidates]
+    metrics: dict[tuple[int, str, str], MetricsStatement]
 
 
 def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[Lineage, History, list[Check]]:
@@ -77,6 +87,11 @@ def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple
     checks.append(
         Check("deltas", True, f"{len(history.deltas)} delta statements verify under the keys of {num_nodes} nodes")
     )
+    searches = [record.search for record in history.records if record.search is not None]
+    if searches:
+        num_candidates = sum(len(search.scores) for search in searches)
+        detail = f"the scores that nodes signed for {num_candidates} candidates lead to what was merged"
+        checks.append(Check("search", True, detail))
     strangers = sorted(key_id for key_id in lineage.node_keys if key_id not in trusted)
     if strangers:
         detail = (
@@ -122,7 +137,14 @@ def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
             }
             counts = {c.node_id: history.deltas[c.statement_digest].num_examples for c in record.contributions}
             verdicts = screen_round(spec, deltas, counts, schema)
-            update = RoundUpdate(spec, verdicts, deltas, UpdatedModel(base, updates), state)
+            candidate = None
+            if record.search is not None:
+                accepted = {verdict.node_id for verdict in verdicts if verdict.accepted}
+                if accepted != {c.node_id for c in record.contributions if c.accepted}:
+                    raise DigestMismatch(f"round {record.round}: screening the same deltas again accepts other nodes")
+                candidates = proposed([history.proposals[digest] for digest in record.search.proposals])
+                candidate = candidate_of(candidates[record.search.chosen])
+            update = RoundUpdate(spec, verdicts, deltas, UpdatedModel(base, updates), state, candidate=candidate)
             path = Path(scratch) / f"update-{record.round}"
             update.write(path, schema)
             state = update.state
@@ -192,7 +214,7 @@ def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lin
         key_id: PublicKey.from_pem(pem, where=f"{LINEAGE}: node key {key_id[:12]}")
         for key_id, pem in lineage.node_keys.items()
     }
-    history = History({}, {}, [])
+    history = History({}, {}, [], {}, {})
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         where = f"{path}:{number}"
         try:
@@ -208,6 +230,15 @@ def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lin
             if signed.signer.key_id != statement.node_id:
                 raise BadSignature(f"{where}: the delta of node {statement.node_id[:12]} was signed by another node")
             history.deltas[digest_of(signed.payload)] = statement
+        elif kind == Candidates.kind:
+            candidates, signed = Candidates.open(envelope, coordinator, where=where)
+            history.proposals[digest_of(signed.payload)] = candidates
+        elif kind == MetricsStatement.kind:
+            metrics, signed = MetricsStatement.open(envelope, node_keys, where=where)
+            key = (metrics.round, metrics.digest, metrics.node_id)
+            if signed.signer.key_id != metrics.node_id or metrics.model != "candidate" or key in history.metrics:
+                raise BadSignature(f"{where}: not what node {metrics.node_id[:12]} said of a candidate, once")
+            history.metrics[key] = metrics
         elif kind == MergeRecord.kind:
             record, _ = MergeRecord.open(envelope, coordinator, where=where)
             history.records.append(record)
@@ -227,8 +258,10 @@ def _require_chain(history: History, lineage: Lineage, path: Path) -> None:
             raise VerificationError(f"{where}: does not belong to a signed round spec")
         if record.before != before or record.model.updates[:-1] != before.updates:
             raise VerificationError(f"{where}: does not follow from the round before")
-        promised = (spec.merge, spec.merge_seed, spec.outer, spec.schema_digest)
-        if (record.merge, record.merge_seed, record.outer, record.schema_digest) != promised:
+        merge = _require_search(record, spec, history, where) if spec.search else spec.merge
+        promised = (merge, spec.merge_seed, spec.outer, spec.schema_digest)
+        found = (record.merge, record.merge_seed, record.outer, record.schema_digest)
+        if found != promised or bool(spec.search) != (record.search is not None):
             raise VerificationError(f"{where}: was not merged as its round spec promised")
         for contribution in record.contributions:
             statement = history.deltas.get(contribution.statement_digest)
@@ -242,6 +275,36 @@ def _require_chain(history: History, lineage: Lineage, path: Path) -> None:
         before = record.model
     if before != lineage.model or not history.records:
         raise VerificationError(f"{path}: the merge records do not lead to the version in {LINEAGE}")
+
+
+def _require_search(record: MergeRecord, spec: RoundSpec, history: History, where: str) -> dict[str, Any]:
+    """Check that what nodes signed leads to the candidate that was merged; return the recipe that it has."""
+    if record.search is None:
+        raise VerificationError(f"{where}: was not searched for, as its round spec promised")
+    proposals = [history.proposals.get(digest) for digest in record.search.proposals]
+    known = [each for each in proposals if each is not None and each.spec_digest == record.spec_digest]
+    accepted = [contribution.node_id for contribution in record.contributions if contribution.accepted]
+    if (
+        not known
+        or len(known) < len(proposals)
+        or any(each.node_ids != accepted for each in known)
+        or any(len(each.factors) != len(accepted) for each in proposed(known))
+    ):
+        raise VerificationError(f"{where}: its candidates were not signed in that round")
+
+    def find(digest: str, node_id: str) -> MetricsStatement | None:
+        return history.metrics.get((record.round, digest, node_id))
+
+    if not is_as_planned(spec, len(accepted), known, find):
+        raise VerificationError(f"{where}: its candidates are not those that the search in the round spec proposes")
+    if record.search != outcome(spec, known, find):
+        raise VerificationError(f"{where}: the scores that nodes signed do not lead to the candidate that was chosen")
+    if len(record.search.panel) < spec.min_nodes:
+        raise VerificationError(f"{where}: only {len(record.search.panel)} nodes scored every candidate")
+    chosen = proposed(known)[record.search.chosen]
+    if chosen.digest != record.model.digest:
+        raise VerificationError(f"{where}: another model was merged than the candidate that was chosen")
+    return candidate_of(chosen).recipe(Recipe.from_dict(spec.merge)).to_dict()
 
 
 def _read(path: Path) -> bytes:

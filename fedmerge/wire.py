@@ -64,6 +64,7 @@ PHASES: dict[str, round_pb2.RoundPhase.ValueType] = {
     "planned": round_pb2.ROUND_PHASE_PLANNED,
     "open": round_pb2.ROUND_PHASE_OPEN,
     "sealed": round_pb2.ROUND_PHASE_SEALED,
+    "searching": round_pb2.ROUND_PHASE_SEARCHING,
     "merging": round_pb2.ROUND_PHASE_MERGING,
     "publishing": round_pb2.ROUND_PHASE_PUBLISHING,
     "published": round_pb2.ROUND_PHASE_PUBLISHED,

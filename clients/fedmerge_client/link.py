@@ -261,6 +261,7 @@ def _view_of(answer: round_pb2.WatchRoundsResponse) -> RoundView:
         phase=PHASE_NAMES.get(answer.phase, "planned"),
         spec_envelope=answer.spec_envelope,
         record_envelope=answer.record_envelope,
+        candidates_envelope=answer.candidates_envelope,
         num_deltas=answer.num_deltas,
         finished=answer.finished,
         failure=answer.failure,

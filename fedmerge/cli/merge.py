@@ -13,13 +13,15 @@ from cyclopts.validators import Number
 
 from fedmerge.cli.output import JsonFlag, parse_bytes, print_json, printable, stderr
 from fedmerge.cli.resources import num_cores, require_device
-from fedmerge.errors import ConfigError, ResourceError, did_you_mean
+from fedmerge.errors import ConfigError, ResourceError, did_you_mean, reporting_os_errors
 from fedmerge.sign import SigningKey
 
 if TYPE_CHECKING:
     from fedmerge.assemble import MergeJob
     from fedmerge.merge import Recipe
     from fedmerge.merge.layers import Value
+    from fedmerge.search import Candidate, SearchSettings
+    from fedmerge.search.local import Evaluate
 
 MAX_VALUE_CHARS = 1000  # of a parameter's value
 SEE_HELP = "see: fedmerge merge --help"
@@ -61,6 +63,16 @@ def merge(
         Literal["git_rebasin"] | None,
         Parameter(help="First permute each model's hidden units towards the base's, for models trained apart."),
     ] = None,
+    search: Annotated[
+        str | None, Parameter(help="Try many merges and keep the best: greedy_soup or cma_es.", show_default=False)
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        Parameter(help="A command that prints the metrics of the model directory {model} as a JSON object."),
+    ] = None,
+    search_set: Annotated[
+        tuple[str, ...], Parameter(help="A key of \\[search], KEY=VALUE, such as evaluations=100. Repeatable.")
+    ] = (),
     seed: Annotated[
         int, Parameter(help="Seed of methods that draw random masks.", validator=Number(gte=0, lt=1 << 63))
     ] = 0,
@@ -82,6 +94,7 @@ def merge(
     """Merge fine-tunes of one base model into a directory that transformers opens."""
     if out.exists():
         _require_replaceable(out, force=force)
+    settings, score = _search(search, search_set, evaluate)
     from fedmerge.assemble import Assembly
     from fedmerge.cli.progress import counting
     from fedmerge.merge import Workers, Write
@@ -101,6 +114,16 @@ def merge(
     workers = Workers(threads or num_cores(), parse_bytes("--memory", memory), require_device(device))
     max_shard_bytes = None if max_shard_size is None else parse_bytes("--max-shard-size", max_shard_size)
     signing_key = SigningKey.load(key) if key is not None else None
+    history: dict[str, str] = {}
+    if settings is not None and score is not None:
+        from fedmerge.search.local import search_local
+
+        scratch = out.absolute().parent
+        with reporting_os_errors(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+        job, history["search.json"] = search_local(
+            job, settings, score, seed=seed, workers=workers, scratch=scratch, on_candidate=_show
+        )
     assembly = Assembly(job)
     for path, (num_moved, num_units) in assembly.alignments.items():
         stderr.print(f"{printable(str(path))}: moved {num_moved} of {num_units} units", markup=False)
@@ -108,12 +131,39 @@ def merge(
     def fill(write: Write) -> None:
         counting(assembly.merge(write, seed=seed, workers=workers), len(assembly.schema), "merging")
 
-    digest = publish_local(assembly, fill, out, max_shard_bytes=max_shard_bytes, seed=seed, key=signing_key)
+    digest = publish_local(
+        assembly, fill, out, max_shard_bytes=max_shard_bytes, seed=seed, key=signing_key, side_files=history
+    )
     if json:
         print_json({"out": str(out), "version": digest, "merge": job.to_dict(), "signed": signing_key is not None})
         return
     stderr.print(f"merged {len(job.models)} models with {'+'.join(job.methods)} into version {digest[:12]}")
     sys.stdout.write(f"{out}\n")
+
+
+def _search(
+    strategy: str | None, assignments: tuple[str, ...], evaluate: str | None
+) -> tuple[SearchSettings | None, Evaluate | None]:
+    """Return how to search and how to score, as a command line asks for it; None twice without a search."""
+    if strategy is None:
+        if assignments or evaluate:
+            raise ConfigError("--evaluate and --search-set go with --search", hint=SEE_HELP)
+        return None, None
+    if evaluate is None:
+        hint = "a command that prints a JSON object of metrics, such as: --evaluate 'python score.py {model}'"
+        raise ConfigError("--search needs --evaluate", hint=hint)
+    from fedmerge.config import Search
+    from fedmerge.search.local import evaluation_command
+    from fedmerge.training import validated
+
+    values = _parameters(assignments, option="--search-set") | {"strategy": strategy}
+    settings = validated(Search, values, where="--search").settings()
+    return settings, None if settings is None else evaluation_command(evaluate, timeout_s=settings.deadline_s)
+
+
+def _show(candidate: Candidate, score: float) -> None:
+    params = "".join(f", {name} = {value:g}" for name, value in candidate.params.items())
+    stderr.print(f"{score:.6g} with weights times {candidate.to_dict()['factors']}{params}", markup=False)
 
 
 def _job(
@@ -183,13 +233,13 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
         )
 
 
-def _parameters(assignments: tuple[str, ...]) -> dict[str, Any]:
+def _parameters(assignments: tuple[str, ...], *, option: str = "--set") -> dict[str, Any]:
     """Parse KEY=VALUE pairs; a value is written as in TOML, or as a bare word."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         if not (separator and name and len(text) <= MAX_VALUE_CHARS):
-            raise ConfigError(f"--set {assignment:.60}: expected KEY=VALUE")
+            raise ConfigError(f"{option} {assignment:.60}: expected KEY=VALUE")
         value = _toml(text)
         values[name] = text if value is None else value
     return values

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -94,7 +94,9 @@ def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[_
         config = Config.model_validate(filled, context={"folder": folder.resolve()})
     except ValidationError as err:
         problems = [_Problem(error["loc"], _explain(error)) for error in err.errors(include_url=False)]
-    return config, problems + _merge_problems(filled["merge"]) + _delta_problems(config) + _robust_problems(config)
+    merge_problems = _merge_problems(filled["merge"])
+    problems += merge_problems + _delta_problems(config) + _robust_problems(config)
+    return config, problems if merge_problems else problems + _search_problems(config)
 
 
 def _delta_problems(config: Config | None) -> list[_Problem]:
@@ -130,6 +132,20 @@ def _robust_problems(config: Config | None) -> list[_Problem]:
     return []
 
 
+def _search_problems(config: Config | None) -> list[_Problem]:
+    """Check a search against the merge that it varies, which must be right itself."""
+    if config is None or config.search.strategy == "none":
+        return []
+    if config.screen.robust:
+        # They mix deltas so that no single node matters much; a factor for each node is the opposite.
+        return [_Problem(("search", "strategy"), "does not go with [screen] robust; set one of them")]
+    try:
+        config.search_settings()
+    except ConfigError as err:
+        return [_Problem(("search",), err.message.removeprefix("search: "))]
+    return []
+
+
 def _huge_numbers(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
     """Yield where an integer is beyond TOML's range; Python refuses to print some of them."""
     if isinstance(value, dict):
@@ -155,6 +171,8 @@ def _merge_problems(section: Any) -> list[_Problem]:
     from fedmerge.merge import METHODS, parameters
     from fedmerge.merge.methods import IN_TIME
 
+    if method in get_args(SECTIONS["search"].model_fields["strategy"].annotation):
+        return [_Problem(("merge", "method"), f"should be how each candidate is merged; set {method!r} under [search]")]
     if method not in METHODS:
         return [_Problem(("merge", "method"), _one_of(method, METHODS))]
     if method in IN_TIME:

@@ -17,6 +17,7 @@ from fedmerge.config.values import (
     Labels,
     Name,
     Positive,
+    Range,
     Size,
     ValueType,
     is_private,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fedmerge.merge import Recipe
     from fedmerge.regime import Uplink
     from fedmerge.screen import ScreenPolicy
+    from fedmerge.search import SearchSettings
 
 
 class Section(BaseModel):
@@ -262,6 +264,37 @@ class Screen(Section):
     """How many nodes may be bad; each rule needs some number of good ones for it (`rounds.min_nodes`)."""
 
 
+class Search(Section):
+    """Instead of one merge, try many: nodes score candidates on their own test data, and the best is published. Nodes
+    that fetch as many candidates as there are nodes can compute each other's task vectors from them."""
+
+    strategy: Literal["none", "greedy_soup", "cma_es"] = "none"
+    """No search ("none"); or which models to merge, added one by one unless that makes it worse ("greedy_soup"); or a
+    factor on each node's weight and the parameters in vary, by an evolution strategy ("cma_es")."""
+    evaluations: Positive = 50
+    """Candidates after which no further generation begins; every node fetches and scores each of them."""
+    metric: str = Field(default="auto", min_length=1)
+    """Which of a node's metrics counts: its name, or -NAME where lower is better; "auto" is accuracy, else -loss."""
+    deadline_s: float = Field(default=3600.0, gt=0)
+    """Seconds that nodes have for one generation; who misses it has no say in the rest of the round's search."""
+    vary: dict[str, Range] | None = Field(default=None, examples=[{"density": [0.1, 0.9]}])
+    """Parameters of the merge method for "cma_es" to vary, each with its lowest and highest value."""
+    layers: Positive = 1
+    """Factors of "cma_es" for each node, spread over the model's depth; 1 is the same factor everywhere."""
+    population: int = Field(default=0, ge=0)
+    """Candidates in a generation of "cma_es"; 0 takes 4 + 3 ln D for D numbers to find."""
+    step: float = Field(default=0.1667, gt=0, le=1)
+    """First spread of "cma_es", as a share of each number's range."""
+
+    def settings(self) -> SearchSettings | None:
+        """Return how to search; None without a search. Raises `ConfigError` when keys do not go together."""
+        if self.strategy == "none":
+            return None
+        from fedmerge.search import SearchSettings
+
+        return SearchSettings(**self.model_dump() | {"vary": self.vary or {}})
+
+
 class Outer(Section):
     """The optimizer that takes the merged task vector as its step."""
 
@@ -295,6 +328,7 @@ class Config(Section):
     delta: Delta
     merge: Merge
     screen: Screen
+    search: Search
     outer: Outer
     nodes: Annotated[tuple[SimulatedNode, ...], Field(strict=False)] = ()
 
@@ -353,6 +387,13 @@ class Config(Section):
         if self.merge.steps:
             return Recipe.from_steps([(step.method, step.extras) for step in self.merge.steps])
         return Recipe(self.merge.method, self.merge.extras)
+
+    def search_settings(self) -> SearchSettings | None:
+        """Return how to search for the merge; None without a search. Raises `ConfigError` when it can't be done."""
+        settings = self.search.settings()
+        if settings is not None:
+            settings.check(self.recipe())
+        return settings
 
     def screen_policy(self) -> ScreenPolicy:
         """Return which deltas count, and for how much."""

@@ -90,4 +90,5 @@ Labels: TypeAlias = Annotated[
     WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 2}, {"type": "string"}]}),
 ]
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
+Range: TypeAlias = Annotated[tuple[float, float], Field(strict=False)]
 ValueType: TypeAlias = Literal["fp32", "bf16", "fp16", "int8", "int4", "lloyd3", "lloyd2", "sign"]

@@ -35,6 +35,7 @@ class LocalLink:
             phase=state.phase,
             spec_envelope=self._coordinator.spec_envelope(),
             record_envelope=self._coordinator.record_envelope(),
+            candidates_envelope=self._coordinator.candidates_envelope(),
             num_deltas=len(state.deltas),
             finished=self._coordinator.finished(),
             failure=state.failure,

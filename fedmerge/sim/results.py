@@ -9,7 +9,7 @@ from typing import Any
 from fedmerge.config import Config
 from fedmerge.delta import delta_schema
 from fedmerge.errors import RoundFailed
-from fedmerge.events import DeltaAccepted, MetricsReported
+from fedmerge.events import CandidatesProposed, DeltaAccepted, MetricsReported
 from fedmerge.journal import Journal
 from fedmerge.rounds import Phase
 from fedmerge.sign import SigningKey, TrustStore
@@ -67,11 +67,16 @@ def result_of(config: Config) -> FederationResult:
             version=record.model.digest,
             num_rounds=record.round,
             nodes=_nodes(journal, TrustStore(config.federation.trusted), record.round),
-            fetched_bytes=sum(update.num_bytes for update in record.model.updates),
+            fetched_bytes=sum(update.num_bytes for update in record.model.updates) + _candidate_bytes(journal),
             dense_bytes=4 * sum(spec.num_elements for spec in schema.values()),
         )
     finally:
         journal.ledger.close()
+
+
+def _candidate_bytes(journal: Journal) -> int:
+    events = [entry.event for entry in journal.ledger.entries]
+    return sum(event.num_bytes for event in events if isinstance(event, CandidatesProposed))
 
 
 def _nodes(journal: Journal, trust: TrustStore, last_round: int) -> list[NodeResult]:

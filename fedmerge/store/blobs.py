@@ -45,6 +45,11 @@ class BlobStore:
         self._install(source, root)
         return root
 
+    def drop(self, root: str) -> None:
+        """Remove a blob, if it is stored."""
+        with reporting_os_errors(self.directory):
+            self._place(root).unlink(missing_ok=True)
+
     def begin_part(self, upload_id: str) -> None:
         """Make the empty part of an upload."""
         with reporting_os_errors(self._parts):

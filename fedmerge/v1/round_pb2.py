@@ -24,23 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64merge/v1/round.proto\x12\x0b\x66\x65\x64merge.v1\"\x14\n\x12WatchRoundsRequest\"\xc7\x01\n\x13WatchRoundsResponse\x12\x12\n\nnum_events\x18\x01 \x01(\x03\x12\r\n\x05round\x18\x02 \x01(\x05\x12&\n\x05phase\x18\x03 \x01(\x0e\x32\x17.fedmerge.v1.RoundPhase\x12\x15\n\rspec_envelope\x18\x04 \x01(\x0c\x12\x17\n\x0frecord_envelope\x18\x05 \x01(\x0c\x12\x12\n\nnum_deltas\x18\x06 \x01(\x05\x12\x10\n\x08\x66inished\x18\x07 \x01(\x08\x12\x0f\n\x07\x66\x61ilure\x18\x08 \x01(\t\"(\n\x14ReportMetricsRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\x17\n\x15ReportMetricsResponse*\xd8\x01\n\nRoundPhase\x12\x1b\n\x17ROUND_PHASE_UNSPECIFIED\x10\x00\x12\x17\n\x13ROUND_PHASE_PLANNED\x10\x01\x12\x14\n\x10ROUND_PHASE_OPEN\x10\x02\x12\x16\n\x12ROUND_PHASE_SEALED\x10\x03\x12\x17\n\x13ROUND_PHASE_MERGING\x10\x04\x12\x1a\n\x16ROUND_PHASE_PUBLISHING\x10\x05\x12\x19\n\x15ROUND_PHASE_PUBLISHED\x10\x06\x12\x16\n\x12ROUND_PHASE_FAILED\x10\x07\x32\xba\x01\n\x0cRoundService\x12R\n\x0bWatchRounds\x12\x1f.fedmerge.v1.WatchRoundsRequest\x1a .fedmerge.v1.WatchRoundsResponse0\x01\x12V\n\rReportMetrics\x12!.fedmerge.v1.ReportMetricsRequest\x1a\".fedmerge.v1.ReportMetricsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64merge/v1/round.proto\x12\x0b\x66\x65\x64merge.v1\"\x14\n\x12WatchRoundsRequest\"\xe4\x01\n\x13WatchRoundsResponse\x12\x12\n\nnum_events\x18\x01 \x01(\x03\x12\r\n\x05round\x18\x02 \x01(\x05\x12&\n\x05phase\x18\x03 \x01(\x0e\x32\x17.fedmerge.v1.RoundPhase\x12\x15\n\rspec_envelope\x18\x04 \x01(\x0c\x12\x17\n\x0frecord_envelope\x18\x05 \x01(\x0c\x12\x12\n\nnum_deltas\x18\x06 \x01(\x05\x12\x10\n\x08\x66inished\x18\x07 \x01(\x08\x12\x0f\n\x07\x66\x61ilure\x18\x08 \x01(\t\x12\x1b\n\x13\x63\x61ndidates_envelope\x18\t \x01(\x0c\"(\n\x14ReportMetricsRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\x17\n\x15ReportMetricsResponse*\xf3\x01\n\nRoundPhase\x12\x1b\n\x17ROUND_PHASE_UNSPECIFIED\x10\x00\x12\x17\n\x13ROUND_PHASE_PLANNED\x10\x01\x12\x14\n\x10ROUND_PHASE_OPEN\x10\x02\x12\x16\n\x12ROUND_PHASE_SEALED\x10\x03\x12\x17\n\x13ROUND_PHASE_MERGING\x10\x04\x12\x1a\n\x16ROUND_PHASE_PUBLISHING\x10\x05\x12\x19\n\x15ROUND_PHASE_PUBLISHED\x10\x06\x12\x16\n\x12ROUND_PHASE_FAILED\x10\x07\x12\x19\n\x15ROUND_PHASE_SEARCHING\x10\x08\x32\xba\x01\n\x0cRoundService\x12R\n\x0bWatchRounds\x12\x1f.fedmerge.v1.WatchRoundsRequest\x1a .fedmerge.v1.WatchRoundsResponse0\x01\x12V\n\rReportMetrics\x12!.fedmerge.v1.ReportMetricsRequest\x1a\".fedmerge.v1.ReportMetricsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedmerge.v1.round_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROUNDPHASE']._serialized_start=332
-  _globals['_ROUNDPHASE']._serialized_end=548
+  _globals['_ROUNDPHASE']._serialized_start=361
+  _globals['_ROUNDPHASE']._serialized_end=604
   _globals['_WATCHROUNDSREQUEST']._serialized_start=40
   _globals['_WATCHROUNDSREQUEST']._serialized_end=60
   _globals['_WATCHROUNDSRESPONSE']._serialized_start=63
-  _globals['_WATCHROUNDSRESPONSE']._serialized_end=262
-  _globals['_REPORTMETRICSREQUEST']._serialized_start=264
-  _globals['_REPORTMETRICSREQUEST']._serialized_end=304
-  _globals['_REPORTMETRICSRESPONSE']._serialized_start=306
-  _globals['_REPORTMETRICSRESPONSE']._serialized_end=329
-  _globals['_ROUNDSERVICE']._serialized_start=551
-  _globals['_ROUNDSERVICE']._serialized_end=737
+  _globals['_WATCHROUNDSRESPONSE']._serialized_end=291
+  _globals['_REPORTMETRICSREQUEST']._serialized_start=293
+  _globals['_REPORTMETRICSREQUEST']._serialized_end=333
+  _globals['_REPORTMETRICSRESPONSE']._serialized_start=335
+  _globals['_REPORTMETRICSRESPONSE']._serialized_end=358
+  _globals['_ROUNDSERVICE']._serialized_start=607
+  _globals['_ROUNDSERVICE']._serialized_end=793
 # @@protoc_insertion_point(module_scope)

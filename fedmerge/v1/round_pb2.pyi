@@ -39,6 +39,8 @@ class _RoundPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RoundPhase
     """The round's model is out."""
     ROUND_PHASE_FAILED: _RoundPhase.ValueType  # 7
     """The round ended without a model."""
+    ROUND_PHASE_SEARCHING: _RoundPhase.ValueType  # 8
+    """Candidate merges are being scored by nodes; SEALED comes before and after."""
 
 class RoundPhase(_RoundPhase, metaclass=_RoundPhaseEnumTypeWrapper):
     """Where a round stands."""
@@ -59,6 +61,8 @@ ROUND_PHASE_PUBLISHED: RoundPhase.ValueType  # 6
 """The round's model is out."""
 ROUND_PHASE_FAILED: RoundPhase.ValueType  # 7
 """The round ended without a model."""
+ROUND_PHASE_SEARCHING: RoundPhase.ValueType  # 8
+"""Candidate merges are being scored by nodes; SEALED comes before and after."""
 Global___RoundPhase: _TypeAlias = RoundPhase  # noqa: Y015
 
 @_typing.final
@@ -92,6 +96,7 @@ class WatchRoundsResponse(_message.Message):
     NUM_DELTAS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    CANDIDATES_ENVELOPE_FIELD_NUMBER: _builtins.int
     num_events: _builtins.int
     """Number of events in the coordinator's ledger."""
     round: _builtins.int
@@ -108,6 +113,8 @@ class WatchRoundsResponse(_message.Message):
     """True when no further round will open."""
     failure: _builtins.str
     """Why the round failed, when it did."""
+    candidates_envelope: _builtins.bytes
+    """DSSE envelope of the candidate merges to score, signed by the coordinator; empty unless the phase is SEARCHING."""
     def __init__(
         self,
         *,
@@ -119,10 +126,11 @@ class WatchRoundsResponse(_message.Message):
         num_deltas: _builtins.int = ...,
         finished: _builtins.bool = ...,
         failure: _builtins.str = ...,
+        candidates_envelope: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "finished", b"finished", "num_deltas", b"num_deltas", "num_events", b"num_events", "phase", b"phase", "record_envelope", b"record_envelope", "round", b"round", "spec_envelope", b"spec_envelope"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates_envelope", b"candidates_envelope", "failure", b"failure", "finished", b"finished", "num_deltas", b"num_deltas", "num_events", b"num_events", "phase", b"phase", "record_envelope", b"record_envelope", "round", b"round", "spec_envelope", b"spec_envelope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

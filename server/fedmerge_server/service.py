@@ -232,6 +232,7 @@ class Services(
                 phase=PHASES[state.phase],
                 spec_envelope=coordinator.spec_envelope(),
                 record_envelope=coordinator.record_envelope(),
+                candidates_envelope=coordinator.candidates_envelope(),
                 num_deltas=len(state.deltas),
                 finished=coordinator.finished(),
                 failure=state.failure,

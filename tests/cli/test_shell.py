@@ -42,8 +42,9 @@ OPTIONS: dict[str, list[str]] = {
     "doctor": ["CONFIG", "--json"],
     "schema": [],
     "merge": [
-        "MODEL", "--out", "--base", "--from", "--method", "--weights", "--set", "--statistics", "--align", "--seed",
-        "--key", "--max-shard-size", "--threads", "--memory", "--device", "--force", "--json",
+        "MODEL", "--out", "--base", "--from", "--method", "--weights", "--set", "--statistics", "--align",
+        "--search", "--evaluate", "--search-set", "--seed", "--key",
+        "--max-shard-size", "--threads", "--memory", "--device", "--force", "--json",
     ],
     "statistics": ["MODEL", "--method", "--data", "--out", "--trainer", "--option", "--json"],
     "diff": ["MODEL", "--base", "--plot", "--json"],

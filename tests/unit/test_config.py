@@ -29,6 +29,7 @@ from fedmerge.merge import METHODS, Recipe, parameters
 from fedmerge.outer import OUTER
 from fedmerge.outer import parameters as outer_parameters
 from fedmerge.screen import ScreenPolicy
+from fedmerge.search import SearchSettings
 
 # Machines that run tests are often busy: how long an example takes says nothing.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -389,6 +390,26 @@ BAD: list[tuple[str, list[str]]] = [
         MINIMAL + "[[nodes]]\nname='a'\ndata='d'\n[[nodes]]\nname='a'\ndata='e'\n",
         ["5: nodes: two nodes are called 'a'"],
     ),
+    (
+        MINIMAL + "[merge]\nmethod = 'greedy_soup'\n",
+        ["6: merge.method: should be how each candidate is merged; set 'greedy_soup' under [search]"],
+    ),
+    (
+        MINIMAL + "[search]\nstrategy = 'greedy_soup'\nlayers = 2\n",
+        ["5: search: greedy_soup has one factor for each model"],
+    ),
+    (
+        MINIMAL + "[merge]\nmethod = 'ties'\n[search]\nstrategy = 'cma_es'\nvary = { density = [0.5, 0.9] }\n",
+        ["7: search: vary.density should be a range around its start, 0.2"],
+    ),
+    (
+        MINIMAL + "[search]\nstrategy = 'cma_es'\nvary = { density = [0.5] }\n",
+        ["7: search.vary.density[1]: required key is missing"],
+    ),
+    (
+        MINIMAL + "[screen]\nrobust = ['krum']\n[rounds]\nmin_nodes = 5\n[search]\nstrategy = 'cma_es'\n",
+        ["10: search.strategy: does not go with [screen] robust; set one of them"],
+    ),
     (MINIMAL + "[nodes]\nname='a'\n", ["5: nodes: should be a list, not a table"]),
     ("[federation\n", ["1: not valid TOML: Expected ']' at the end of a table declaration (column 12)"]),
     (MINIMAL + "base = 'b'\n", ["5: not valid TOML: Cannot overwrite a value (column 11)"]),
@@ -484,6 +505,9 @@ def test_defaults_are_those_of_the_parts_they_configure() -> None:
     assert config.recipe() == Recipe("fedavg")
     assert config.screen_policy() == ScreenPolicy()
     assert config.outer_settings() == {"name": "sgd", "lr": 1.0}
+    assert config.search_settings() is None
+    searching = parse(MINIMAL + "[search]\nstrategy = 'cma_es'\n").search_settings()
+    assert searching == SearchSettings("cma_es")
 
 
 @pytest.mark.parametrize("key", ["density", "block_size", "small_elements", "zstd_level", "max_noise_ratio"])

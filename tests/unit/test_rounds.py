@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 
 from fedmerge.errors import DigestMismatch
 from fedmerge.events import (
+    CandidatesProposed,
+    CandidatesScored,
     DeltaAccepted,
     Event,
     FederationCreated,
     MergeFinished,
     MergeStarted,
+    MetricsReported,
     RoundFailed,
     RoundOpened,
     RoundPublished,
@@ -72,6 +75,52 @@ def test_at_the_deadline_a_round_seals_with_a_quorum_and_fails_without(num_delta
     assert next_action(state, POLICY, NODES, 100.0) == expected
 
 
+def proposed(*digests: str, judges: list[str]) -> CandidatesProposed:
+    return CandidatesProposed(
+        round=1, digests=list(digests), judges=judges, update_roots=[ZERO], num_bytes=1, proposal_envelope="{}"
+    )
+
+
+def scored(node_id: str, candidate: str | None, envelope: str = "{}") -> MetricsReported:
+    return MetricsReported(round=1, node_id=node_id, candidate=candidate, envelope=envelope)
+
+
+def test_a_generation_is_scored_once_every_judge_said_something_of_every_candidate_or_time_is_up() -> None:
+    x, y = "e" * 64, "f" * 64
+    sealed = [(0.0, CREATED), (0.0, opened()), (1.0, RoundSealed(round=1, node_ids=NODES[:2]))]
+    asked: list[tuple[float, Event]] = [*sealed, (2.0, proposed(x, y, judges=NODES[:2]))]
+    said: list[tuple[float, Event]] = [
+        (3.0, scored(NODES[0], x)),
+        (3.0, scored(NODES[0], y)),
+        (3.0, scored(NODES[1], x)),
+    ]
+    policy = RoundPolicy(num_rounds=1, min_nodes=2, deadline_s=100.0, grace_s=10.0, scoring_s=50.0)
+    assert next_action(history(*sealed), policy, NODES, 2.0) == Action.MERGE
+    assert next_action(history(*asked, *said), policy, NODES, 51.9) == Action.WAIT
+    assert next_action(history(*asked, *said), policy, NODES, 52.0) == Action.SCORE
+    assert next_action(history(*asked, *said, (4.0, scored(NODES[1], y))), policy, NODES, 4.0) == Action.SCORE
+
+
+def test_of_what_nodes_report_counts_what_a_judge_said_first_and_in_time() -> None:
+    x, y = "e" * 64, "f" * 64
+    late: list[tuple[float, Event]] = [(5, CandidatesScored(round=1)), (5, scored(NODES[1], x))]
+    state = history(
+        (0, CREATED),
+        (0, opened()),
+        (1, RoundSealed(round=1, node_ids=NODES[:2])),
+        (2, scored(NODES[0], x, "too early")),
+        (2, proposed(x, judges=NODES[:2])),
+        (3, scored(NODES[0], x, "counts")),
+        (3, scored(NODES[0], x, "a second thought")),
+        (3, scored(NODES[2], x, "not asked")),
+        (3, scored(NODES[1], y, "not a candidate")),
+        (3, scored(NODES[1], None, "of another model")),
+        *late,
+    )
+    assert state.phase == Phase.SEALED
+    assert state.answers == {(x, NODES[0]): "counts"}
+
+
 def test_a_round_that_nobody_is_trusted_for_waits_for_its_quorum() -> None:
     state = history((0, CREATED), (0, opened()))
     assert next_action(state, POLICY, [], 1.0) == Action.WAIT
@@ -107,6 +156,9 @@ facts = st.sampled_from(
         opened(),
         *map(delta, NODES),
         RoundSealed(round=1, node_ids=NODES[:1]),
+        proposed("e" * 64, judges=NODES[:1]),
+        scored(NODES[0], "e" * 64),
+        CandidatesScored(round=1),
         MergeStarted(round=1),
         finished(),
         RoundPublished(round=1, version=ZERO),
@@ -116,7 +168,8 @@ facts = st.sampled_from(
 NEXT = {
     Phase.PLANNED: {Phase.PLANNED, Phase.OPEN},
     Phase.OPEN: {Phase.OPEN, Phase.SEALED, Phase.FAILED},
-    Phase.SEALED: {Phase.MERGING},
+    Phase.SEALED: {Phase.SEALED, Phase.SEARCHING, Phase.MERGING, Phase.FAILED},
+    Phase.SEARCHING: {Phase.SEARCHING, Phase.SEALED},
     Phase.MERGING: {Phase.PUBLISHING, Phase.FAILED},
     Phase.PUBLISHING: {Phase.PUBLISHED},
     Phase.PUBLISHED: {Phase.OPEN},
@@ -134,5 +187,5 @@ def test_no_order_of_events_takes_a_forbidden_step(order: list[Event]) -> None:
         except DigestMismatch:
             assert state is before
             continue
-        assert state.phase in NEXT[before.phase]
+        assert state.phase in NEXT[before.phase] | ({before.phase} if isinstance(fact, MetricsReported) else set())
         assert before.phase == Phase.OPEN or not isinstance(fact, DeltaAccepted)

@@ -1,0 +1,209 @@
+"""Steps 9 to 11 on the coordinator: screen a sealed round's deltas, merge them, step the outer optimizer, and store.
+
+All of it can be done again at any time, to the same bits: the round's statements and the deltas say everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedmerge.aggregate import RoundUpdate, open_delta, screen_round, weights_of
+from fedmerge.errors import RoundFailed
+from fedmerge.events import CandidatesProposed, DeltaAccepted, MergeFinished
+from fedmerge.journal import Journal
+from fedmerge.merge import Recipe
+from fedmerge.publish import software_versions
+from fedmerge.scoring import candidate_of, outcome, proposed, resume
+from fedmerge.search import Candidate, SearchSettings
+from fedmerge.sign import PublicKey
+from fedmerge.statements import (
+    Candidates,
+    Contribution,
+    MergeRecord,
+    MetricsStatement,
+    ModelRef,
+    ProposedMerge,
+    SearchOutcome,
+    UpdateRef,
+)
+from fedmerge.store.blobs import BlobStore
+from fedmerge.tensors import Checkpoint, Schema, model_digest
+from fedmerge.versions import open_model
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model version that was made of a round's deltas: its update and its optimizer state."""
+
+    version: str
+    update: UpdateRef
+    state_root: str | None
+
+
+class RoundMerge:
+    """A sealed round: its spec, its deltas and their verdicts. Raises `RoundFailed` when too few pass screening."""
+
+    def __init__(self, journal: Journal, blobs: BlobStore, base: Checkpoint, schema: Schema) -> None:
+        self._journal, self._blobs, self._base, self._schema = journal, blobs, base, schema
+        spec = journal.spec()
+        assert spec is not None
+        self.spec = spec
+        state = journal.state
+        self._facts = {node_id: fact for node_id in state.node_ids if (fact := state.accepted(node_id)) is not None}
+        self._deltas = {
+            node_id: open_delta(spec, node_id, blobs.path(fact.payload_root), schema)
+            for node_id, fact in self._facts.items()
+        }
+        counts = {node_id: fact.num_examples for node_id, fact in self._facts.items()}
+        self.verdicts = screen_round(spec, self._deltas, counts, schema)
+        self.node_ids = [verdict.node_id for verdict in self.verdicts if verdict.accepted]
+
+    def make(self, candidate: Candidate | None = None) -> Made:
+        """Merge, step, and store the update; `candidate` says how, where it is not as the plan says."""
+        spec = self.spec
+        before = open_model(spec.model, self._base, self._find_update)
+        update = RoundUpdate(spec, self.verdicts, self._deltas, before, self._outer_state(), candidate=candidate)
+        scratch = self._blobs.part_path(f"update-{spec.round}")
+        update.write(scratch, self._schema)
+        num_bytes = scratch.stat().st_size
+        root = self._blobs.add(scratch)
+        ref = UpdateRef(
+            round=spec.round, root=root, num_bytes=num_bytes, codec=spec.downlink, seed=str(spec.update_seed())
+        )
+        state_root = self._blobs.add(scratch) if update.write_state(scratch) else None
+        unnamed = spec.model.model_copy(update={"updates": [*spec.model.updates, ref]})
+        version = model_digest(open_model(unnamed, self._base, self._find_update))
+        return Made(version, ref, state_root)
+
+    def record(self, made: Made, candidate: Candidate | None, search: SearchOutcome | None) -> MergeRecord:
+        """Return the statement of how a version was made."""
+        state = self._journal.state
+        recipe, weights = Recipe.from_dict(self.spec.merge), weights_of(self.verdicts, candidate)
+        if candidate is not None:
+            recipe = candidate.recipe(recipe)
+        assert state.opened is not None
+        before, facts = self.spec.model, self._facts
+        return MergeRecord(
+            federation=self.spec.federation,
+            run=self.spec.run,
+            round=self.spec.round,
+            spec_digest=state.opened.spec_digest,
+            before=before,
+            model=ModelRef(digest=made.version, base_digest=before.base_digest, updates=[*before.updates, made.update]),
+            schema_digest=self.spec.schema_digest,
+            contributions=[
+                Contribution(
+                    node_id=verdict.node_id,
+                    statement_digest=facts[verdict.node_id].statement_digest,
+                    payload_root=facts[verdict.node_id].payload_root,
+                    payload_bytes=facts[verdict.node_id].payload_bytes,
+                    num_examples=verdict.num_examples,
+                    accepted=verdict.accepted,
+                    reason=verdict.reason,
+                    norm=verdict.norm,
+                    weight=weights.get(verdict.node_id, verdict.weight),
+                    scale=verdict.scale,
+                )
+                for verdict in self.verdicts
+            ],
+            merge=recipe.to_dict(),
+            merge_seed=self.spec.merge_seed,
+            outer=self.spec.outer,
+            outer_state_root=made.state_root,
+            search=search,
+            ledger_head=state.sealed_hash,
+            software=software_versions(),
+        )
+
+    # A search for the merge: generations of candidates, each made as the round's update is
+
+    def next_generation(self) -> CandidatesProposed | None:
+        """Make the next generation of candidates from what nodes answered so far; None when the search has ended.
+
+        Raises `RoundFailed` when fewer nodes than the round's `min_nodes` scored every candidate.
+        """
+        spec, proposals = self.spec, self._proposals()
+        search = resume(spec, len(self.node_ids), proposals, self._find_metrics)
+        judges = search.board.panel if proposals else self.node_ids
+        if len(judges) < spec.min_nodes:
+            metric = SearchSettings.from_dict(spec.search).metric
+            raise RoundFailed(
+                f"only {len(judges)} of at least {spec.min_nodes} nodes scored every candidate (metric: {metric})"
+            )
+        if not search.generation:
+            return None
+        made = [(candidate, self.make(candidate)) for candidate in search.generation]
+        state = self._journal.state
+        assert state.opened is not None
+        statement = Candidates(
+            federation=spec.federation,
+            run=spec.run,
+            round=spec.round,
+            spec_digest=state.opened.spec_digest,
+            node_ids=self.node_ids,
+            judges=judges,
+            candidates=[
+                ProposedMerge(
+                    digest=each.version,
+                    update=each.update,
+                    **candidate.to_dict(),
+                )
+                for candidate, each in made
+            ],
+        )
+        return CandidatesProposed(
+            round=spec.round,
+            digests=[each.version for _, each in made],
+            judges=judges,
+            update_roots=sorted({each.update.root for _, each in made}),
+            num_bytes=sum({each.update.root: each.update.num_bytes for _, each in made}.values()),
+            proposal_envelope=statement.sign(self._journal.key).decode(),
+        )
+
+    def chosen(self) -> tuple[Candidate, SearchOutcome]:
+        """Return the candidate that the answers lead to, and how they do."""
+        proposals = self._proposals()
+        found = outcome(self.spec, proposals, self._find_metrics)
+        return candidate_of(proposed(proposals)[found.chosen]), found
+
+    def _proposals(self) -> list[Candidates]:
+        return [
+            Candidates.open(event.proposal_envelope.encode(), self._journal.own_key, where="candidates")[0]
+            for event in self._journal.state.generations()
+        ]
+
+    def _find_metrics(self, digest: str, node_id: str) -> MetricsStatement | None:
+        envelope = self._journal.state.answers.get((digest, node_id))
+        if envelope is None:
+            return None
+        # The key that the node delivered with: it may have left the trusted ones since.
+        key = PublicKey.from_pem(self._facts[node_id].node_key, where=f"node {node_id[:12]}")
+        return MetricsStatement.open(envelope.encode(), {key.key_id: key}, where="metrics statement")[0]
+
+    def _find_update(self, ref: UpdateRef) -> Path:
+        return self._blobs.path(ref.root)
+
+    def _outer_state(self) -> dict[str, Tensor]:
+        record = self._journal.record()
+        if record is None or record.outer_state_root is None:
+            return {}
+        return load_file(self._blobs.path(record.outer_state_root))
+
+
+def drop_candidates(journal: Journal, blobs: BlobStore) -> None:
+    """Remove the stored candidates of the current round, but for blobs that stand for something else as well."""
+    stale = {root for generation in journal.state.generations() for root in generation.update_roots}
+    if not stale:
+        return
+    kept: set[str] = set()
+    for entry in journal.ledger.entries:
+        if isinstance(entry.event, DeltaAccepted):
+            kept.add(entry.event.payload_root)
+        elif isinstance(entry.event, MergeFinished):
+            kept.add(entry.event.update_root)
+    for root in stale - kept:
+        blobs.drop(root)
