@@ -225,6 +225,7 @@ class Stop:
             raise Stopped
 
 
+@pytest.mark.slow
 def test_a_coordinator_and_a_node_killed_in_a_search_end_it_as_they_would_have(tmp_path: Path) -> None:
     undisturbed = run_simulated(tmp_path / "undisturbed", evaluations=12)
     folder = tmp_path / "killed"
