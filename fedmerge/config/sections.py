@@ -361,14 +361,16 @@ class Config(Section):
         if self.delta.codec == "custom":
             return Uplink(Codec(**self.delta.codec_settings()), self.delta.error_feedback, "as configured")
         lora_rank = self.train.extras.get("lora_rank", 0)
+        recipe = self.recipe()
         return choose(
             Regime(
                 num_parameters=num_parameters,
                 num_rounds=self.rounds.num_rounds,
                 lora_rank=lora_rank if isinstance(lora_rank, int) else 0,
-                merge=self.merge.method,
-                is_linear=self.merge.method in LINEAR and not self.screen.robust,
-                has_momentum=self.outer.name != "sgd",
+                merge="+".join(step.name for step in recipe.steps),
+                is_linear=recipe.method in LINEAR and not recipe.before and not self.screen.robust,
+                # An average over rounds carries the past on as momentum does.
+                has_momentum=self.outer.name != "sgd" or bool(recipe.after),
                 is_local=self.server.is_local,
             )
         )

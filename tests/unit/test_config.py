@@ -227,6 +227,18 @@ def test_steps_make_a_recipe() -> None:
     assert parse(MINIMAL + text).recipe() == expected
 
 
+def test_the_codec_is_chosen_for_what_the_steps_do() -> None:
+    def reason(*names: str, num_rounds: int = 1) -> str:
+        steps = "".join(f"[[merge.steps]]\nmethod = '{name}'\n" for name in names)
+        text = f"[server]\nlisten = '0.0.0.0:1'\n[rounds]\nnum_rounds = {num_rounds}\n[delta]\ncodec = 'auto'\n"
+        return parse(MINIMAL + text + steps).uplink(10**9).reason
+
+    assert "keeps the mean of random masks" in reason("fedavg", "scale", num_rounds=1)
+    assert "trim+fedavg or a robust rule looks at every entry" in reason("trim", "fedavg")
+    assert "with outer momentum" in reason("fedavg", "ema", num_rounds=30)
+    assert "without outer momentum" in reason("fedavg", num_rounds=30)
+
+
 @unhurried
 @given(st.data())
 def test_a_misspelt_key_is_reported_with_its_line(data: st.DataObject) -> None:
