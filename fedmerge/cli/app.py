@@ -43,6 +43,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "demo": ("sklearn",),
     "flower": ("flwr",),
     "plots": ("matplotlib",),
+    "rebasin": ("scipy",),
+    "search": ("cmaes",),
 }
 
 EPILOGUE = """\

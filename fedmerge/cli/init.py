@@ -56,8 +56,9 @@ def _table(header: str, section: type[Section]) -> Iterator[str]:
         yield ""
         yield from _comment(field.description or "")
         # An example stands for what has no default, and for a default that is written in a friendlier way.
-        example = field.examples[0] if field.examples else field.default
-        optional = not field.is_required() and field.default in (None, ())
+        default = field.get_default(call_default_factory=True, validated_data={})
+        example = field.examples[0] if field.examples else default
+        optional = not field.is_required() and default in (None, ())
         yield f"{'# ' if optional else ''}{key} = {toml_value(example)}"
 
 

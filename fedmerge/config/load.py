@@ -183,7 +183,8 @@ def _merge_problems(section: Any) -> list[_Problem]:
 
 
 def _step_problems(section: dict[str, Any]) -> list[_Problem]:
-    stray = [key for key in section if key not in {"steps", "seed"}]
+    default = SECTIONS["merge"].model_fields["method"].default
+    stray = [key for key in section if key not in {"steps", "seed"} and (key, section[key]) != ("method", default)]
     problems = [_Problem(("merge", key), "belongs in one of merge.steps, which stand instead") for key in stray]
     steps = section["steps"]
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):

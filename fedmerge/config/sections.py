@@ -258,7 +258,7 @@ class Screen(Section):
     """Caps a node's weight at so many times the median weight, as the number of examples is the node's own claim."""
     robust: list[str] = Field(default_factory=list)
     """Robust rules that the deltas go through before the merge: "arc", "nnm", "krum", "multi_krum", "bulyan",
-    "centered_clip" or "geometric_median". With 5 nodes or more, ["arc", "nnm"] and [merge] method = "trimmed_mean" keep
+    "centered_clip" or "geometric_median". With 5 nodes or more, ["arc", "nnm"] and then the method "trimmed_mean" keep
     the merge near the honest nodes' mean."""
     max_bad: int = Field(default=1, ge=1)
     """How many nodes may be bad; each rule needs some number of good ones for it (`rounds.min_nodes`)."""

@@ -340,7 +340,7 @@ def test_the_written_file_has_every_key_with_its_default_below_its_documentation
         found = re.findall(r"((?:^# .+\n)+?)^(# )?([a-z_]+) = ", keys_of[name], flags=re.MULTILINE)
         written = {key: (" ".join(doc.replace("# ", "").split()), bool(commented)) for doc, commented, key in found}
         assert written == {
-            key: (" ".join((field.description or "").split()), field.default is None)
+            key: (" ".join((field.description or "").split()), field.default in (None, ()))
             for key, field in section.model_fields.items()
         }
     assert max(map(len, text.splitlines())) <= 100

@@ -26,6 +26,7 @@ from fedmerge.config.load import SECTIONS
 from fedmerge.config.locate import key_lines, line_of
 from fedmerge.errors import ConfigError, InputError
 from fedmerge.merge import METHODS, Recipe, parameters
+from fedmerge.merge.methods import IN_TIME
 from fedmerge.outer import OUTER
 from fedmerge.outer import parameters as outer_parameters
 from fedmerge.screen import ScreenPolicy
@@ -547,7 +548,7 @@ def test_outer_settings_are_what_the_optimizer_takes(name: str) -> None:
     assert settings.keys() == outer_parameters(name).keys()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in IN_TIME])
 def test_every_parameter_of_every_method_can_be_written_in_the_file(method: str) -> None:
     defaults = {name.removesuffix("_"): parameter.default for name, parameter in parameters(method).items()}
     text = MINIMAL + f"[merge]\nmethod = {toml(method)}\n" + "".join(f"{k} = {toml(v)}\n" for k, v in defaults.items())
@@ -561,7 +562,7 @@ def test_json_schema_describes_every_key_and_agrees_with_the_loader() -> None:
         described = schema["$defs"][section.__name__]
         assert described["description"]
         assert all(described["properties"][key].get("description") for key in section.model_fields)
-        assert described["additionalProperties"] is issubclass(section, OpenSection)
+        assert bool(described["additionalProperties"]) is issubclass(section, OpenSection)
     assert tomllib.loads(MINIMAL).keys() == set(schema["required"])
 
 
