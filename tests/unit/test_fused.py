@@ -135,8 +135,12 @@ def test_threads_and_memory_change_nothing(method: str, tmp_path: Path) -> None:
 def test_torch_on_a_device_gives_the_same_bits(method: str) -> None:
     base = {"w": torch.randn(40, 30, generator=torch.Generator().manual_seed(0))}
     deltas = [subtract({"w": base["w"] + torch.randn(40, 30) / 50}, base) for _ in range(3)]
+    recipe, options = Recipe(method), {}
+    if recipe.statistics is not None:
+        found = {"fisher": torch.rand(40, 30), "gram": torch.eye(30)}[recipe.statistics]
+        options["statistics"] = [{"w": found}] * 3
     ours, on_device = (
-        dict(merge_deltas(deltas, [0.5, 0.3, 0.2], Recipe(method), base=base, workers=Workers(device=device)))
+        dict(merge_deltas(deltas, [0.5, 0.3, 0.2], recipe, base=base, workers=Workers(device=device), **options))
         for device in (None, "cpu")
     )
     assert same_bits(ours["w"], on_device["w"])
