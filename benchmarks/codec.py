@@ -43,9 +43,10 @@ from task_vectors import CACHE, fine_tuned, heavy_tailed, kurtosis
 
 from fedmerge.blocks import INT4, LLOYD2, LLOYD3, SIGN
 from fedmerge.codec import Codec
+from fedmerge.container import METADATA_KEY
 from fedmerge.delta import subtract
 from fedmerge.errors import FedmergeError
-from fedmerge.frame import METADATA_KEY, DeltaFile, write_delta
+from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.indices import CHUNK_ELEMENTS, kept_of_chunk
 from fedmerge.layerwise import num_largest
 from fedmerge.planes import unpack_codes

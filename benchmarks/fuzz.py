@@ -39,8 +39,9 @@ from mutations import FRAME_MUTATIONS, Section, mutate_json, repeat_a_key
 
 from fedmerge import frame, indices
 from fedmerge.codec import Codec
+from fedmerge.container import METADATA_KEY
 from fedmerge.errors import InputError, InvalidDelta
-from fedmerge.frame import METADATA_KEY, DeltaFile, write_delta
+from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.quantize import QUANTIZERS
 from fedmerge.sparsify import SPARSIFIERS
 from fedmerge.tensors import schema_of

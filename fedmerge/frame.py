@@ -16,10 +16,6 @@ that the coordinator publishes.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,13 +26,13 @@ import numpy as np
 import torch
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmerge.codec import Codec, Encoding
+from fedmerge.container import open_container, section_compressor, unzstd, writing_container
 from fedmerge.delta import delta_schema
 from fedmerge.encoding import decode, encode, most_bytes, num_values, section_bytes
-from fedmerge.errors import ConfigError, InputError, InvalidDelta, ResourceError
+from fedmerge.errors import ConfigError, InputError, InvalidDelta
 from fedmerge.lowrank import LowRankDelta
 from fedmerge.planes import Bytes, Sections
 from fedmerge.seeds import derive_seed
@@ -44,11 +40,7 @@ from fedmerge.tensors import Schema, TensorMap, TensorSpec, require_same_schema,
 
 FORMAT: Final = "fedmerge.delta"
 VERSION = 1
-METADATA_KEY = "fedmerge"
 ZERO = "zero"
-MAX_HEADER_BYTES = 16 << 20
-MAX_WINDOW_BYTES = 1 << 23
-_COPY_BYTES = 1 << 20
 
 # The number format that a side tensor of each dtype travels in.
 SIDE_VALUES: dict[str, str] = {"F32": "fp32", "BF16": "bf16"}
@@ -145,22 +137,10 @@ class Header(BaseModel):
         return DeltaStats(num_elements, 4 * num_elements, payload_bytes, dict(sorted(encodings.items())))
 
 
-def _unzstd(coded: memoryview, raw_bytes: int) -> bytes | memoryview:
-    try:
-        # The decompressor allocates what the zstd header declares, so that is compared first.
-        declared_bytes = zstandard.frame_content_size(coded)
-        if declared_bytes != raw_bytes:
-            raise InvalidDelta(f"declares {declared_bytes} bytes of content, not {raw_bytes}")
-        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
-        return decompressor.decompress(coded, max_output_size=raw_bytes, allow_extra_data=False)
-    except zstandard.ZstdError as err:
-        raise InvalidDelta(f"is not one zstd frame ({err})") from err
-
-
 # How a section is stored: each takes its bytes in the file and the length that must come out.
 DECODERS: dict[str, Callable[[memoryview, int], bytes | memoryview]] = {
     "raw": lambda coded, _: coded,
-    "zstd": _unzstd,
+    "zstd": unzstd,
 }
 
 
@@ -173,14 +153,6 @@ def _decode_sections(data: memoryview, sections: Iterable[_Section]) -> Sections
             raise InvalidDelta(f"section {kind} {err.message}") from err
         data = data[coded_bytes:]
     return decoded
-
-
-def _compressor(level: int) -> zstandard.ZstdCompressor:
-    # Byte planes have few symbols and no phrases: a short match costs more than the Huffman codes it replaces. Tiny
-    # match tables still find long repeats (untouched rows) and miss the short ones: measured on the exponents of a
-    # Gaussian, that is 20 % smaller and three times as fast as the level's own tables.
-    parameters = zstandard.ZstdCompressionParameters.from_level(level, min_match=7, hash_log=6, chain_log=6)
-    return zstandard.ZstdCompressor(compression_params=parameters)
 
 
 def _require_in_range(values: Tensor, limit: float) -> bool:
@@ -237,76 +209,41 @@ def write_delta(
     schema = delta_schema(schema)
     where = f"delta for {path}"
     require_same_schema(schema, {name: schema.get(name, TensorSpec((), "F32")) for name in delta}, where=where)
-    compressor = _compressor(codec.zstd_level)
+    compressor = section_compressor(codec.zstd_level)
     factors = delta.factors if isinstance(delta, LowRankDelta) else {}
     frames: dict[str, _Frame] = {}
     choices: dict[str, Choice] = {}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as payload:
-            for name in (*schema, *side):
-                tensor = side[name] if name in side else delta[name]
-                found = schema_of({name: tensor})
-                spec = found[name] if name in side else schema[name]
-                how = _side_codec(codec, spec) if name in side else codec
-                require_same_schema({name: spec}, found, where=where)
-                values = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
-                weights = base[name] if base is not None and how.encoding(spec).sparsifier == "seeded" else None
-                try:
-                    if not _require_in_range(values, MAX_VALUE * how.density):
-                        frames[name] = _write_frame({}, spec, ZERO, compressor, out=payload)
-                        continue
-                    own_seed = derive_seed(seed, name)
-                    encoded = encode(values, spec, how, own_seed, factors=factors.get(name), base=weights)
-                except InputError as err:
-                    raise InputError(f"{where}: {name}: {err.message}", hint=err.hint) from err
-                frames[name] = _write_frame(encoded.sections, spec, str(encoded.encoding), compressor, out=payload)
-                if encoded.noise_ratio is not None or encoded.energy is not None:
-                    choices[name] = Choice(str(encoded.encoding), encoded.noise_ratio, encoded.energy)
-                del encoded  # its sections are as large as the tensor, and the next one's are made beside them
-            header = Header(format=FORMAT, version=VERSION, codec=codec.to_dict(), frames=frames)
-            table = _safetensors_header(header)
-            if len(table) > MAX_HEADER_BYTES:
-                raise InputError(f"{where}: {len(frames)} tensors are too many for one delta file")
-            payload.seek(0)
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(len(table).to_bytes(8, "little") + table)
-                shutil.copyfileobj(payload, file, _COPY_BYTES)
-        part.replace(path)
-        return replace(header.stats(path.stat().st_size), choices=choices)
-    except OSError as err:
-        raise ResourceError(f"{path}: could not write the delta ({err})", hint="is the disk full?") from err
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _safetensors_header(header: Header) -> bytes:
-    """Return the table at the start of a safetensors file: where each frame is, and as metadata what it is."""
-    table: dict[str, Any] = {"__metadata__": {METADATA_KEY: header.model_dump_json()}}
-    end = 0
-    for name, frame in header.frames.items():
-        start, end = end, end + frame.coded_bytes
-        table[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
-    text = json.dumps(table, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+    with writing_container(path, where=where) as out:
+        for name in (*schema, *side):
+            tensor = side[name] if name in side else delta[name]
+            found = schema_of({name: tensor})
+            spec = found[name] if name in side else schema[name]
+            how = _side_codec(codec, spec) if name in side else codec
+            require_same_schema({name: spec}, found, where=where)
+            values = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
+            weights = base[name] if base is not None and how.encoding(spec).sparsifier == "seeded" else None
+            try:
+                if not _require_in_range(values, MAX_VALUE * how.density):
+                    frames[name] = _write_frame({}, spec, ZERO, compressor, out=out.payload)
+                    continue
+                own_seed = derive_seed(seed, name)
+                encoded = encode(values, spec, how, own_seed, factors=factors.get(name), base=weights)
+            except InputError as err:
+                raise InputError(f"{where}: {name}: {err.message}", hint=err.hint) from err
+            frames[name] = _write_frame(encoded.sections, spec, str(encoded.encoding), compressor, out=out.payload)
+            if encoded.noise_ratio is not None or encoded.energy is not None:
+                choices[name] = Choice(str(encoded.encoding), encoded.noise_ratio, encoded.energy)
+            del encoded  # its sections are as large as the tensor, and the next one's are made beside them
+        out.lengths |= {name: frame.coded_bytes for name, frame in frames.items()}
+        header = Header(format=FORMAT, version=VERSION, codec=codec.to_dict(), frames=frames)
+        out.header = header.model_dump_json()
+    return replace(header.stats(path.stat().st_size), choices=choices)
 
 
 def _invalid(path: Path, problem: str) -> InvalidDelta:
     return InvalidDelta(
         f"{path.name}: {problem:.400}", hint="it is damaged, or was not written for this round's plan; encode it again"
     )
-
-
-def _header_bytes(path: Path) -> int:
-    with path.open("rb") as file:
-        return int.from_bytes(file.read(8), "little")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a key appears twice")
-    return table
 
 
 def open_header(path: Path, max_frame_bytes: int) -> tuple[Any, Header]:
@@ -316,27 +253,16 @@ def open_header(path: Path, max_frame_bytes: int) -> tuple[Any, Header]:
     `InputError` when there is no file to read.
     """
     try:
-        file_bytes = path.stat().st_size
-        header_bytes = _header_bytes(path)
-        if header_bytes > MAX_HEADER_BYTES:
-            raise _invalid(path, f"the header is over the limit of {MAX_HEADER_BYTES} bytes")
-        if file_bytes > 8 + header_bytes + max_frame_bytes:
-            raise _invalid(path, f"{file_bytes} bytes are more than this model can need")
-        file: Any = safe_open(path, framework="np")  # its methods have no annotations
-        metadata = file.metadata() or {}
-        if metadata.keys() != {METADATA_KEY}:
-            raise _invalid(path, f"not a delta file: metadata keys are {sorted(metadata)[:3]}")
-        header = Header.model_validate(json.loads(metadata[METADATA_KEY], object_pairs_hook=_unique_keys))
+        file, claims = open_container(path, max_frame_bytes, what="delta file")
+        header = Header.model_validate(claims)
         Codec.from_dict(header.codec)
     except ConfigError as err:
         raise _invalid(path, f"header: {err.message}") from err
     except ValidationError as err:
         first = err.errors(include_url=False)[0]
         raise _invalid(path, f"header: {'.'.join(map(str, first['loc']))}: {first['msg']}") from err
-    except (SafetensorError, ValueError, RecursionError) as err:
-        raise _invalid(path, f"not a delta file ({err})") from err
-    except OSError as err:
-        raise InputError(f"{path}: could not read the delta file ({err.strerror})") from err
+    except InvalidDelta as err:
+        raise _invalid(path, err.message) from err
     names = file.keys()
     if set(names) != header.frames.keys():
         odd = sorted(set(names) ^ header.frames.keys())[0]
