@@ -7,7 +7,6 @@ several threads; the journal's lock makes each state change one step, and the lo
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -33,16 +32,13 @@ from fedmerge.intake import Intake
 from fedmerge.journal import Journal
 from fedmerge.merge import Plan, Recipe
 from fedmerge.merging import RoundMerge, drop_candidates
-from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.publish import publish
 from fedmerge.rounds import Action, FederationState, Phase, RoundPolicy, after, next_action
 from fedmerge.search import Search
 from fedmerge.sign import SigningKey, TrustStore
 from fedmerge.statements import (
-    FILE_NAME,
     Candidates,
     DeltaStatement,
-    FileRef,
     MergeRecord,
     MetricsStatement,
     RoundSpec,
@@ -52,8 +48,8 @@ from fedmerge.statements import (
 from fedmerge.statistics import first_problem, statistics_of, task_vector_of
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.lock import FolderLock
-from fedmerge.tensors import PICKLED, Checkpoint, model_digest, schema_digest
-from fedmerge.versions import open_model
+from fedmerge.tensors import Checkpoint, model_digest, schema_digest
+from fedmerge.versions import model_files, open_model
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +83,7 @@ class Coordinator:
         self.uplink = config.uplink(sum(spec.num_elements for spec in self.schema.values()))
         if config.delta.codec == "auto":
             log.info("codec: %s", self.uplink)
-        self._base_files = _file_refs(base_dir)
+        self._base_files = model_files(base_dir)
         with ExitStack() as opened:
             opened.callback(FolderLock(state_dir).release)
             self.journal = Journal(state_dir / "ledger.sqlite", self.key, clock)
@@ -131,13 +127,13 @@ class Coordinator:
         return generations[-1].proposal_envelope.encode() if generations else b""
 
     def artifact(self, root: str) -> Path:
-        """Return a file that nodes may fetch: of the base model, an update or a candidate. Raises `UnknownVersion`."""
+        """Return a file for nodes: of the base model, an update, a step or a candidate. Raises `UnknownVersion`."""
         for ref in self._base_files:
             if ref.root == root:
                 return self.base.directory / ref.name
         state = self.journal.state
-        published = any(merge.update_root == root for merge in state.merges)
-        if published or any(root in generation.update_roots for generation in state.generations()):
+        published = any(root in (merge.update_root, *merge.step_roots) for merge in state.merges)
+        if published or any(root in generation.roots for generation in state.generations()):
             return self.blobs.path(root)
         raise UnknownVersion("no file with that root is served")
 
@@ -195,7 +191,7 @@ class Coordinator:
             train=config.train_settings(),
             codec=self.uplink.codec.to_dict(),
             error_feedback=self.uplink.error_feedback,
-            downlink=config.downlink_codec().to_dict(),
+            downlink=config.downlink_codec(self.schema).to_dict(),
             merge=config.recipe().to_dict(),
             merge_seed=config.merge.seed,
             screen=config.screen_policy().to_dict(),
@@ -227,7 +223,8 @@ class Coordinator:
     def _merge(self) -> None:
         """Make the round's model; or, where the plan is to search for it, the next candidates for nodes to score."""
         drop_candidates(self.journal, self.blobs)  # whichever wins is made again, to the same bits
-        merge = RoundMerge(self.journal, self.blobs, self.base, self.schema)
+        snapshot_every = self.config.delta.snapshot_every if self.config.takes_steps(self.schema) else None
+        merge = RoundMerge(self.journal, self.blobs, self.base, self.schema, snapshot_every=snapshot_every)
         searching = bool(merge.spec.search)
         if self.journal.state.phase == Phase.SEALED:
             generation = merge.next_generation() if searching else None
@@ -237,12 +234,16 @@ class Coordinator:
                 return
             self.journal.append(MergeStarted(round=merge.spec.round))
         candidate, outcome = merge.chosen() if searching else (None, None)
-        made = merge.make(candidate)
+        made = merge.make(candidate, is_final=True)
         record = merge.record(made, candidate, outcome)
         envelope = record.sign(self.key).decode()
         self.journal.append(
             MergeFinished(
-                round=record.round, version=made.version, update_root=made.update.root, record_envelope=envelope
+                round=record.round,
+                version=made.version,
+                update_root=made.update.root,
+                step_roots=[step.root for step in made.steps],
+                record_envelope=envelope,
             )
         )
         log.info("round %d merged into version %s", record.round, made.version[:12])
@@ -335,22 +336,3 @@ class Coordinator:
 
     def _find_update(self, ref: UpdateRef) -> Path:
         return self.blobs.path(ref.root)
-
-
-def _file_refs(directory: Path) -> list[FileRef]:
-    """Return the plain files of a model directory that a newcomer needs."""
-    paths = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    return [
-        FileRef(name=_plain_name(path), root=merkle_root(leaves_of(path)).hex(), num_bytes=path.stat().st_size)
-        for path in paths
-        if path.suffix not in PICKLED
-    ]
-
-
-def _plain_name(path: Path) -> str:
-    if not re.fullmatch(FILE_NAME, path.name):
-        raise InputError(
-            f"{path}: has a name that can't be sent to nodes",
-            hint="rename the file to letters, digits, '.', '-' and '_'",
-        )
-    return path.name

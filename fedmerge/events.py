@@ -77,7 +77,7 @@ class CandidatesProposed(_Event):
     round: int
     digests: list[Digest]
     judges: list[Digest]
-    update_roots: list[Digest]
+    roots: list[Digest]
     num_bytes: int
     proposal_envelope: str
 
@@ -97,12 +97,13 @@ class MergeStarted(_Event):
 
 
 class MergeFinished(_Event):
-    """The round's update is stored, and the merge record that says how it came about is signed."""
+    """The round's update and steps are stored, and the merge record that says how they came about is signed."""
 
     kind: Literal["merge_finished"] = "merge_finished"
     round: int
     version: Digest
     update_root: Digest
+    step_roots: list[Digest] = []
     record_envelope: str
 
 

@@ -28,26 +28,35 @@ from fedmerge.statements import (
     ModelRef,
     ProposedMerge,
     SearchOutcome,
+    StepRef,
     UpdateRef,
 )
+from fedmerge.steps import write_steps
 from fedmerge.store.blobs import BlobStore
-from fedmerge.tensors import Checkpoint, Schema, model_digest
+from fedmerge.tensors import Checkpoint, Schema, TensorMap, model_digest
 from fedmerge.versions import open_model
 
 
 @dataclass(frozen=True)
 class Made:
-    """A model version that was made of a round's deltas: its update and its optimizer state."""
+    """A model version that was made of a round's deltas: its update, steps to it, and its optimizer state."""
 
     version: str
     update: UpdateRef
+    steps: list[StepRef]
     state_root: str | None
 
 
 class RoundMerge:
-    """A sealed round: its spec, its deltas and their verdicts. Raises `RoundFailed` when too few pass screening."""
+    """A sealed round: its spec, its deltas and their verdicts. Raises `RoundFailed` when too few pass screening.
 
-    def __init__(self, journal: Journal, blobs: BlobStore, base: Checkpoint, schema: Schema) -> None:
+    `snapshot_every` is in rounds; None where nodes fetch updates and not steps.
+    """
+
+    def __init__(
+        self, journal: Journal, blobs: BlobStore, base: Checkpoint, schema: Schema, *, snapshot_every: int | None
+    ) -> None:
+        self._snapshot_every = snapshot_every
         self._journal, self._blobs, self._base, self._schema = journal, blobs, base, schema
         spec = journal.spec()
         assert spec is not None
@@ -62,8 +71,11 @@ class RoundMerge:
         self.verdicts = screen_round(spec, self._deltas, counts, schema)
         self.node_ids = [verdict.node_id for verdict in self.verdicts if verdict.accepted]
 
-    def make(self, candidate: Candidate | None = None) -> Made:
-        """Merge, step, and store the update; `candidate` says how, where it is not as the plan says."""
+    def make(self, candidate: Candidate | None = None, *, is_final: bool = False) -> Made:
+        """Merge, step, and store the update and the steps.
+
+        `candidate` says how, where it is not as the plan says; only a final version may have a snapshot.
+        """
         spec = self.spec
         before = open_model(spec.model, self._base, self._find_update)
         update = RoundUpdate(spec, self.verdicts, self._deltas, before, self._outer_state(), candidate=candidate)
@@ -76,8 +88,22 @@ class RoundMerge:
         )
         state_root = self._blobs.add(scratch) if update.write_state(scratch) else None
         unnamed = spec.model.model_copy(update={"updates": [*spec.model.updates, ref]})
-        version = model_digest(open_model(unnamed, self._base, self._find_update))
-        return Made(version, ref, state_root)
+        after = open_model(unnamed, self._base, self._find_update)
+        version = model_digest(after)
+        starts: dict[str, TensorMap] = {}
+        if self._snapshot_every is not None:
+            starts[spec.model.digest] = before
+            if is_final and spec.round % self._snapshot_every == 0:
+                starts[spec.model.base_digest] = self._base
+        steps = [self._store_step(digest, start, version, after) for digest, start in starts.items()]
+        return Made(version, ref, steps, state_root)
+
+    def _store_step(self, digest: str, start: TensorMap, version: str, model: TensorMap) -> StepRef:
+        scratch = self._blobs.part_path(f"step-{self.spec.round}")
+        write_steps(scratch, start, model, self._base.schema)
+        num_bytes = scratch.stat().st_size
+        root = self._blobs.add(scratch)
+        return StepRef(round=self.spec.round, before=digest, after=version, root=root, num_bytes=num_bytes)
 
     def record(self, made: Made, candidate: Candidate | None, search: SearchOutcome | None) -> MergeRecord:
         """Return the statement of how a version was made."""
@@ -93,7 +119,12 @@ class RoundMerge:
             round=self.spec.round,
             spec_digest=state.opened.spec_digest,
             before=before,
-            model=ModelRef(digest=made.version, base_digest=before.base_digest, updates=[*before.updates, made.update]),
+            model=ModelRef(
+                digest=made.version,
+                base_digest=before.base_digest,
+                updates=[*before.updates, made.update],
+                steps=[*before.steps, *made.steps],
+            ),
             schema_digest=self.spec.schema_digest,
             contributions=[
                 Contribution(
@@ -150,17 +181,24 @@ class RoundMerge:
                 ProposedMerge(
                     digest=each.version,
                     update=each.update,
+                    step=each.steps[0] if each.steps else None,
                     **candidate.to_dict(),
                 )
                 for candidate, each in made
             ],
         )
+        fetched: dict[str, int] = {}
+        for _, each in made:
+            file: UpdateRef | StepRef = each.steps[0] if each.steps else each.update
+            fetched[file.root] = file.num_bytes
         return CandidatesProposed(
             round=spec.round,
             digests=[each.version for _, each in made],
             judges=judges,
-            update_roots=sorted({each.update.root for _, each in made}),
-            num_bytes=sum({each.update.root: each.update.num_bytes for _, each in made}.values()),
+            roots=sorted(
+                {root for _, each in made for root in (each.update.root, *(step.root for step in each.steps))}
+            ),
+            num_bytes=sum(fetched.values()),
             proposal_envelope=statement.sign(self._journal.key).decode(),
         )
 
@@ -196,7 +234,7 @@ class RoundMerge:
 
 def drop_candidates(journal: Journal, blobs: BlobStore) -> None:
     """Remove the stored candidates of the current round, but for blobs that stand for something else as well."""
-    stale = {root for generation in journal.state.generations() for root in generation.update_roots}
+    stale = {root for generation in journal.state.generations() for root in generation.roots}
     if not stale:
         return
     kept: set[str] = set()
@@ -204,6 +242,6 @@ def drop_candidates(journal: Journal, blobs: BlobStore) -> None:
         if isinstance(entry.event, DeltaAccepted):
             kept.add(entry.event.payload_root)
         elif isinstance(entry.event, MergeFinished):
-            kept.add(entry.event.update_root)
+            kept |= {entry.event.update_root, *entry.event.step_roots}
     for root in stale - kept:
         blobs.drop(root)

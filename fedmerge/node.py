@@ -25,6 +25,7 @@ from fedmerge.errors import (
     ConflictingSubmission,
     DigestMismatch,
     InputError,
+    InvalidDelta,
     RoundClosed,
     RoundFailed,
     StaleBase,
@@ -46,13 +47,14 @@ from fedmerge.statements import (
     ModelRef,
     Receipt,
     RoundSpec,
+    StepRef,
     UpdateRef,
     digest_of,
 )
 from fedmerge.statistics import side_tensors, statistics_schema
 from fedmerge.tensors import Checkpoint, TensorMap, model_digest, reporting_save_errors, schema_digest
 from fedmerge.training import STATE, Trainer, TrainTask, require_statistics
-from fedmerge.versions import open_model, require_digest, write_model
+from fedmerge.versions import cheapest_route, follow, open_model, require_digest, write_model
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +204,7 @@ class Node:
         )
         with reporting_save_errors(outbox):
             result = self.trainer.train(task)
-        before = self._open(spec.model)
+        before = Checkpoint(model_dir)
         tuned, to_send = open_tuned(result.model_dir, before)
         whole = self._whole(result.model_dir, tuned, outbox)
         self._evaluate("own", whole, model_digest(tuned), spec, spec.round)
@@ -306,7 +308,10 @@ class Node:
                 if reported.exists():
                     continue
                 updates = [*spec.model.updates, candidate.update]
-                ref = spec.model.model_copy(update={"digest": candidate.digest, "updates": updates})
+                steps = [*spec.model.steps, *([candidate.step] if candidate.step else [])]
+                ref = ModelRef(
+                    digest=candidate.digest, base_digest=spec.model.base_digest, updates=updates, steps=steps
+                )
                 model_dir = self._materialise(ref, spec, scratch)
                 self._report("candidate", model_dir, candidate.digest, spec, round_number=spec.round, done=reported)
                 (self.home / "updates" / candidate.update.root).unlink(missing_ok=True)
@@ -342,28 +347,43 @@ class Node:
         target = (parent or self.home / "models") / ref.digest
         if target.exists():
             return target
-        model = self._open(ref)
-        require_digest(model, ref, where=f"round {spec.round}")
+        held = {folder.name: folder for folder in (self.home / "models").glob("*") if not folder.suffix}
+        steps = cheapest_route(ref, held, {file.name for file in (self.home / "updates").glob("*")})
+        if steps:
+            try:
+                start = Checkpoint(held[steps[0].before]) if steps[0].before in held else base
+                self._install(follow(steps, start, self._published_file), ref, base, target)
+                return target
+            except (DigestMismatch, InvalidDelta, InputError) as err:
+                # The updates are what defines a version, and start from the base, whose digest was checked.
+                log.warning("round %d: %s; taking the updates instead", spec.round, err.message)
+        self._install(open_model(ref, base, self._published_file), ref, base, target)
+        return target
+
+    def _install(self, model: TensorMap, ref: ModelRef, base: Checkpoint, target: Path) -> None:
+        """Write `model` to `target`, in place of all older versions, if it is what `ref` says."""
         partial = target.with_suffix(".partial")
         with reporting_os_errors(target):
             shutil.rmtree(partial, ignore_errors=True)
             write_model(model, base, partial)
+            require_digest(Checkpoint(partial), ref.digest, where=f"{self.home}")
             for old in target.parent.iterdir():
                 if old != partial:
                     shutil.rmtree(old)
             partial.rename(target)
-        return target
+            for step in ref.steps:  # of no use any more
+                self._place(step).unlink(missing_ok=True)
 
-    def _open(self, ref: ModelRef) -> UpdatedModel:
-        assert self._base is not None
-        return open_model(ref, self._base, self._update_file)
-
-    def _update_file(self, ref: UpdateRef) -> Path:
-        target = self.home / "updates" / ref.root
+    def _published_file(self, ref: UpdateRef | StepRef) -> Path:
+        target = self._place(ref)
         if not target.exists():
-            self._emit("fetch", ref.round, what="update", num_bytes=ref.num_bytes)
+            what = "update" if isinstance(ref, UpdateRef) else "step"
+            self._emit("fetch", ref.round, what=what, num_bytes=ref.num_bytes)
             self._fetch(ref.root, target)
         return target
+
+    def _place(self, ref: UpdateRef | StepRef) -> Path:
+        return self.home / "updates" / ref.root
 
     def _require_base(self, spec: RoundSpec) -> Checkpoint:
         if self._base is not None:

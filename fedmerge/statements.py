@@ -55,12 +55,29 @@ class UpdateRef(_Strict):
     seed: str
 
 
+class StepRef(_Strict):
+    """A published way from one model version to another: a step file (`fedmerge.steps`) from `before` to `after`.
+
+    `round` is that of `after`. One whose `before` is the base is a snapshot, for newcomers.
+    """
+
+    round: Count
+    before: Digest
+    after: Digest
+    root: Digest
+    num_bytes: Size
+
+
 class ModelRef(_Strict):
-    """A model version: the base plus the updates of each published round, which must come to `digest`."""
+    """A model version: the base plus the updates of each published round, which must come to `digest`.
+
+    `steps` are other ways to it, and to the versions on the way, without loss and often in fewer bytes.
+    """
 
     digest: Digest
     base_digest: Digest
     updates: list[UpdateRef]
+    steps: list[StepRef] = []
 
 
 class LocalInput(_Strict):
@@ -247,10 +264,11 @@ class MetricsStatement(Statement):
 
 
 class ProposedMerge(_Strict):
-    """A candidate: its model version, the update that leads to it, and how it is merged (`fedmerge.search`)."""
+    """A candidate: its model version, the update and step that lead to it, and how it is merged (`fedmerge.search`)."""
 
     digest: Digest
     update: UpdateRef
+    step: StepRef | None
     factors: list[float | list[float]]
     params: dict[str, float]
 

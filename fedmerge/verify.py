@@ -19,7 +19,14 @@ from torch import Tensor
 from fedmerge.aggregate import RoundUpdate, open_delta, screen_round
 from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
-from fedmerge.errors import BadSignature, DigestMismatch, InputError, VerificationError
+from fedmerge.errors import (
+    BadSignature,
+    DigestMismatch,
+    InputError,
+    InvalidDelta,
+    UnknownVersion,
+    VerificationError,
+)
 from fedmerge.frame import DeltaFile
 from fedmerge.merge import Recipe
 from fedmerge.merkle import leaves_of, merkle_root
@@ -36,10 +43,12 @@ from fedmerge.statements import (
     MetricsStatement,
     ModelRef,
     RoundSpec,
+    StepRef,
     digest_of,
 )
+from fedmerge.steps import SteppedModel
 from fedmerge.store.blobs import BlobStore
-from fedmerge.tensors import Checkpoint, model_digest
+from fedmerge.tensors import Checkpoint, TensorMap, model_digest
 
 PLAIN_FILES = "only plain files belong in a published model"
 
@@ -116,8 +125,9 @@ def is_local(directory: Path) -> bool:
 def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
     """Compute every version again from the base and the stored deltas, and compare bit for bit.
 
-    Raises `InputError` when `base` is another model, `UnknownVersion` when a delta is not in `blobs`, `DigestMismatch`
-    when one was changed or a round comes out otherwise.
+    The steps that records list are followed as well. Raises `InputError` when `base` is another model, `UnknownVersion`
+    when a delta is not in `blobs`, `DigestMismatch` when one was changed, a round comes out otherwise, or a step is not
+    stored or does not lead to the version that it should.
     """
     expected = history.records[0].before.base_digest
     if model_digest(base) != expected:
@@ -149,6 +159,7 @@ def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
             update.write(path, schema)
             state = update.state
             ref = record.model.updates[-1]
+            before = UpdatedModel(base, updates)
             updates = [*updates, DeltaFile(path, schema, Codec.from_dict(ref.codec), seed=int(ref.seed))]
             found = model_digest(UpdatedModel(base, updates))
             if found != record.model.digest:
@@ -156,7 +167,25 @@ def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
                     f"round {record.round}: merging the same deltas again gives version {found[:12]}, "
                     f"but {record.model.digest[:12]} was published"
                 )
-    return Check("replay", True, f"merging the deltas of {len(history.records)} rounds again gives the same bits")
+            for step in record.model.steps[len(record.before.steps) :]:
+                start = base if step.before == record.before.base_digest else before
+                _require_step(step, start, base, blobs)
+    num_steps = len(history.records[-1].model.steps)
+    also = f", and {num_steps} step files lead where they should" if num_steps else ""
+    return Check("replay", True, f"merging the deltas of {len(history.records)} rounds again gives the same bits{also}")
+
+
+def _require_step(step: StepRef, start: TensorMap, base: Checkpoint, blobs: BlobStore) -> None:
+    where = f"round {step.round}: the step file {step.root[:12]} from version {step.before[:12]}"
+    try:
+        path = _checked(blobs, step.root)
+        found = model_digest(SteppedModel(start, path, base.schema))
+    except UnknownVersion as err:
+        raise DigestMismatch(f"{where} is listed, but not stored") from err
+    except InvalidDelta as err:
+        raise DigestMismatch(f"{where} can't be followed ({err.message})") from err
+    if found != step.after:
+        raise DigestMismatch(f"{where} leads to version {found[:12]}, not {step.after[:12]}")
 
 
 def _checked(blobs: BlobStore, root: str) -> Path:
@@ -256,7 +285,7 @@ def _require_chain(history: History, lineage: Lineage, path: Path) -> None:
         where = f"{path}: merge record of round {record.round}"
         if spec is None or spec.round != record.round or spec.model != record.before:
             raise VerificationError(f"{where}: does not belong to a signed round spec")
-        if record.before != before or record.model.updates[:-1] != before.updates:
+        if record.before != before or record.model.updates[:-1] != before.updates or not _steps_follow(record):
             raise VerificationError(f"{where}: does not follow from the round before")
         merge = _require_search(record, spec, history, where) if spec.search else spec.merge
         promised = (merge, spec.merge_seed, spec.outer, spec.schema_digest)
@@ -305,6 +334,18 @@ def _require_search(record: MergeRecord, spec: RoundSpec, history: History, wher
     if chosen.digest != record.model.digest:
         raise VerificationError(f"{where}: another model was merged than the candidate that was chosen")
     return candidate_of(chosen).recipe(Recipe.from_dict(spec.merge)).to_dict()
+
+
+def _steps_follow(record: MergeRecord) -> bool:
+    """Whether a record adds none but steps to its version, from the one before or the base."""
+    before, steps = record.before, record.model.steps
+    added = {(step.round, step.after) for step in steps[len(before.steps) :]}
+    starts = {step.before for step in steps[len(before.steps) :]}
+    return (
+        steps[: len(before.steps)] == before.steps
+        and added <= {(record.round, record.model.digest)}
+        and starts <= {before.digest, before.base_digest}
+    )
 
 
 def _read(path: Path) -> bytes:

@@ -21,13 +21,13 @@ from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
 
 
-def make_base(directory: Path) -> Path:
+def make_base(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a model with a matrix of 2.4 MB (so that payloads have several leaves), a vector, and an integer buffer."""
     generator = torch.Generator().manual_seed(0)
     directory.mkdir(parents=True)
     tensors = {
-        "matrix": torch.randn(300, 2000, generator=generator),
-        "vector": torch.randn(300, generator=generator),
+        "matrix": torch.randn(300, 2000, generator=generator).to(dtype),
+        "vector": torch.randn(300, generator=generator).to(dtype),
         "ids": torch.arange(5),
     }
     save_file(tensors, directory / "model.safetensors")

@@ -24,6 +24,7 @@ from fedmerge.config import Config, load_config
 from fedmerge.errors import MissingExtra, ResourceError
 from fedmerge.node import NodeEvent
 from fedmerge.sim import FederationResult, node_home, simulate_processes
+from fedmerge.tensors import Checkpoint
 
 if TYPE_CHECKING:
     from fedmerge_client.docstrings import Corpus
@@ -218,7 +219,7 @@ def _report(
         "merged_on_all": everywhere["models"]["merged"],
         "num_rounds": num_rounds,
         "codec": config.uplink(result.dense_bytes // 4).codec.summary(),
-        "downlink": config.downlink_codec().summary(),
+        "downlink": config.downlink_codec(Checkpoint(result.model_dir).schema).summary(),
         "sent_bytes": sum(node.sent_bytes for node in result.nodes),
         "fetched_bytes": num_nodes * result.fetched_bytes,
         "fp32_bytes": num_nodes * num_rounds * result.dense_bytes,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedmerge.regime import Uplink
     from fedmerge.screen import ScreenPolicy
     from fedmerge.search import SearchSettings
+    from fedmerge.tensors import Schema
 
 
 class Section(BaseModel):
@@ -181,8 +182,13 @@ class Delta(Section):
     error_feedback: float = Field(default=0.0, ge=0, le=1)
     """Share of what top-k left unsent that a node adds to its next delta; 0 forgets it. Over many rounds 0.95 is
     recommended, with [outer] name = "sgd" alone."""
-    downlink: ValueType = "fp32"
-    """Number format of the update that nodes fetch after a round; the same choices as values."""
+    downlink: Literal["auto", "steps"] | ValueType = "auto"
+    """What nodes fetch after a round: the new version's step from the one before in units in the last place, which is
+    exact ("steps"), or the update, in a number format as for values. "auto" takes steps where most of the base model is
+    16-bit, and "int8" otherwise."""
+    snapshot_every: Positive = 5
+    """Rounds between snapshots, where nodes fetch steps: a step from the base model straight to a version, so that a
+    newcomer need not go through all rounds."""
 
     @field_validator("density")
     @classmethod
@@ -210,7 +216,7 @@ class Delta(Section):
 
     def codec_settings(self) -> dict[str, Any]:
         """Return the settings that are the codec's own, by name."""
-        return self.model_dump(exclude={"codec", "error_feedback", "downlink"})
+        return self.model_dump(exclude={"codec", "error_feedback", "downlink", "snapshot_every"})
 
 
 _SCALAR: dict[str, Any] = {"type": ["number", "boolean", "string"]}
@@ -375,11 +381,24 @@ class Config(Section):
             )
         )
 
-    def downlink_codec(self) -> Codec:
-        """Return how the published update is encoded: every element, in `delta.downlink` numbers."""
+    def takes_steps(self, schema: Schema) -> bool:
+        """Return whether nodes fetch steps, of a base model of this `schema`, and not updates."""
+        if self.delta.downlink != "auto":
+            return self.delta.downlink == "steps"
+        sizes = dict.fromkeys((True, False), 0)
+        for spec in schema.values():
+            sizes[spec.dtype in {"BF16", "F16"}] += spec.num_elements if spec.is_float else 0
+        return sizes[True] > sizes[False]
+
+    def downlink_codec(self, schema: Schema) -> Codec:
+        """Return how the published update of a base model of this `schema` is encoded: with every element.
+
+        Where nodes fetch steps it loses nothing, as only auditors read it.
+        """
         from fedmerge.codec import Codec
 
-        whole = {"sparsify": "none", "density": 1.0, "rank": 0, "values": self.delta.downlink}
+        values = "fp32" if self.takes_steps(schema) else self.delta.downlink.replace("auto", "int8")
+        whole = {"sparsify": "none", "density": 1.0, "rank": 0, "values": values}
         return Codec(**self.delta.codec_settings() | whole)
 
     def recipe(self) -> Recipe:

@@ -13,8 +13,9 @@ from fedmerge.events import CandidatesProposed, DeltaAccepted, MetricsReported
 from fedmerge.journal import Journal
 from fedmerge.rounds import Phase
 from fedmerge.sign import SigningKey, TrustStore
-from fedmerge.statements import MetricsStatement
+from fedmerge.statements import MergeRecord, MetricsStatement
 from fedmerge.tensors import Checkpoint
+from fedmerge.versions import cheapest_route
 
 
 @dataclass
@@ -37,7 +38,7 @@ class NodeResult:
 class FederationResult:
     """What a federation left: the last published directory and its version, and how each node fared.
 
-    `fetched_bytes` is what one node fetched over all rounds, `dense_bytes` what one model is in fp32.
+    `fetched_bytes` is what a node that took part in every round fetched, `dense_bytes` what one model is in fp32.
     """
 
     model_dir: Path
@@ -67,7 +68,7 @@ def result_of(config: Config) -> FederationResult:
             version=record.model.digest,
             num_rounds=record.round,
             nodes=_nodes(journal, TrustStore(config.federation.trusted), record.round),
-            fetched_bytes=sum(update.num_bytes for update in record.model.updates) + _candidate_bytes(journal),
+            fetched_bytes=_fetched_bytes(journal) + _candidate_bytes(journal),
             dense_bytes=4 * sum(spec.num_elements for spec in schema.values()),
         )
     finally:
@@ -77,6 +78,16 @@ def result_of(config: Config) -> FederationResult:
 def _candidate_bytes(journal: Journal) -> int:
     events = [entry.event for entry in journal.ledger.entries]
     return sum(event.num_bytes for event in events if isinstance(event, CandidatesProposed))
+
+
+def _fetched_bytes(journal: Journal) -> int:
+    """Return the bytes of all files that a node fetches on the way from the base to each version in turn."""
+    fetched: dict[str, int] = {}
+    for merge in journal.state.merges:
+        record, _ = MergeRecord.open(merge.record_envelope.encode(), journal.own_key, where="merge record")
+        steps = cheapest_route(record.model, {record.before.digest}, fetched)
+        fetched |= {file.root: file.num_bytes for file in steps or record.model.updates}
+    return sum(fetched.values())
 
 
 def _nodes(journal: Journal, trust: TrustStore, last_round: int) -> list[NodeResult]:

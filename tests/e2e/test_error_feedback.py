@@ -18,7 +18,7 @@ from fedmerge.verify import replay, verify_directory
 from tests.conftest import StepTrainer, make_config
 from tests.e2e.test_federation import coordinator_key
 
-TOPK = "[delta]\nvalues = 'fp32'\nsparsify = 'topk'\ndensity = {density}\nerror_feedback = {decay}\n"
+TOPK = "[delta]\nvalues = 'fp32'\ndownlink = 'fp32'\nsparsify = 'topk'\ndensity = {density}\nerror_feedback = {decay}\n"
 LARGE, SMALL = 0.05, 0.03
 
 
@@ -61,7 +61,7 @@ def test_a_constant_direction_arrives_as_the_recurrence_says(tmp_path: Path, dec
 
 def test_error_feedback_changes_nothing_for_an_auditor(tmp_path: Path) -> None:
     trainers: dict[str, Trainer] = {"north": StepTrainer(1), "south": StepTrainer(2)}
-    extra = TOPK.format(density=0.01, decay=0.95).replace("fp32", "sign")
+    extra = TOPK.format(density=0.01, decay=0.95).replace("values = 'fp32'", "values = 'sign'")
     result = run_simulated(tmp_path, trainers, num_rounds=3, extra=extra)
     config, _ = make_config(tmp_path, num_rounds=3, extra=extra)
     _, history, checks = verify_directory(result.model_dir, coordinator_key(tmp_path))

@@ -24,7 +24,7 @@ from fedmerge_client.link import GrpcLink
 from tests.conftest import ServerProcess, StepTrainer, make_config
 
 TRAINERS = {"north": StepTrainer(1, num_examples=10), "south": StepTrainer(2, num_examples=30)}
-LOSSLESS = "[delta]\nvalues = 'fp32'\n"
+LOSSLESS = "[delta]\nvalues = 'fp32'\ndownlink = 'fp32'\n"
 
 
 def run_simulated(folder: Path, **settings: object) -> FederationResult:

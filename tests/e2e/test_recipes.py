@@ -20,7 +20,7 @@ from fedmerge.verify import History, replay, verify_directory
 from tests.conftest import StepTrainer, make_config
 
 TRAINERS = {"north": StepTrainer(1, num_examples=10), "south": StepTrainer(2, num_examples=30)}
-PLAIN = "[delta]\nvalues = 'fp32'\n[screen]\nweighting = 'equal'\n"
+PLAIN = "[delta]\nvalues = 'fp32'\ndownlink = 'fp32'\n[screen]\nweighting = 'equal'\n"
 
 
 def run(folder: Path, num_rounds: int, recipe: str) -> tuple[FederationResult, History]:

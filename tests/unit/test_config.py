@@ -31,6 +31,7 @@ from fedmerge.outer import OUTER
 from fedmerge.outer import parameters as outer_parameters
 from fedmerge.screen import ScreenPolicy
 from fedmerge.search import SearchSettings
+from fedmerge.tensors import TensorSpec
 
 # Machines that run tests are often busy: how long an example takes says nothing.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -112,7 +113,14 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "delta": both(
             sparsifier,
             table({}, {"values": values, "block_size": st.integers(8, 2**20), "zstd_level": st.integers(1, 19)}),
-            table({}, {"small_elements": st.integers(0, 2**31), "downlink": values}),
+            table(
+                {},
+                {
+                    "small_elements": st.integers(0, 2**31),
+                    "downlink": values | st.sampled_from(["auto", "steps"]),
+                    "snapshot_every": counts,
+                },
+            ),
             table({}, {"max_noise_ratio": st.floats(0, 1e6), "fallback": values | st.just("none")}),
             table({}, {"factors": values | st.just("exact")}),
         )
@@ -218,7 +226,8 @@ def test_a_valid_configuration_comes_back_as_it_was_written(data: st.DataObject)
     assert len(config.nodes) == len(wanted["nodes"])
     if config.delta.codec == "custom":
         assert config.uplink(10**9).codec.to_dict().items() <= config.delta.model_dump().items()
-    assert config.downlink_codec().to_dict().items() >= {"sparsify": "none", "values": config.delta.downlink}.items()
+    downlink = {"auto": "int8", "steps": "fp32"}.get(config.delta.downlink, config.delta.downlink)
+    assert config.downlink_codec({}).to_dict().items() >= {"sparsify": "none", "values": downlink}.items()
     assert config.recipe().method == wanted.get("merge", {}).get("method", "fedavg")
 
 
@@ -511,10 +520,32 @@ def test_a_file_that_is_no_toml_is_a_config_error(tmp_path: Path, content: bytes
         load_config(path, environ={})
 
 
+@pytest.mark.parametrize(
+    ("downlink", "half", "single", "steps", "values"),
+    [
+        ("auto", 11, 10, True, "fp32"),
+        ("auto", 10, 11, False, "int8"),
+        ("steps", 0, 10, True, "fp32"),
+        ("bf16", 10, 0, False, "bf16"),
+    ],
+)
+def test_what_nodes_fetch_depends_on_the_base_model(
+    downlink: str, half: int, single: int, steps: bool, values: str
+) -> None:
+    config = parse(f"{MINIMAL}\n[delta]\ndownlink = '{downlink}'\nblock_size = 64")
+    schema = {
+        "a": TensorSpec((half,), "BF16"),
+        "b": TensorSpec((1, single), "F32"),
+        "c": TensorSpec((99,), "I64"),
+    }
+    assert config.takes_steps(schema) == steps
+    assert config.downlink_codec(schema) == Codec(values=values, block_size=64)
+
+
 def test_defaults_are_those_of_the_parts_they_configure() -> None:
     config = parse(MINIMAL)
     assert config.uplink(10**9)[:2] == (Codec(), 0.0)
-    assert config.downlink_codec() == Codec(values="fp32")
+    assert config.downlink_codec({}) == Codec(values="int8")
     assert config.recipe() == Recipe("fedavg")
     assert config.screen_policy() == ScreenPolicy()
     assert config.outer_settings() == {"name": "sgd", "lr": 1.0}

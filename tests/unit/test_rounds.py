@@ -77,7 +77,7 @@ def test_at_the_deadline_a_round_seals_with_a_quorum_and_fails_without(num_delta
 
 def proposed(*digests: str, judges: list[str]) -> CandidatesProposed:
     return CandidatesProposed(
-        round=1, digests=list(digests), judges=judges, update_roots=[ZERO], num_bytes=1, proposal_envelope="{}"
+        round=1, digests=list(digests), judges=judges, roots=[ZERO], num_bytes=1, proposal_envelope="{}"
     )
 
 
