@@ -8,9 +8,10 @@ it has.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -55,19 +56,14 @@ class SteppedModel(Mapping[str, Tensor]):
         self.schema = schema
         floats = delta_schema(schema)
         limit = sum(most_bytes(spec.num_elements, spec.dtype) for spec in floats.values())
-        try:
-            self._file, header = open_container(path, limit, what="step file")
-        except InvalidDelta as err:
-            raise self._invalid(err.message) from err
-        if header != HEADER:
-            raise self._invalid(f"the header is {header!r:.100}, not {HEADER}")
+        self._file = _open(path, limit)
         self._changed = frozenset(self._file.keys())
         for name in sorted(self._changed):
             if name not in floats:
-                raise self._invalid(f"{name:.200}: not a tensor of this model that can change")
+                raise _invalid(path, f"{name:.200}: not a tensor of this model that can change")
             view = self._file.get_slice(name)
             if view.get_dtype() != "U8" or len(view.get_shape()) != 1:
-                raise self._invalid(f"{name}: is {view.get_dtype()} {view.get_shape()}, not a byte string")
+                raise _invalid(path, f"{name}: is {view.get_dtype()} {view.get_shape()}, not a byte string")
 
     def __getitem__(self, name: str) -> Tensor:
         old = self.before[name]
@@ -77,7 +73,7 @@ class SteppedModel(Mapping[str, Tensor]):
         try:
             new = decode(_bits(old, name, spec), self._file.get_tensor(name), spec.dtype)
         except InvalidDelta as err:
-            raise self._invalid(f"{name}: {err.message}") from err
+            raise _invalid(self.path, f"{name}: {err.message}") from err
         return torch.from_numpy(new.view(np.uint8)).view(DTYPES[spec.dtype]).reshape(spec.shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -86,8 +82,30 @@ class SteppedModel(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.schema)
 
-    def _invalid(self, problem: str) -> InvalidDelta:
-        return InvalidDelta(f"{self.path.name}: {problem:.400}", hint=_HINT)
+
+def inspect_steps(path: Path) -> dict[str, Any]:
+    """Return what a step file says of itself, for people: `file_bytes`, and under `tensors` what each one takes.
+
+    Raises `InvalidDelta` when it is no step file, and `InputError` when there is no file to read.
+    """
+    file = _open(path, 1 << 62)
+    sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+    tensors = [{"name": name, "coded_bytes": num_bytes} for name, num_bytes in sizes.items()]
+    return {**HEADER, "file_bytes": path.stat().st_size, "tensors": tensors}
+
+
+def _open(path: Path, max_payload_bytes: int) -> Any:
+    try:
+        file, header = open_container(path, max_payload_bytes, what="step file")
+    except InvalidDelta as err:
+        raise _invalid(path, err.message) from err
+    if header != HEADER:
+        raise _invalid(path, f"the header is {header!r:.100}, not {HEADER}")
+    return file
+
+
+def _invalid(path: Path, problem: str) -> InvalidDelta:
+    return InvalidDelta(f"{path.name}: {problem:.400}", hint=_HINT)
 
 
 def _bits(tensor: Tensor, name: str, spec: TensorSpec) -> Bits:

@@ -145,7 +145,9 @@ def _model(config: Config) -> Check:
     config.model.label_names()
     schema = Checkpoint(config.model.base).schema
     num_elements = sum(spec.num_elements for spec in schema.values())
-    return Check("model", "ok", f"{config.model.base}: {num_elements:,} parameters in {len(schema)} tensors")
+    fetched = "steps" if config.takes_steps(schema) else f"{config.downlink_codec(schema).values} updates"
+    detail = f"{config.model.base}: {num_elements:,} parameters in {len(schema)} tensors; nodes fetch {fetched}"
+    return Check("model", "ok", detail)
 
 
 def _train(config: Config) -> Check:

@@ -1,10 +1,10 @@
-"""`fedmerge inspect`: show what is in a delta file, a model directory, or a signed statement."""
+"""`fedmerge inspect`: show what is in a delta or step file, a model directory, or a signed statement."""
 
 from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,9 @@ JSON_ALONE = {"raw_bytes"}
 
 
 def inspect(
-    path: Annotated[Path, Parameter(name="FILE", help="A delta file, a model directory, or signed statements.")],
+    path: Annotated[
+        Path, Parameter(name="FILE", help="A delta or step file, a model directory, or signed statements.")
+    ],
     /,
     *,
     base: Annotated[
@@ -57,7 +59,10 @@ def inspect(
 
 def _delta(path: Path) -> dict[str, Any]:
     from fedmerge.inspection import inspect_delta
+    from fedmerge.steps import inspect_steps
 
+    with suppress(InvalidDelta):
+        return {"kind": "steps (as it claims)", **inspect_steps(path)}
     try:
         found = inspect_delta(path)
     except InvalidDelta as err:

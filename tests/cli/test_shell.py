@@ -456,7 +456,7 @@ def test_doctor_on_a_healthy_federation(run: Run, tmp_path: Path) -> None:
     found = checks(run("doctor", "--json", env=environment))
     bad = {name: check for name, check in found.items() if check["status"] != "ok" and not name.startswith("[")}
     assert {name: check for name, check in bad.items() if name != "disk"} == {}
-    assert found["model"]["detail"].endswith("12 parameters in 1 tensors")
+    assert found["model"]["detail"].endswith("12 parameters in 1 tensors; nodes fetch int8 updates")
     assert found["trust"]["detail"] == "2 trusted: north, south"
     assert not (tmp_path / "state").exists()  # looking changes nothing
 

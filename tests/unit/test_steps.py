@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from fedmerge.errors import InputError, InvalidDelta, ModelMismatch, ResourceError
-from fedmerge.steps import SteppedModel, write_steps
+from fedmerge.steps import SteppedModel, inspect_steps, write_steps
 from fedmerge.tensors import model_digest, schema_of, tensor_bytes
 
 METADATA = {"fedmerge": json.dumps({"format": "fedmerge.steps", "version": 1})}
@@ -62,6 +62,11 @@ def test_what_did_not_change_costs_nothing(tmp_path: Path) -> None:
     before, after = versions()
     write_steps(tmp_path / "steps", before, after, schema_of(before))
     assert set(load_file(tmp_path / "steps")) == {f"layer.{d}" for d in ("bf16", "fp16", "fp32", "fp64")} | {"scale"}
+    said = inspect_steps(tmp_path / "steps")
+    assert said["file_bytes"] == (tmp_path / "steps").stat().st_size
+    assert {row["name"]: row["coded_bytes"] for row in said["tensors"]} == {
+        name: frame.size for name, frame in load_file(tmp_path / "steps").items()
+    }
     write_steps(tmp_path / "none", before, before, schema_of(before))
     assert (tmp_path / "none").stat().st_size < 150
     assert model_digest(SteppedModel(before, tmp_path / "none", schema_of(before))) == model_digest(before)
