@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from fedmerge.verify import History, replay, verify_directory
 from fedmerge_client.link import GrpcLink
 from tests.conftest import ServerProcess, StepTrainer, make_base, make_config
 from tests.e2e.test_federation import coordinator_key, kinds, wait_until
+from tests.e2e.test_search import Judge
 
 TRAINERS = {"north": StepTrainer(1, num_examples=10), "south": StepTrainer(2, num_examples=30)}
 NEWCOMER = {"east": StepTrainer(3)}
@@ -161,6 +163,25 @@ def test_every_downlink_ends_at_the_version_that_updates_define(
     assert result.fetched_bytes == sum(file.num_bytes for file in travelled or model.updates)
 
 
+def test_candidates_of_a_search_travel_as_steps(tmp_path: Path) -> None:
+    before = Checkpoint(make_base(tmp_path / "base", torch.bfloat16))["matrix"].float()
+    judges = {name: Judge(trainer.seed) for name, trainer in TRAINERS.items()}
+    for judge in judges.values():
+        judge.target = before + judges["north"].step("matrix", before)
+    extra = "[merge]\nmethod = 'task_arithmetic'\n[search]\nstrategy = 'greedy_soup'\nevaluations = 4\n"
+    config, _ = make_config(tmp_path, extra=extra)
+    result = simulate(config, tmp_path / "base", judges, clock=time.time)
+    model, history = model_of(result, tmp_path)
+    candidates = [each for proposal in history.proposals.values() for each in proposal.candidates]
+    steps = {each.digest: each.step for each in candidates}
+    assert model.steps == [steps[result.version]]
+    assert replay(history, Checkpoint(tmp_path / "base"), BlobStore(config.federation.state / "blobs")).passed
+    # No node fetched an update, which would be larger.
+    assert result.fetched_bytes == sum(step.num_bytes for step in [*steps.values(), *model.steps] if step is not None)
+    for name in judges:
+        assert list((node_home(config, name) / "updates").iterdir()) == []
+
+
 def test_a_record_that_lists_a_wrong_step_is_reported(tmp_path: Path) -> None:
     config, result = run_simulated(tmp_path, torch.bfloat16, num_rounds=2, extra=SNAPSHOTS)
     base, blobs = Checkpoint(tmp_path / "base"), BlobStore(config.federation.state / "blobs")
@@ -170,7 +191,7 @@ def test_a_record_that_lists_a_wrong_step_is_reported(tmp_path: Path) -> None:
         steps = [*model.steps[:-1], model.steps[-1].model_copy(update={"root": root})]
         last = history.records[-1]
         lying = last.model_copy(update={"model": last.model.model_copy(update={"steps": steps})})
-        return History(history.specs, history.deltas, [*history.records[:-1], lying])
+        return replace(history, records=[*history.records[:-1], lying])
 
     check = replay(listing(model.steps[-1].root), base, blobs)
     assert "3 step files" in check.detail

@@ -35,6 +35,7 @@ OPTIMUM = {"east": 0.8, "north": 0.1, "south": 0.4}  # coefficients of the nodes
 EXTRA = """
 [delta]
 values = "fp32"
+downlink = "fp32"
 [screen]
 weighting = "equal"
 [merge]

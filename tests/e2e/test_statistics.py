@@ -23,7 +23,7 @@ from fedmerge.verify import replay, verify_directory
 from tests.conftest import StepTrainer, make_config
 
 NUM_INPUTS, NUM_OUTPUTS = 12, 5
-LOSSLESS = "[delta]\nvalues = 'fp32'\n[merge]\nmethod = '{method}'\n"
+LOSSLESS = "[delta]\nvalues = 'fp32'\ndownlink = 'fp32'\n[merge]\nmethod = '{method}'\n"
 
 
 def normal(*shape: int, seed: int) -> Tensor:
