@@ -43,7 +43,7 @@ from task_vectors import CACHE, fine_tuned, heavy_tailed, kurtosis
 
 from fedmerge.blocks import INT4, LLOYD2, LLOYD3, SIGN
 from fedmerge.codec import Codec
-from fedmerge.container import METADATA_KEY
+from fedmerge.container import METADATA_KEY, unpack_header
 from fedmerge.delta import subtract
 from fedmerge.errors import FedmergeError
 from fedmerge.frame import DeltaFile, write_delta
@@ -173,7 +173,7 @@ def bound_of(delta: TensorMap, codec: Codec) -> Bound:
 def index_bytes_of(path: Path) -> int:
     """Bytes of a delta file that say where the values belong."""
     with safe_open(path, framework="np") as file:
-        frames = json.loads(file.metadata()[METADATA_KEY])["frames"].values()
+        frames = json.loads(unpack_header(file.metadata()[METADATA_KEY]))["frames"].values()
     return sum(
         coded for frame in frames for kind, _, coded, _ in frame["sections"] if kind.startswith(("gaps", "counts"))
     )

@@ -39,7 +39,7 @@ from mutations import FRAME_MUTATIONS, Section, mutate_json, repeat_a_key
 
 from fedmerge import frame, indices
 from fedmerge.codec import Codec
-from fedmerge.container import METADATA_KEY
+from fedmerge.container import METADATA_KEY, pack_header, unpack_header
 from fedmerge.errors import InputError, InvalidDelta
 from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.quantize import QUANTIZERS
@@ -88,7 +88,7 @@ class Subject:
         data = self.path.read_bytes()
         end = 8 + int.from_bytes(data[:8], "little")
         table = json.loads(data[8:end])
-        self.header = json.loads(table["__metadata__"][METADATA_KEY])
+        self.header = json.loads(unpack_header(table["__metadata__"][METADATA_KEY]))
         self.frames: Frames = {}
         for tensor, claim in self.header["frames"].items():
             position = end + table[tensor]["data_offsets"][0]
@@ -111,7 +111,7 @@ class Subject:
 
 
 def table_of(frames: Frames, header_text: str) -> dict[str, Any]:
-    table: dict[str, Any] = {"__metadata__": {METADATA_KEY: header_text}}
+    table: dict[str, Any] = {"__metadata__": {METADATA_KEY: pack_header(header_text)}}
     end = 0
     for name, sections in frames.items():
         start, end = end, end + sum(len(section.coded) for section in sections)

@@ -1,10 +1,12 @@
 """The container of delta and step files: a safetensors file of byte strings, with JSON under one key of its metadata.
 
-Any tool opens it, it maps without copying, and nothing in it is executed. Byte strings are made of zstd frames.
+Any tool opens it, it maps without copying, and nothing in it is executed. Byte strings are made of zstd frames. So is
+the JSON, in base64 (RFC 4648): it repeats itself, and plain it would be half of a file with few bits per parameter.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -24,6 +26,7 @@ METADATA_KEY = "fedmerge"
 MAX_HEADER_BYTES = 16 << 20
 MAX_WINDOW_BYTES = 1 << 23
 _COPY_BYTES = 1 << 20
+_HEADER_LEVEL = 12
 
 
 @dataclass
@@ -64,13 +67,30 @@ def writing_container(path: Path, *, where: str) -> Iterator[Container]:
 
 def _safetensors_header(container: Container) -> bytes:
     """Return the table at the start of a safetensors file: where each byte string is, and the header as metadata."""
-    table: dict[str, Any] = {"__metadata__": {METADATA_KEY: container.header}}
+    table: dict[str, Any] = {"__metadata__": {METADATA_KEY: pack_header(container.header)}}
     end = 0
     for name, num_bytes in container.lengths.items():
         start, end = end, end + num_bytes
         table[name] = {"dtype": "U8", "shape": [num_bytes], "data_offsets": [start, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
+
+
+def pack_header(text: str) -> str:
+    """Return JSON as it stands in a file's metadata."""
+    return base64.b64encode(zstandard.ZstdCompressor(level=_HEADER_LEVEL).compress(text.encode())).decode()
+
+
+def unpack_header(packed: str) -> bytes:
+    """Return the JSON of `pack_header`; raise `InvalidDelta` when it is not that, or too long."""
+    try:
+        coded = base64.b64decode(packed, validate=True)
+        num_bytes = zstandard.frame_content_size(coded)
+    except (ValueError, zstandard.ZstdError) as err:
+        raise InvalidDelta(f"the header is not zstd in base64 ({err})") from err
+    if not 0 <= num_bytes <= MAX_HEADER_BYTES:
+        raise InvalidDelta(f"the header is over the limit of {MAX_HEADER_BYTES} bytes")
+    return unzstd(memoryview(coded), num_bytes)
 
 
 def open_container(path: Path, max_payload_bytes: int, *, what: str) -> tuple[Any, Any]:
@@ -91,7 +111,7 @@ def open_container(path: Path, max_payload_bytes: int, *, what: str) -> tuple[An
         metadata = file.metadata() or {}
         if metadata.keys() != {METADATA_KEY}:
             raise InvalidDelta(f"not a {what}: metadata keys are {sorted(metadata)[:3]}")
-        return file, json.loads(metadata[METADATA_KEY], object_pairs_hook=_unique_keys)
+        return file, json.loads(unpack_header(metadata[METADATA_KEY]), object_pairs_hook=_unique_keys)
     except (SafetensorError, ValueError, RecursionError) as err:
         raise InvalidDelta(f"not a {what} ({err})") from err
     except OSError as err:

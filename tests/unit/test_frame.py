@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import math
@@ -98,7 +99,7 @@ class Written:
 
     def rewrite(self, header_text: str | None = None, extra_metadata: dict[str, str] | None = None) -> None:
         text = json.dumps(self.header) if header_text is None else header_text
-        save_file(self.frames, self.path, metadata={"fedmerge": text, **(extra_metadata or {})})
+        save_file(self.frames, self.path, metadata={"fedmerge": packed(text), **(extra_metadata or {})})
 
     def decode(self) -> dict[str, torch.Tensor]:
         return dict(DeltaFile(self.path, self.schema, self.codec, seed=SEED))
@@ -107,8 +108,12 @@ class Written:
 def metadata_of(path: Path) -> str:
     data = path.read_bytes()
     (header_bytes,) = struct.unpack("<Q", data[:8])
-    text: str = json.loads(data[8 : 8 + header_bytes])["__metadata__"]["fedmerge"]
-    return text
+    coded = base64.b64decode(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["fedmerge"])
+    return zstandard.ZstdDecompressor().decompress(coded).decode()
+
+
+def packed(text: str) -> str:
+    return base64.b64encode(zstandard.ZstdCompressor(level=12).compress(text.encode())).decode()
 
 
 def assert_refused_or_sound(written: Written) -> bool:
@@ -360,7 +365,7 @@ def test_the_same_delta_gives_the_same_bytes(codec: Codec, tmp_path: Path) -> No
 def test_the_file_is_the_one_that_safetensors_writes(tmp_path: Path) -> None:
     written = Written(tmp_path / "d", CODECS["topk int4"])
     data = written.path.read_bytes()
-    save_file(written.frames, tmp_path / "d", metadata={"fedmerge": metadata_of(written.path)})
+    save_file(written.frames, tmp_path / "d", metadata={"fedmerge": packed(metadata_of(written.path))})
     assert (tmp_path / "d").read_bytes() == data
     write_delta(tmp_path / "new", written.delta, written.schema, written.codec, seed=SEED)
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600

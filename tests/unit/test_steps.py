@@ -15,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from fedmerge.container import pack_header, unpack_header
 from fedmerge.errors import InputError, InvalidDelta, ModelMismatch, ResourceError
 from fedmerge.steps import SteppedModel, inspect_steps, write_steps
 from fedmerge.tensors import model_digest, schema_of, tensor_bytes
 
-METADATA = {"fedmerge": json.dumps({"format": "fedmerge.steps", "version": 1})}
+METADATA = {"fedmerge": pack_header(json.dumps({"format": "fedmerge.steps", "version": 1}))}
 Model = dict[str, torch.Tensor]
 
 
@@ -116,11 +117,11 @@ def larger_than_any_step(frames: dict[str, Any], metadata: dict[str, str]) -> No
 
 
 def another_version(frames: dict[str, Any], metadata: dict[str, str]) -> None:
-    metadata["fedmerge"] = metadata["fedmerge"].replace("1", "2")
+    metadata["fedmerge"] = pack_header(unpack_header(metadata["fedmerge"]).decode().replace("1", "2"))
 
 
 def another_format(frames: dict[str, Any], metadata: dict[str, str]) -> None:
-    metadata["fedmerge"] = metadata["fedmerge"].replace("steps", "delta")
+    metadata["fedmerge"] = pack_header(unpack_header(metadata["fedmerge"]).decode().replace("steps", "delta"))
 
 
 def more_metadata(frames: dict[str, Any], metadata: dict[str, str]) -> None:
@@ -128,7 +129,15 @@ def more_metadata(frames: dict[str, Any], metadata: dict[str, str]) -> None:
 
 
 def no_json(frames: dict[str, Any], metadata: dict[str, str]) -> None:
-    metadata["fedmerge"] = "[" * 100_000
+    metadata["fedmerge"] = pack_header("[" * 100_000)
+
+
+def no_zstd(frames: dict[str, Any], metadata: dict[str, str]) -> None:
+    metadata["fedmerge"] = unpack_header(metadata["fedmerge"]).decode()
+
+
+def a_bomb(frames: dict[str, Any], metadata: dict[str, str]) -> None:
+    metadata["fedmerge"] = pack_header("[" * (17 << 20))
 
 
 LIES = (
@@ -141,6 +150,8 @@ LIES = (
     another_format,
     more_metadata,
     no_json,
+    no_zstd,
+    a_bomb,
 )
 
 
