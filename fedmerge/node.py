@@ -216,9 +216,7 @@ class Node:
             residual = previous_residual(outbox, spec, own)
             to_send = carry_over(to_send, residual, spec.error_feedback)
         side = (
-            None
-            if kind is None or measuring is None
-            else side_tensors(measuring.statistics(result.model_dir, kind), kind, schema)
+            None if kind is None or measuring is None else side_tensors(measuring.statistics(whole, kind), kind, schema)
         )
         stats = write_delta(payload, to_send, schema, codec, seed=seed, base=before, side=side)
         notes = stats.notes(codec)

@@ -84,7 +84,9 @@ def run_simulated(
     return result, events
 
 
-@pytest.mark.parametrize("delta", ["sparsify = 'lowrank'\nrank = 4", "values = 'fp32'"])
+@pytest.mark.parametrize(
+    "delta", ["sparsify = 'lowrank'\nrank = 4\ndownlink = 'fp32'", "values = 'fp32'\ndownlink = 'fp32'"]
+)
 def test_the_mean_of_the_products_is_merged(tmp_path: Path, delta: str) -> None:
     make_model(tmp_path / "base")
     north, south = AdapterTrainer(2, 1), AdapterTrainer(4, 5)
