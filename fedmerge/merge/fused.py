@@ -20,7 +20,7 @@ from fedmerge.merge.average import fedavg_coefficients, task_arithmetic_coeffici
 from fedmerge.merge.della import probabilities_by_rank
 from fedmerge.merge.kernels import LOW_BITS, NUM_HIGH, NUM_LOW
 from fedmerge.merge.ranking import Cut, count, num_middle
-from fedmerge.merge.rows import Array, Rows
+from fedmerge.merge.rows import Array, Rows, fp32
 from fedmerge.merge.stack import BLOCK_ELEMENTS
 from fedmerge.philox import draws, room_for
 from fedmerge.seeds import derive_seed, mask_threshold
@@ -118,7 +118,7 @@ BY_LINE = frozenset({"della", "della_linear"})
 
 def _fold(rows: Rows, coefficients: Sequence[float], thin: Thin | None = None) -> MergeBlock:
     """Merge to the sum of coefficient * row, added in the rows' order."""
-    factors = [np.float32(coefficient) for coefficient in coefficients]
+    factors = [fp32(coefficient) for coefficient in coefficients]
 
     def merge_block(start: int, stop: int, out: Array) -> None:
         if thin is None:
@@ -167,7 +167,7 @@ def _elect(
             normalize,
             normalizer == "weights",
             aggregation == "max",
-            np.float32(lambda_),
+            fp32(lambda_),
             out,
         )
 
@@ -270,7 +270,7 @@ def _drop_by_rank(rows: Rows, seed: int, density: float, epsilon: float, rescale
 def _scaled(thin: Thin, factors: Sequence[float]) -> Thin:
     def thin_and_scale(index: int, start: int, values: Array) -> None:
         thin(index, start, values)
-        values *= np.float32(factors[index])
+        values *= fp32(factors[index])
 
     return thin_and_scale
 

@@ -29,6 +29,12 @@ STORED: dict[torch.dtype, torch.dtype] = {
 }
 
 
+def fp32(value: float) -> np.float32:
+    """Return `value` in fp32: infinite if it is too large, which what is computed from it will show."""
+    with np.errstate(over="ignore"):
+        return np.float32(value)
+
+
 class Operand(NamedTuple):
     """One task vector: `tuned` minus `base`, or `tuned` itself without one; contiguous CPU tensors. `scale` is on top.
 
@@ -83,7 +89,7 @@ class Rows:
         before = self._before(index, start, stop)
         self._check(index, read(self._block(index, start, stop, out), before, out))
         if self.operands[index].scale != 1:
-            out *= np.float32(self.operands[index].scale)
+            out *= fp32(self.operands[index].scale)
         return out
 
     def read(self, start: int, stop: int) -> Array:
