@@ -1,7 +1,7 @@
-"""Linear methods, sum_i c_i * delta_i: weighted average and task arithmetic.
+"""Averages: the linear methods, sum_i c_i * delta_i, and the mean over those who sent an entry.
 
-Each is a rule for the coefficients c_i and one shared fold, which takes one task vector at a time; the engine uses the
-same two parts, so its memory does not grow with the number of nodes.
+A linear method is a rule for the coefficients c_i and one shared fold, which takes one task vector at a time; the
+engine uses the same two parts, so its memory does not grow with the number of nodes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmerge.delta import working_dtype
 from fedmerge.errors import InputError
 from fedmerge.merge.parameters import Lambda, Normalize
-from fedmerge.merge.stack import BLOCK_ELEMENTS, blocks, require_floats, row_weights, shares
+from fedmerge.merge.stack import BLOCK_ELEMENTS, as_rows, blocks, require_floats, row_weights, shares
 
 
 def fedavg(deltas: Tensor, weights: Tensor, *, base: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -57,6 +57,29 @@ def task_arithmetic(
 def task_arithmetic_coefficients(weights: list[float], *, lambda_: float, normalize: bool) -> list[float]:
     """Return the coefficient of each task vector in `task_arithmetic`."""
     return [lambda_ * weight for weight in (shares(weights) if normalize else weights)]
+
+
+def contributor_mean(deltas: Tensor, weights: Tensor, *, base: Tensor | None = None, seed: int = 0) -> Tensor:
+    """Return of each entry the mean by `weights` (K,) over those of `deltas` (K, *shape) in which it is not zero.
+
+    For sparse task vectors: one that left an entry out says nothing about it, where in `fedavg` it votes for zero. That
+    is how SparseLoCo's published code averages, though arXiv 2508.15706 writes 1/K; on dense task vectors it is
+    `fedavg`. The result is (*shape,) in fp32 (or fp64 if they are), zero where all are. Raises `InputError` when a
+    weight is negative or all are zero.
+    """
+    rows = as_rows(deltas)
+    values = row_weights(weights, len(rows), rows.dtype)
+    shares(values)
+    if min(values) < 0:
+        raise InputError(f"contributor_mean: weights must not be negative, as in {values}")
+    merged = torch.empty_like(rows[0])
+    for block in blocks(merged.numel()):
+        total, divisor = torch.zeros_like(merged[block]), torch.zeros_like(merged[block])
+        for row, weight in zip(rows[:, block], values, strict=True):
+            total += row * weight
+            divisor += (row != 0).to(row.dtype) * weight
+        merged[block] = total / torch.where(divisor == 0, 1, divisor)
+    return merged.view(deltas.shape[1:])
 
 
 def fold(deltas: Iterable[Tensor], coefficients: Callable[[torch.dtype], Sequence[float]]) -> Tensor:

@@ -7,7 +7,13 @@ from typing import Concatenate, TypeAlias
 
 from torch import Tensor
 
-from fedmerge.merge.average import fedavg, fedavg_coefficients, task_arithmetic, task_arithmetic_coefficients
+from fedmerge.merge.average import (
+    contributor_mean,
+    fedavg,
+    fedavg_coefficients,
+    task_arithmetic,
+    task_arithmetic_coefficients,
+)
 from fedmerge.merge.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from fedmerge.merge.dare import dare_linear, dare_ties
 from fedmerge.merge.della import della, della_linear
@@ -39,6 +45,7 @@ MergeMethod: TypeAlias = Callable[Concatenate[Tensor, Tensor, ...], Tensor]
 
 METHODS: dict[str, MergeMethod] = {
     "fedavg": fedavg,
+    "contributor_mean": contributor_mean,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
     "elect": elect,

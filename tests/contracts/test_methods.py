@@ -197,6 +197,27 @@ def test_the_signature_is_the_configuration(name: str) -> None:
 # --- averages
 
 
+@given(stacks, st.data())
+def test_contributor_mean_leaves_out_who_sent_nothing(deltas: Tensor, data: st.DataObject) -> None:
+    weights = data.draw(weight_lists(len(deltas)))
+    sparse = deltas * (deltas.abs() > 4)
+    merged = METHODS["contributor_mean"](sparse, torch.tensor(weights))
+    for column, value in zip(sparse.T.tolist(), merged.tolist(), strict=True):
+        sent = [(weight, entry) for weight, entry in zip(weights, column, strict=True) if entry]
+        expected = sum(w * x for w, x in sent) / sum(w for w, _ in sent) if sent else 0.0
+        assert value == pytest.approx(expected, rel=1e-6)
+
+
+def test_contributor_mean_of_dense_deltas_is_fedavg() -> None:
+    deltas, weights = nodes("fedavg", 50, 3, dtype=torch.float64)
+    merged = METHODS["contributor_mean"](deltas, weights)
+    torch.testing.assert_close(merged, METHODS["fedavg"](deltas, weights), rtol=1e-12, atol=0)
+    with pytest.raises(InputError, match="must not be negative"):
+        METHODS["contributor_mean"](deltas, torch.tensor([1.0, 1.0, -0.5]))
+    with pytest.raises(InputError, match="sum to 0"):
+        METHODS["contributor_mean"](deltas, torch.zeros(3))
+
+
 @given(deltas=stacks, data=st.data())
 @settings(deadline=None)
 def test_fedavg_is_the_weighted_mean(deltas: Tensor, data: st.DataObject) -> None:
