@@ -72,30 +72,32 @@ def simulate(
     *,
     clock: Callable[[], float],
     on_event: Callable[[str, NodeEvent], None] = lambda name, event: None,
+    connect: Callable[[Coordinator, str], LocalLink] = LocalLink,
 ) -> FederationResult:
     """Run a federation to its end in this process, one node after the other.
 
-    `trainers` has one trainer by node name. A simulation that was stopped goes on where it was. Raises `RoundFailed`
-    when a round ends without a model.
+    `trainers` has one trainer by node name; `connect` makes the link of a node, from the coordinator and the node's id.
+    A simulation that was stopped goes on where it was. Raises `RoundFailed` when a round ends without a model.
     """
     for trainer in trainers.values():
         trainer.check()
     keys = prepare_nodes(config, list(trainers))
     coordinator = Coordinator(config, base_dir, clock=clock)
     try:
-        nodes: dict[str, Node] = {}
+        nodes: list[tuple[LocalLink, Node]] = []
         for name, trainer in trainers.items():
-            link = LocalLink(coordinator, keys[name].public.key_id)
+            link = connect(coordinator, keys[name].public.key_id)
             home = node_home(config, name)
             events = _for_node(on_event, name)
-            nodes[name] = Node(link, trainer, keys[name], coordinator.key.public, home, base=base_dir, on_event=events)
+            node = Node(link, trainer, keys[name], coordinator.key.public, home, base=base_dir, on_event=events)
+            nodes.append((link, node))
         if coordinator.journal.state.phase == Phase.FAILED:
             coordinator.open_round()
         while True:
             while coordinator.advance():
                 pass
-            for node in nodes.values():
-                node.react(LocalLink(coordinator, node.node_id).view())
+            for link, node in nodes:
+                node.react(link.view())
             if coordinator.finished():
                 break
     finally:

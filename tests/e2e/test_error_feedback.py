@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
+from fedmerge.coordinator import Coordinator
 from fedmerge.errors import ResourceError, RoundClosed, RoundFailed
 from fedmerge.sim import FederationResult, node_home, simulate
+from fedmerge.sim.inline import LocalLink
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import Trainer, TrainResult, TrainTask
@@ -171,6 +174,37 @@ def test_a_node_that_missed_a_round_goes_on_from_its_newest_residual(tmp_path: P
     torch.testing.assert_close(moved[::2], torch.full((300_000,), LARGE + 2 * LARGE / 2).double(), atol=2e-6, rtol=0)
     expected = torch.full((300_000,), 2 * SMALL + 2 * SMALL / 2).double()
     torch.testing.assert_close(moved[1::2], expected, atol=2e-6, rtol=0)
+
+
+class RefusesFirst(LocalLink):
+    """Comes too late with the first delta that it is given."""
+
+    def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:
+        if self.view().round == 1:
+            raise RoundClosed("round 1 is closed")
+        return super().submit(envelope, payload, leaves, sent)
+
+
+def test_what_was_sent_in_vain_is_not_sent_again(tmp_path: Path) -> None:
+    config, _ = make_config(tmp_path, num_rounds=2, min_nodes=1, grace_s=0.0, extra=TOPK.format(density=0.5, decay=1.0))
+    made: list[LocalLink] = []
+
+    def connect(coordinator: Coordinator, node_id: str) -> LocalLink:
+        made.append((RefusesFirst if made else LocalLink)(coordinator, node_id))
+        return made[-1]
+
+    result = simulate(
+        config,
+        tmp_path / "base",
+        {"north": TwoSizes(1), "south": TwoSizes(2)},
+        clock=time.time,
+        connect=connect,
+    )
+    # Round 1: north's large elements arrive, south's do not. Round 2: both send two steps of the small ones.
+    base, merged = Checkpoint(tmp_path / "base"), Checkpoint(result.model_dir)
+    moved = (merged["matrix"].double() - base["matrix"].double()).reshape(-1)
+    torch.testing.assert_close(moved[::2], torch.full((300_000,), LARGE).double(), atol=2e-6, rtol=0)
+    torch.testing.assert_close(moved[1::2], torch.full((300_000,), 2 * SMALL).double(), atol=2e-6, rtol=0)
 
 
 def test_residuals_of_another_run_are_not_carried_over(tmp_path: Path) -> None:
