@@ -81,7 +81,7 @@ def run_session(folder: Path, environ: Mapping[str, str], commands: Sequence[Seq
         check=False,
     )
     # Anything here went past the command line's own output: gRPC's C++ log, a progress bar, a crash.
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, ""), f"exit code {result.returncode}\n{result.stderr}"
     return [Outcome(*outcome) for outcome in json.loads(result.stdout)]
 
 
