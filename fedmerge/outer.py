@@ -31,6 +31,14 @@ Momentum: TypeAlias = Annotated[
 ]
 
 
+Beta1: TypeAlias = Annotated[float, Field(ge=0, lt=1, description="Decay of the mean of pseudo-gradients.")]
+Beta2: TypeAlias = Annotated[float, Field(ge=0, lt=1, description="Decay of the mean of their squares.")]
+Tau: TypeAlias = Annotated[
+    float,
+    Field(gt=0, allow_inf_nan=False, description="Added to the root of the squares: the larger, the less adaptive."),
+]
+
+
 class OuterOptimizer(NamedTuple):
     """An optimizer as two pure functions of one parameter's tensors.
 
@@ -64,16 +72,94 @@ def _nesterov(
     task vector, and a constant one accumulates to lr / (1 - momentum) times.
     """
     gradient = pseudo_gradient.to(working_dtype(pseudo_gradient))
-    previous = state.get("momentum")
-    if previous is None or previous.shape != gradient.shape:
-        raise InputError("outer optimizer: the state does not hold this parameter's momentum")
-    velocity = previous * momentum + gradient
+    velocity = _own(state, "momentum", gradient) * momentum + gradient
     return (velocity * momentum + gradient) * -lr, {"momentum": velocity}
+
+
+def _momentum(
+    pseudo_gradient: Tensor, state: State, *, lr: LearningRate = 1.0, momentum: Momentum = 0.9
+) -> tuple[Tensor, State]:
+    """Step by SGD with momentum, `b <- momentum * b + g; step = -lr * b`: FedAvgM, arXiv 1909.06335."""
+    gradient = pseudo_gradient.to(working_dtype(pseudo_gradient))
+    velocity = _own(state, "momentum", gradient) * momentum + gradient
+    return velocity * -lr, {"momentum": velocity}
+
+
+# How the adaptive optimizers of arXiv 2003.00295 move their second moment: (it, new squares) -> its next value.
+_SecondMoment: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def _adaptive(
+    pseudo_gradient: Tensor, state: State, rule: _SecondMoment, *, lr: float, beta1: float, tau: float
+) -> tuple[Tensor, State]:
+    """Step as algorithm 2 of arXiv 2003.00295 does, from m = 0 and v = tau^2 and without bias correction.
+
+    Flower's optimizers of these names differ: they start from v = 0, and its FedAdam corrects the bias.
+    """
+    gradient = pseudo_gradient.to(working_dtype(pseudo_gradient))
+    if not state:
+        state = {"mean": torch.zeros_like(gradient), "squares": torch.full_like(gradient, tau**2)}
+    mean = _own(state, "mean", gradient) * beta1 + gradient * (1 - beta1)
+    squares = rule(_own(state, "squares", gradient), gradient * gradient)
+    return mean * -lr / (squares.sqrt() + tau), {"mean": mean, "squares": squares}
+
+
+def _adam(
+    pseudo_gradient: Tensor,
+    state: State,
+    *,
+    lr: LearningRate = 0.01,
+    beta1: Beta1 = 0.9,
+    beta2: Beta2 = 0.99,
+    tau: Tau = 1e-3,
+) -> tuple[Tensor, State]:
+    """Step by FedAdam, arXiv 2003.00295: squares decay by `beta2`."""
+
+    def rule(squares: Tensor, new: Tensor) -> Tensor:
+        return squares * beta2 + new * (1 - beta2)
+
+    return _adaptive(pseudo_gradient, state, rule, lr=lr, beta1=beta1, tau=tau)
+
+
+def _yogi(
+    pseudo_gradient: Tensor,
+    state: State,
+    *,
+    lr: LearningRate = 0.01,
+    beta1: Beta1 = 0.9,
+    beta2: Beta2 = 0.99,
+    tau: Tau = 1e-3,
+) -> tuple[Tensor, State]:
+    """Step by FedYogi, arXiv 2003.00295: squares move towards the new ones by a share of those, up or down."""
+
+    def rule(squares: Tensor, new: Tensor) -> Tensor:
+        return squares - new * torch.sign(squares - new) * (1 - beta2)
+
+    return _adaptive(pseudo_gradient, state, rule, lr=lr, beta1=beta1, tau=tau)
+
+
+def _adagrad(
+    pseudo_gradient: Tensor, state: State, *, lr: LearningRate = 0.01, beta1: Beta1 = 0.0, tau: Tau = 1e-3
+) -> tuple[Tensor, State]:
+    """Step by FedAdagrad, arXiv 2003.00295: squares add up."""
+    return _adaptive(pseudo_gradient, state, torch.add, lr=lr, beta1=beta1, tau=tau)
+
+
+def _own(state: State, kind: str, like: Tensor) -> Tensor:
+    """Return one tensor of a parameter's state; raise `InputError` when it is not there or is another parameter's."""
+    found = state.get(kind)
+    if found is None or found.shape != like.shape:
+        raise InputError(f"outer optimizer: the state does not hold this parameter's {kind}")
+    return found
 
 
 OUTER: dict[str, OuterOptimizer] = {
     "sgd": OuterOptimizer(_init_nothing, _sgd),
+    "momentum": OuterOptimizer(_init_momentum, _momentum),
     "nesterov": OuterOptimizer(_init_momentum, _nesterov),
+    "adam": OuterOptimizer(_init_nothing, _adam),
+    "yogi": OuterOptimizer(_init_nothing, _yogi),
+    "adagrad": OuterOptimizer(_init_nothing, _adagrad),
 }
 
 

@@ -304,12 +304,32 @@ class Search(Section):
 class Outer(Section):
     """The optimizer that takes the merged task vector as its step."""
 
-    name: Literal["sgd", "nesterov"] = "sgd"
-    """The step: lr times the merged task vector ("sgd"), or with momentum across rounds, as in DiLoCo ("nesterov")."""
+    name: Literal["sgd", "momentum", "nesterov", "adam", "yogi", "adagrad"] = "sgd"
+    """The step: lr times the merged task vector ("sgd"), or with momentum across rounds, as in FedAvgM ("momentum") and
+    DiLoCo ("nesterov"), or adapted to each entry's past, as in FedAdam, FedYogi and FedAdagrad."""
     lr: float = Field(default=1.0, gt=0)
-    """Learning rate. 1.0 with "sgd" adds the merged task vector as it is; DiLoCo takes 0.7 with "nesterov"."""
+    """Learning rate. 1.0 with "sgd" adds the merged task vector as it is; DiLoCo takes 0.7 with "nesterov". Adaptive
+    ones need about 0.01 or less: their steps do not grow with the task vectors."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum of "nesterov"."""
+    """Momentum of "momentum" and "nesterov"."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the mean of updates in "adam", "yogi" and "adagrad" (whose authors take 0)."""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the mean of their squares in "adam" and "yogi"."""
+    tau: float = Field(default=1e-3, gt=0)
+    """How little the adaptive ones adapt: it is added to the root of the squares."""
+
+
+# What each outer optimizer takes; here as well as in its signature, which would load torch.
+_ADAPTIVE = {"lr", "beta1", "beta2", "tau"}
+_OUTER_KEYS: dict[str, set[str]] = {
+    "sgd": {"lr"},
+    "momentum": {"lr", "momentum"},
+    "nesterov": {"lr", "momentum"},
+    "adam": _ADAPTIVE,
+    "yogi": _ADAPTIVE,
+    "adagrad": _ADAPTIVE - {"beta2"},
+}
 
 
 class SimulatedNode(OpenSection):
@@ -353,8 +373,7 @@ class Config(Section):
 
     def outer_settings(self) -> dict[str, Any]:
         """Return the outer optimizer's name and the parameters it takes, as a round's plan carries them."""
-        unused = {"momentum"} if self.outer.name == "sgd" else set()
-        return self.outer.model_dump(exclude=unused)
+        return self.outer.model_dump(include={"name", *_OUTER_KEYS[self.outer.name]})
 
     # The builders import late: they need torch, which a mistake in the file should not have to wait for.
 

@@ -328,7 +328,7 @@ def test_the_written_file_has_every_key_with_its_default_below_its_documentation
     )
     assert config == minimal
     # Everything that is commented out is valid too.
-    uncommented = re.sub(r"^# (?:# )?(?=\[\[|[a-z_]+ = )", "", text, flags=re.MULTILINE)
+    uncommented = re.sub(r"^# (?:# )?(?=\[\[|[a-z0-9_]+ = )", "", text, flags=re.MULTILINE)
     full = parse_config(uncommented, folder=Path("/f"), where="t")
     assert full.model.labels == ("negative", "positive")
     assert full.nodes[0].test == Path("/f/data/north-test.jsonl")
@@ -337,7 +337,7 @@ def test_the_written_file_has_every_key_with_its_default_below_its_documentation
     assert list(keys_of) == list(Config.model_fields)
     for name, section in SECTIONS.items():
         # Paragraphs of comment lines and, last, the key; a key without a default is commented out.
-        found = re.findall(r"((?:^# .+\n)+?)^(# )?([a-z_]+) = ", keys_of[name], flags=re.MULTILINE)
+        found = re.findall(r"((?:^# .+\n)+?)^(# )?([a-z0-9_]+) = ", keys_of[name], flags=re.MULTILINE)
         written = {key: (" ".join(doc.replace("# ", "").split()), bool(commented)) for doc, commented, key in found}
         assert written == {
             key: (" ".join((field.description or "").split()), field.default in (None, ()))

@@ -32,6 +32,7 @@ def run(name: str, start: Tensor, pseudo_gradients: list[Tensor], **params: Any)
     ("name", "params", "torch_params"),
     [
         ("sgd", {"lr": 0.3}, {"lr": 0.3}),
+        ("momentum", {"lr": 0.3, "momentum": 0.8}, {"lr": 0.3, "momentum": 0.8}),
         ("nesterov", {"lr": 0.7, "momentum": 0.9}, {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
         ("nesterov", {"lr": 0.4, "momentum": 0.5}, {"lr": 0.4, "momentum": 0.5, "nesterov": True}),
     ],
@@ -44,6 +45,36 @@ def test_agrees_with_torch(name: str, params: dict[str, Any], torch_params: dict
         theirs.grad = gradient.clone()
         optimizer.step()
     torch.testing.assert_close(run(name, start, gradients(6, dtype), **params), theirs.detach())
+
+
+def by_algorithm_2(
+    name: str, deltas: list[Tensor], *, lr: float, beta1: float, tau: float, beta2: float = 0.0
+) -> list[float]:
+    """The server's loop of arXiv 2003.00295, entry by entry."""
+    moved = []
+    for entries in torch.stack(deltas).flatten(1).T.tolist():
+        x, m, v = 0.0, 0.0, tau**2
+        for delta in entries:
+            m = beta1 * m + (1 - beta1) * delta
+            if name == "adagrad":
+                v = v + delta**2
+            elif name == "yogi":
+                v = v - (1 - beta2) * delta**2 * (1 if v > delta**2 else -1 if v < delta**2 else 0)
+            else:
+                v = beta2 * v + (1 - beta2) * delta**2
+            x += lr * m / (v**0.5 + tau)
+        moved.append(x)
+    return moved
+
+
+@pytest.mark.parametrize("name", ["adam", "yogi", "adagrad"])
+@pytest.mark.parametrize("tau", [1e-3, 0.5])
+def test_adaptive_ones_are_their_paper(name: str, tau: float) -> None:
+    params = {"lr": 0.02, "beta1": 0.8, "tau": tau} | ({} if name == "adagrad" else {"beta2": 0.95})
+    found = run(name, torch.zeros(6, 4, dtype=torch.float64), gradients(12, torch.float64), **params)
+    deltas = [-gradient for gradient in gradients(12, torch.float64)]
+    expected = by_algorithm_2(name, deltas, **params)
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
 def test_plain_sgd_adds_the_merged_task_vector() -> None:
@@ -104,3 +135,6 @@ def test_what_does_not_fit_is_refused() -> None:
     for state in ({}, OUTER["nesterov"].init(torch.ones(5))):
         with pytest.raises(InputError, match="momentum"):
             OUTER["nesterov"].update(torch.ones(4), state)
+    _, state = OUTER["adam"].update(torch.ones(5), {})
+    with pytest.raises(InputError, match="mean"):
+        OUTER["adam"].update(torch.ones(4), state)
