@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedmerge.adapter import open_tuned
+from fedmerge.chain import ModelChain
 from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import (
     ConflictingSubmission,
     DigestMismatch,
-    InputError,
-    InvalidDelta,
     RoundClosed,
     RoundFailed,
     StaleBase,
@@ -47,14 +46,12 @@ from fedmerge.statements import (
     ModelRef,
     Receipt,
     RoundSpec,
-    StepRef,
-    UpdateRef,
     digest_of,
 )
 from fedmerge.statistics import side_tensors, statistics_schema
-from fedmerge.tensors import Checkpoint, TensorMap, model_digest, reporting_save_errors, schema_digest
+from fedmerge.tensors import Checkpoint, TensorMap, model_digest, reporting_save_errors
 from fedmerge.training import STATE, Trainer, TrainTask, require_statistics
-from fedmerge.versions import cheapest_route, follow, open_model, require_digest, write_model
+from fedmerge.versions import write_model
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +128,7 @@ class Node:
         self.node_id = key.public.key_id
         self.home = home
         self._coordinator = {coordinator.key_id: coordinator}
-        self._base_dir = base
-        self._base: Checkpoint | None = None
+        self._chain = ModelChain(home, link.fetch, self._announce_fetch, base)
         self._keep_tuned = keep_tuned
         self._on_event = on_event
         self._taken: set[str] = set()
@@ -188,7 +184,7 @@ class Node:
         recipe = Recipe.from_dict(spec.merge)
         kind = recipe.statistics
         measuring = None if kind is None else require_statistics(self.trainer, kind, recipe.method)
-        model_dir = self._materialise(spec.model, spec)
+        model_dir = self._chain.materialise(spec.model, spec)
         self._evaluate("global", model_dir, spec.model.digest, spec, spec.round - 1)
         task = TrainTask(
             model_dir=model_dir,
@@ -206,9 +202,9 @@ class Node:
             result = self.trainer.train(task)
         before = Checkpoint(model_dir)
         tuned, to_send = open_tuned(result.model_dir, before)
-        whole = self._whole(result.model_dir, tuned, outbox)
+        whole = self._whole(result.model_dir, tuned, spec, outbox)
         self._evaluate("own", whole, model_digest(tuned), spec, spec.round)
-        schema = delta_schema(self._require_base(spec).schema)
+        schema = delta_schema(self._chain.require_base(spec).schema)
         payload = outbox / "delta.safetensors"
         codec = Codec.from_dict(spec.codec)
         seed = spec.mask_seed(self.node_id)
@@ -232,7 +228,7 @@ class Node:
         )
         if spec.error_feedback:
             sent = DeltaFile(payload, schema, codec, seed=seed, side=statistics_schema(kind, schema))
-            write_residual(outbox, unsent(to_send, sent), self._require_base(spec).shards())
+            write_residual(outbox, unsent(to_send, sent), self._chain.require_base(spec).shards())
         statement = DeltaStatement(
             federation=spec.federation,
             run=spec.run,
@@ -258,15 +254,14 @@ class Node:
             for directory in {result.model_dir, whole} if not self._keep_tuned else ():
                 shutil.rmtree(directory)
 
-    def _whole(self, tuned_dir: Path, tuned: TensorMap, outbox: Path) -> Path:
+    def _whole(self, tuned_dir: Path, tuned: TensorMap, spec: RoundSpec, outbox: Path) -> Path:
         """Return a directory with the tuned model whole, which an adapter is not, to be evaluated as any other."""
         if not isinstance(tuned, UpdatedModel):
             return tuned_dir
-        assert self._base is not None
         directory = outbox / "whole"
         with reporting_os_errors(directory):
             shutil.rmtree(directory, ignore_errors=True)
-        write_model(tuned, self._base, directory)
+        write_model(tuned, self._chain.require_base(spec), directory)
         return directory
 
     # 6 stream
@@ -310,9 +305,9 @@ class Node:
                 ref = ModelRef(
                     digest=candidate.digest, base_digest=spec.model.base_digest, updates=updates, steps=steps
                 )
-                model_dir = self._materialise(ref, spec, scratch)
+                model_dir = self._chain.materialise(ref, spec, scratch)
                 self._report("candidate", model_dir, candidate.digest, spec, round_number=spec.round, done=reported)
-                (self.home / "updates" / candidate.update.root).unlink(missing_ok=True)
+                self._chain.drop_update(candidate.update)
         except UnknownVersion as err:
             # The search went on without this site's scores.
             log.warning("round %d: %s", spec.round, err.message)
@@ -320,15 +315,13 @@ class Node:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    # The model chain
-
     def _finish(self, view: RoundView, spec: RoundSpec) -> Path:
         if not view.record_envelope:
             raise RoundFailed(f"round {view.round} failed: {view.failure}")
         record, _ = MergeRecord.open(view.record_envelope, self._coordinator, where="merge record")
         if (record.federation, record.run) != (spec.federation, spec.run):
             raise DigestMismatch("the merge record is for another federation or run")
-        model_dir = self._materialise(record.model, spec)
+        model_dir = self._chain.materialise(record.model, spec)
         self._evaluate("global", model_dir, record.model.digest, spec, record.round)
         self._emit("finished", record.round, version=record.model.digest, model_dir=str(model_dir))
         if view.phase == "failed":
@@ -336,88 +329,6 @@ class Node:
                 f"round {view.round} failed: {view.failure}", hint=f"the last good model is in {model_dir}"
             )
         return model_dir
-
-    def _materialise(self, ref: ModelRef, spec: RoundSpec, parent: Path | None = None) -> Path:
-        """Return a directory with the model version `ref`, checked against its digest, the only one in `parent`."""
-        base = self._require_base(spec)
-        if not ref.updates:
-            return base.directory
-        target = (parent or self.home / "models") / ref.digest
-        if target.exists():
-            return target
-        held = {folder.name: folder for folder in (self.home / "models").glob("*") if not folder.suffix}
-        steps = cheapest_route(ref, held, {file.name for file in (self.home / "updates").glob("*")})
-        if steps:
-            try:
-                start = Checkpoint(held[steps[0].before]) if steps[0].before in held else base
-                self._install(follow(steps, start, self._published_file), ref, base, target)
-                return target
-            except (DigestMismatch, InvalidDelta, InputError) as err:
-                # The updates are what defines a version, and start from the base, whose digest was checked.
-                log.warning("round %d: %s; taking the updates instead", spec.round, err.message)
-        self._install(open_model(ref, base, self._published_file), ref, base, target)
-        return target
-
-    def _install(self, model: TensorMap, ref: ModelRef, base: Checkpoint, target: Path) -> None:
-        """Write `model` to `target`, in place of all older versions, if it is what `ref` says."""
-        partial = target.with_suffix(".partial")
-        with reporting_os_errors(target):
-            shutil.rmtree(partial, ignore_errors=True)
-            write_model(model, base, partial)
-            require_digest(Checkpoint(partial), ref.digest, where=f"{self.home}")
-            for old in target.parent.iterdir():
-                if old != partial:
-                    shutil.rmtree(old)
-            partial.rename(target)
-            for step in ref.steps:  # of no use any more
-                self._place(step).unlink(missing_ok=True)
-
-    def _published_file(self, ref: UpdateRef | StepRef) -> Path:
-        target = self._place(ref)
-        if not target.exists():
-            what = "update" if isinstance(ref, UpdateRef) else "step"
-            self._emit("fetch", ref.round, what=what, num_bytes=ref.num_bytes)
-            self._fetch(ref.root, target)
-        return target
-
-    def _place(self, ref: UpdateRef | StepRef) -> Path:
-        return self.home / "updates" / ref.root
-
-    def _require_base(self, spec: RoundSpec) -> Checkpoint:
-        if self._base is not None:
-            return self._base
-        directory = self._base_dir or self._fetch_base(spec)
-        base = Checkpoint(directory)
-        found = model_digest(base)
-        if found != spec.model.base_digest or schema_digest(delta_schema(base.schema)) != spec.schema_digest:
-            raise InputError(
-                f"{directory}: is not the base model of federation {spec.federation!r} "
-                f"(version {found[:12]}, expected {spec.model.base_digest[:12]})",
-                hint="leave out --base to fetch the right one from the coordinator"
-                if self._base_dir
-                else "a node's folder serves one federation: give another --home",
-            )
-        self._base = base
-        return base
-
-    def _fetch_base(self, spec: RoundSpec) -> Path:
-        directory = self.home / "base"
-        for ref in spec.base_files:
-            target = directory / ref.name
-            if not target.exists():
-                self._emit("fetch", spec.round, what=ref.name, num_bytes=ref.num_bytes)
-                self._fetch(ref.root, target)
-        return directory
-
-    def _fetch(self, root: str, target: Path) -> None:
-        partial = target.with_name(f"{target.name}.partial")
-        with reporting_os_errors(target):
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            self.link.fetch(root, partial)
-            if merkle_root(leaves_of(partial)).hex() != root:
-                partial.unlink()
-                raise DigestMismatch(f"{target.name}: the coordinator sent other bytes than it promised")
-            partial.rename(target)
 
     def _evaluate(self, which: str, model_dir: Path, digest: str, spec: RoundSpec, round_number: int) -> None:
         """Score a model on this site's own test data, once, and report it signed."""
@@ -448,6 +359,9 @@ class Node:
             done.parent.mkdir(parents=True, exist_ok=True)
             done.write_text(json.dumps(values))
         self._emit("evaluated", round_number, model=which, **values)
+
+    def _announce_fetch(self, round_number: int, what: str, num_bytes: int) -> None:
+        self._emit("fetch", round_number, what=what, num_bytes=num_bytes)
 
     def _emit(self, kind: str, round_number: int, **values: Any) -> None:
         self._on_event(NodeEvent(kind, round_number, values))
