@@ -358,7 +358,7 @@ def full(bench: Bench) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         Rule("dense, averaged", **short): [0.5, 0.7, 1.0, 1.5],
         Rule("dense, Nesterov 0.9", outer="nesterov", **short): [0.05, 0.1, 0.2, 0.35],
         Rule(JUDGED, kept=32, **sparse): [0.7, 1.0, 1.5, 2.0],
-        Rule("top 64 of 4096, sign", kept=64, **sparse): [0.7, 1.0, 1.5, 2.0],
+        Rule("top 32 of 4096, sign, plain mean", kept=32, **short): [2.0, 4.0, 6.0, 8.0],
     }
     found = rounds_table(bench, rules, TEST_SEEDS)
     means = {name: mean(one.loss for one in outcomes) for name, (_, outcomes) in found.items()}
