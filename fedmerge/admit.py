@@ -5,7 +5,7 @@ Everything is decided from the signed statement before a byte of the payload is 
 
 from __future__ import annotations
 
-from fedmerge.errors import BadSignature, InvalidDelta, QuotaExceeded, RoundClosed, StaleBase, UnknownRound
+from fedmerge.errors import BadSignature, InvalidDelta, NotAsked, QuotaExceeded, RoundClosed, StaleBase, UnknownRound
 from fedmerge.statements import DeltaStatement, RoundSpec
 
 
@@ -13,7 +13,7 @@ def admit(statement: DeltaStatement, spec: RoundSpec, spec_digest: str, *, calle
     """Raise unless the statement may be uploaded to the round that `spec` describes.
 
     `caller_id` is the key id of the authenticated caller. Raises `BadSignature` when somebody else signed,
-    `UnknownRound`, `RoundClosed`, `StaleBase`, `InvalidDelta` or `QuotaExceeded`.
+    `UnknownRound`, `RoundClosed`, `NotAsked`, `StaleBase`, `InvalidDelta` or `QuotaExceeded`.
     """
     if statement.node_id != caller_id:
         raise BadSignature(f"the delta says it is from {statement.node_id[:12]}, but {caller_id[:12]} sends it")
@@ -26,6 +26,8 @@ def admit(statement: DeltaStatement, spec: RoundSpec, spec_digest: str, *, calle
         raise UnknownRound(f"there is no round {statement.round} yet; the current one is {spec.round}")
     if statement.round < spec.round or not is_open:
         raise RoundClosed(f"round {statement.round} takes no more deltas", hint="wait for the next round")
+    if not spec.asks(caller_id):
+        raise NotAsked(f"round {spec.round} asks other nodes", hint="wait for the next round")
     # The nonce separates a round from a retry of the same round; the digest covers all that was promised for it.
     for name, found, expected in (
         ("round spec", statement.spec_digest, spec_digest),

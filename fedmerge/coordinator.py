@@ -32,9 +32,11 @@ from fedmerge.intake import Intake
 from fedmerge.journal import Journal
 from fedmerge.merge import Plan, Recipe
 from fedmerge.merging import RoundMerge, drop_candidates
+from fedmerge.policy import Action, RoundPolicy, Standing, next_action, standing
 from fedmerge.publish import publish
-from fedmerge.rounds import Action, FederationState, Phase, RoundPolicy, after, next_action
+from fedmerge.rounds import FederationState, Phase, after
 from fedmerge.search import Search
+from fedmerge.seeds import derive_seed
 from fedmerge.sign import SigningKey, TrustStore
 from fedmerge.statements import (
     Candidates,
@@ -72,6 +74,8 @@ class Coordinator:
             min_nodes=config.rounds.min_nodes,
             deadline_s=config.rounds.deadline_s,
             grace_s=config.rounds.grace_s,
+            fraction=config.rounds.fraction,
+            sample=config.rounds.sample,
             scoring_s=config.search.deadline_s,
         )
         state_dir = config.federation.state
@@ -160,8 +164,8 @@ class Coordinator:
             case Action.SEAL:
                 self._seal()
             case Action.FAIL:
-                num_deltas, policy = len(self.journal.state.deltas), self.policy
-                self._fail(f"{num_deltas} of at least {policy.min_nodes} deltas came in {policy.deadline_s:g} s")
+                num_deltas, quorum = len(self.journal.state.deltas), self._standing().quorum
+                self._fail(f"{num_deltas} of at least {quorum} deltas came in {self.policy.deadline_s:g} s")
             case Action.MERGE:
                 try:
                     self._merge()
@@ -179,10 +183,16 @@ class Coordinator:
     def open_round(self) -> None:
         """Open the next round, or the same one again after a failure."""
         config, state, created = self.config, self.journal.state, self.journal.created
+        again = state.phase == Phase.FAILED
+        round_number = state.round if again else state.round + 1
+        sample: list[str] = []
+        if self.policy.sample is not None:
+            seed = derive_seed(config.merge.seed, round_number, state.attempt + 1 if again else 1)
+            sample = self.policy.sampled(self.trust.keys(), seed)
         spec = RoundSpec(
             federation=created.federation,
             run=created.run,
-            round=state.round if state.phase == Phase.FAILED else state.round + 1,
+            round=round_number,
             num_rounds=self.policy.num_rounds,
             nonce=secrets.token_hex(32),
             model=self.journal.model(),
@@ -198,18 +208,31 @@ class Coordinator:
             search=search.to_dict() if (search := config.search_settings()) else {},
             outer=config.outer_settings(),
             min_nodes=self.policy.min_nodes,
+            sample=sample,
             deadline_s=self.policy.deadline_s,
             max_payload_bytes=config.server.max_payload_bytes,
         )
         envelope = spec.sign(self.key).decode()
         spec_digest = digest_of(spec.to_payload())
-        self.journal.append(RoundOpened(round=spec.round, spec_digest=spec_digest, spec_envelope=envelope))
-        log.info("round %d open", spec.round)
+        self.journal.append(
+            RoundOpened(round=spec.round, spec_digest=spec_digest, spec_envelope=envelope, sample=sample)
+        )
+        log.info("round %d open%s", spec.round, f" for {len(sample)} nodes" if sample else "")
 
     def _seal(self) -> None:
         with self.journal.lock:
-            state = self.journal.state
-            self.journal.append(RoundSealed(round=state.round, node_ids=sorted(state.deltas)))
+            state, found = self.journal.state, self._standing()
+            if found.closed_by is None or found.action(len(state.deltas)) != Action.SEAL:
+                return  # a key has ceased to be trusted since
+            self.journal.append(
+                RoundSealed(
+                    round=state.round,
+                    node_ids=sorted(state.deltas),
+                    closed_by=found.closed_by,
+                    quorum=found.quorum,
+                    grace_s=found.grace_s,
+                )
+            )
             self.intake.forget_all()
 
     def _fail(self, reason: str) -> None:
@@ -301,6 +324,10 @@ class Coordinator:
     def _due(self) -> Action:
         with self.journal.lock:
             return next_action(self.journal.state, self.policy, self.trust.keys(), self.journal.clock())
+
+    def _standing(self) -> Standing:
+        with self.journal.lock:
+            return standing(self.journal.state, self.policy, self.trust.keys(), self.journal.clock())
 
     def _create_or_check(self) -> None:
         config = self.config

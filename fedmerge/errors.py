@@ -12,7 +12,7 @@
     +-- RoundFailed                        5   a round ended without a model
     +-- MissingExtra                       6   an optional dependency is not installed
     +-- Refused                            7   the coordinator will not take this submission
-    |   +-- UnknownRound, UnknownUpload, UnknownVersion, RoundClosed, StaleBase,
+    |   +-- UnknownRound, UnknownUpload, UnknownVersion, RoundClosed, NotAsked, StaleBase,
     |       ConflictingSubmission, BadOffset, QuotaExceeded, Busy, InvalidDelta, NoSession
     +-- ResourceError                      8   disk full, port in use, file not writable
 
@@ -139,6 +139,12 @@ class RoundClosed(Refused):
     """The round no longer takes deltas."""
 
     reason = "ROUND_CLOSED"
+
+
+class NotAsked(Refused):
+    """The round asks a sample of the nodes, and this one is not among them."""
+
+    reason = "NOT_ASKED"
 
 
 class StaleBase(Refused):

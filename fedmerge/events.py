@@ -29,12 +29,13 @@ class FederationCreated(_Event):
 
 
 class RoundOpened(_Event):
-    """A signed round spec is out and deltas are taken."""
+    """A signed round spec is out and deltas are taken, of the nodes of a `sample` if there is one."""
 
     kind: Literal["round_opened"] = "round_opened"
     round: int
     spec_digest: Digest
     spec_envelope: str
+    sample: list[Digest] = []
 
 
 class DeltaAccepted(_Event):
@@ -63,11 +64,17 @@ class DeltaRejected(_Event):
 
 
 class RoundSealed(_Event):
-    """The set of deltas is frozen: node ids, sorted, so that a merge can't depend on who arrived first."""
+    """The set of deltas is frozen: node ids, sorted, so that a merge can't depend on who arrived first.
+
+    `closed_by`, `quorum` and `grace_s` say why then, and what it took; `grace_s` may have been measured.
+    """
 
     kind: Literal["round_sealed"] = "round_sealed"
     round: int
     node_ids: list[Digest]
+    closed_by: Literal["everyone", "grace", "deadline"]
+    quorum: int
+    grace_s: float
 
 
 class CandidatesProposed(_Event):

@@ -95,7 +95,8 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class NodeEvent:
-    """Something worth showing: `kind` is fetch, train, encoded, upload, delivered, evaluated, missed or finished."""
+    """Something worth showing: `kind` is fetch, train, encoded, upload, delivered, evaluated, waiting (not
+    asked in a round), missed or finished."""
 
     kind: str
     round: int
@@ -153,7 +154,10 @@ class Node:
         spec_digest = digest_of(signed.payload)
         if view.phase == "open" and spec_digest not in self._taken:
             self._taken.add(spec_digest)
-            self._take_part(spec, spec_digest)
+            if spec.asks(self.node_id):
+                self._take_part(spec, spec_digest)
+            else:
+                self._emit("waiting", spec.round)
         if view.phase == "searching" and view.candidates_envelope:
             self._score(view.candidates_envelope, spec, spec_digest)
         return self._finish(view, spec) if view.finished else None

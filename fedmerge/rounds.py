@@ -1,4 +1,4 @@
-"""The round as a pure state machine: `after(state, entry)` says what an event changes, `next_action` what is due.
+"""The round as a pure state machine: `after(state, entry)` says what an event changes; `fedmerge.policy` what is due.
 
     planned -> open -> sealed -> merging -> publishing -> published -> open (the next round) ...
                  |     |    ^
@@ -7,12 +7,12 @@
                  |
                  \\-> failed -> open (the same round again, when the operator restarts it)
 
-Nothing here reads a clock or touches a disk: times come in with the ledger's entries and as `now_s`, both in seconds.
+Nothing here reads a clock or touches a disk: times come in with the ledger's entries, in seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -47,45 +47,18 @@ class Phase(StrEnum):
     FAILED = "failed"
 
 
-class Action(StrEnum):
-    """What a coordinator should do next."""
-
-    OPEN = "open"
-    WAIT = "wait"
-    SEAL = "seal"
-    FAIL = "fail"
-    MERGE = "merge"
-    SCORE = "score"
-    PUBLISH = "publish"
-    FINISH = "finish"
-
-
-@dataclass(frozen=True)
-class RoundPolicy:
-    """When a round closes.
-
-    It seals as soon as every trusted node has delivered; or `grace_s` after the delta that made the quorum of
-    `min_nodes`; or `deadline_s` after opening, if the quorum is there, and fails then if it is not. There are
-    `num_rounds` rounds. Where merges are searched for, nodes have `scoring_s` for each generation of candidates.
-    """
-
-    num_rounds: int
-    min_nodes: int
-    deadline_s: float
-    grace_s: float
-    scoring_s: float = 3600.0
-
-
 @dataclass(frozen=True)
 class FederationState:
     """All that the ledger says, in the form that the coordinator uses it.
 
-    `proposals` are the round's generations of candidates, `answers` the metrics statements about them that count, by
-    candidate and node: a judge's first one before the generation was closed.
+    `attempt` counts how often the current round was opened. `proposals` are its generations of candidates, `answers`
+    the metrics statements about them that count, by candidate and node: a judge's first one before the generation was
+    closed.
     """
 
     created: FederationCreated | None = None
     round: int = 0
+    attempt: int = 0
     phase: Phase = Phase.PLANNED
     opened: RoundOpened | None = None
     opened_at_s: float = 0.0
@@ -138,6 +111,7 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
             return replace(
                 state,
                 round=event.round,
+                attempt=state.attempt + 1 if event.round == state.round else 1,
                 phase=Phase.OPEN,
                 opened=event,
                 opened_at_s=entry.at_s,
@@ -188,41 +162,3 @@ def replay(entries: Iterable[LedgerEntry]) -> FederationState:
     for entry in entries:
         state = after(state, entry)
     return state
-
-
-def next_action(state: FederationState, policy: RoundPolicy, trusted: Collection[str], now_s: float) -> Action:
-    """Return what is due at `now_s`, given the key ids of the nodes that are trusted at present."""
-    match state.phase:
-        case Phase.PLANNED:
-            return Action.OPEN
-        case Phase.PUBLISHED:
-            return Action.OPEN if state.round < policy.num_rounds else Action.FINISH
-        case Phase.SEALED | Phase.MERGING:
-            return Action.MERGE
-        case Phase.SEARCHING:
-            return _while_searching(state, policy, now_s)
-        case Phase.PUBLISHING:
-            return Action.PUBLISH
-        case Phase.FAILED:
-            return Action.FINISH
-        case Phase.OPEN:
-            return _while_open(state, policy, trusted, now_s)
-
-
-def _while_open(state: FederationState, policy: RoundPolicy, trusted: Collection[str], now_s: float) -> Action:
-    arrivals_s = sorted(entry.at_s for entry in state.deltas.values())
-    if len(arrivals_s) >= policy.min_nodes:
-        quorum_at_s = arrivals_s[policy.min_nodes - 1]
-        everyone = all(node_id in state.deltas for node_id in trusted)
-        if everyone or now_s >= quorum_at_s + policy.grace_s:
-            return Action.SEAL
-    if now_s >= state.opened_at_s + policy.deadline_s:
-        return Action.SEAL if len(arrivals_s) >= policy.min_nodes else Action.FAIL
-    return Action.WAIT
-
-
-def _while_searching(state: FederationState, policy: RoundPolicy, now_s: float) -> Action:
-    generation = state.generations()[-1]
-    asked = [(digest, node_id) for digest in generation.digests for node_id in generation.judges]
-    everyone = all(pair in state.answers for pair in asked)
-    return Action.SCORE if everyone or now_s >= state.proposals[-1].at_s + policy.scoring_s else Action.WAIT

@@ -150,7 +150,10 @@ def _first_problem(err: KeyError | ValidationError) -> str:
 
 
 class RoundSpec(Statement):
-    """What the coordinator promises and asks in a round; a node's delta is bound to its digest."""
+    """What the coordinator promises and asks in a round; a node's delta is bound to its digest.
+
+    `sample` are the nodes that are asked, sorted; when it is empty, every node that the coordinator trusts is.
+    """
 
     kind: ClassVar[str] = "roundspec"
     digest_algorithm: ClassVar[str] = MODEL_DIGEST
@@ -173,12 +176,17 @@ class RoundSpec(Statement):
     search: dict[str, Any]
     outer: dict[str, Any]
     min_nodes: Annotated[int, Field(ge=1)]
+    sample: list[Digest]
     deadline_s: float
     max_payload_bytes: Size
 
     def subject(self) -> dict[str, str]:
         """The model the round starts from."""
         return {"model": self.model.digest}
+
+    def asks(self, node_id: str) -> bool:
+        """Whether the round asks this node for a delta."""
+        return not self.sample or node_id in self.sample
 
     # Seeds come from what the plan fixes, not from the nonce, so that the same plan and nodes replay to the same bits.
 

@@ -299,6 +299,7 @@ def _require_chain(history: History, lineage: Lineage, path: Path) -> None:
                 or statement.node_id != contribution.node_id
                 or statement.payload_root != contribution.payload_root
                 or statement.spec_digest != record.spec_digest
+                or not spec.asks(statement.node_id)
             ):
                 raise VerificationError(f"{where}: node {contribution.node_id[:12]} signed no such delta")
         before = record.model

@@ -75,7 +75,7 @@ listen = "127.0.0.1:0"
 [rounds]
 num_rounds = {num_rounds}
 min_nodes = {min_nodes}
-grace_s = {grace_s}
+{rounds}
 [train]
 trainer = "text-classification"
 {extra}
@@ -83,12 +83,15 @@ trainer = "text-classification"
 
 
 def make_config(
-    folder: Path, *, num_rounds: int = 1, min_nodes: int = 2, grace_s: float = 60.0, extra: str = ""
+    folder: Path, *, num_rounds: int = 1, min_nodes: int = 2, rounds: str = "grace_s = 60", extra: str = ""
 ) -> tuple[Config, Path]:
-    """Write a fedmerge.toml beside a base model and return it, loaded, with its path."""
+    """Write a fedmerge.toml beside a base model and return it, loaded, with its path.
+
+    `rounds` are further lines of its section on rounds, `extra` further sections.
+    """
     if not (folder / "base").exists():
         make_base(folder / "base")
-    text = TOML.format(num_rounds=num_rounds, min_nodes=min_nodes, grace_s=grace_s, extra=extra)
+    text = TOML.format(num_rounds=num_rounds, min_nodes=min_nodes, rounds=rounds, extra=extra)
     path = folder / "fedmerge.toml"
     path.write_text(text)
     return parse_config(text, folder=folder, where="fedmerge.toml"), path

@@ -62,6 +62,8 @@ def describe(event: NodeEvent) -> str:
         case "evaluated":
             scores = ", ".join(f"{key} {value:.3f}" for key, value in values.items() if isinstance(value, float))
             return f"{where}: {values['model']} model: {scores}"
+        case "waiting":
+            return f"{where}: other nodes are asked, waiting for the next"
         case "missed":
             return f"{where}: missed ({values['reason']})"
         case _:

@@ -14,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from fedmerge.config.values import (
     Address,
     FilePath,
+    Grace,
     Labels,
     Name,
     Positive,
     Range,
+    Sample,
     Size,
     ValueType,
     is_private,
@@ -134,10 +136,16 @@ class Rounds(Section):
     """Number of rounds to run."""
     min_nodes: Positive = 2
     """Nodes whose deltas a round needs; a round that closes with fewer fails."""
+    fraction: float = Field(default=0.0, ge=0, le=1)
+    """Share of the nodes that it needs as well, of those that are trusted, or sampled."""
     deadline_s: float = Field(default=3600.0, gt=0)
     """Seconds after which a round closes with the deltas it has."""
-    grace_s: float = Field(default=30.0, ge=0)
-    """Seconds a round stays open for further nodes after it has enough deltas."""
+    grace_s: Grace = 30.0
+    """Seconds a round stays open for further nodes after it has enough deltas; or "auto", which measures how far apart
+    deltas arrive, and closes once nothing has come for unusually long."""
+    sample: Sample = Field(default=None, examples=[0.5])
+    """Asks a part of the nodes in each round, drawn by merge.seed: so many of them, or a share of them below 1, but
+    min_nodes at least. Without it every node is asked."""
 
 
 class Train(OpenSection):

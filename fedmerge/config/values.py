@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeGuard
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
@@ -66,6 +67,24 @@ def _labels(value: object, info: ValidationInfo) -> tuple[str, ...] | Path | Non
     raise ValueError("should be a list of two or more label names, or the path of a text file with one per line")
 
 
+def _grace(value: object) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if _is_number(value) and 0 <= value < math.inf:
+        return float(value)
+    raise ValueError('should be a number of seconds from 0 up, or "auto"')
+
+
+def _sample(value: object) -> int | float | None:
+    if value is None or (_is_number(value) and (0 < value < 1 or (isinstance(value, int) and value >= 1))):
+        return value
+    raise ValueError("should be a number of nodes from 1 up, or a share of them between 0 and 1")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _name(value: str) -> str:
     # These names become folders, file names and parts of statements.
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", value):
@@ -88,6 +107,23 @@ Labels: TypeAlias = Annotated[
     tuple[str, ...] | Path | None,
     PlainValidator(_labels),
     WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 2}, {"type": "string"}]}),
+]
+Grace: TypeAlias = Annotated[
+    float | Literal["auto"],
+    PlainValidator(_grace),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": "auto"}]}),
+]
+Sample: TypeAlias = Annotated[
+    int | float | None,
+    PlainValidator(_sample),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+            ]
+        }
+    ),
 ]
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
 Range: TypeAlias = Annotated[tuple[float, float], Field(strict=False)]

@@ -71,7 +71,7 @@ class DeltaServiceServicer:
         """Announce a delta. Everything in the statement is verified before any byte of the payload is taken.
 
         Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
-        UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE` or `ROUND_CLOSED`, NOT_FOUND `UNKNOWN_ROUND`,
+        UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE`, `ROUND_CLOSED` or `NOT_ASKED`, NOT_FOUND `UNKNOWN_ROUND`,
         ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
         INVALID_ARGUMENT `INVALID_DELTA`.
         """

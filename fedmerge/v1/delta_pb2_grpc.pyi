@@ -41,7 +41,7 @@ class DeltaServiceStub:
     """Announce a delta. Everything in the statement is verified before any byte of the payload is taken.
 
     Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
-    UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE` or `ROUND_CLOSED`, NOT_FOUND `UNKNOWN_ROUND`,
+    UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE`, `ROUND_CLOSED` or `NOT_ASKED`, NOT_FOUND `UNKNOWN_ROUND`,
     ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
     INVALID_ARGUMENT `INVALID_DELTA`.
     """
@@ -76,7 +76,7 @@ class DeltaServiceAsyncStub(DeltaServiceStub):
     """Announce a delta. Everything in the statement is verified before any byte of the payload is taken.
 
     Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
-    UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE` or `ROUND_CLOSED`, NOT_FOUND `UNKNOWN_ROUND`,
+    UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE`, `ROUND_CLOSED` or `NOT_ASKED`, NOT_FOUND `UNKNOWN_ROUND`,
     ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
     INVALID_ARGUMENT `INVALID_DELTA`.
     """
@@ -114,7 +114,7 @@ class DeltaServiceServicer(metaclass=_abc_1.ABCMeta):
         """Announce a delta. Everything in the statement is verified before any byte of the payload is taken.
 
         Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
-        UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE` or `ROUND_CLOSED`, NOT_FOUND `UNKNOWN_ROUND`,
+        UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE`, `ROUND_CLOSED` or `NOT_ASKED`, NOT_FOUND `UNKNOWN_ROUND`,
         ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
         INVALID_ARGUMENT `INVALID_DELTA`.
         """

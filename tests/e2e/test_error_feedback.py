@@ -160,7 +160,7 @@ class Late(TwoSizes):
 
 def run_with_a_late_node(folder: Path, *late_in: int) -> FederationResult:
     extra = TOPK.format(density=0.5, decay=1.0)
-    config, _ = make_config(folder, num_rounds=3, min_nodes=1, grace_s=0.0, extra=extra)
+    config, _ = make_config(folder, num_rounds=3, min_nodes=1, rounds="grace_s = 0", extra=extra)
     trainers = {"north": TwoSizes(1), "south": Late(2, late_in=late_in)}
     return simulate(config, folder / "base", trainers, clock=time.time)
 
@@ -186,7 +186,9 @@ class RefusesFirst(LocalLink):
 
 
 def test_what_was_sent_in_vain_is_not_sent_again(tmp_path: Path) -> None:
-    config, _ = make_config(tmp_path, num_rounds=2, min_nodes=1, grace_s=0.0, extra=TOPK.format(density=0.5, decay=1.0))
+    config, _ = make_config(
+        tmp_path, num_rounds=2, min_nodes=1, rounds="grace_s = 0", extra=TOPK.format(density=0.5, decay=1.0)
+    )
     made: list[LocalLink] = []
 
     def connect(coordinator: Coordinator, node_id: str) -> LocalLink:

@@ -107,7 +107,17 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
             ),
         ),
         "rounds": draw(
-            table({}, {"num_rounds": counts, "min_nodes": counts, "deadline_s": positive, "grace_s": positive})
+            table(
+                {},
+                {
+                    "num_rounds": counts,
+                    "min_nodes": counts,
+                    "fraction": st.floats(0, 1),
+                    "deadline_s": positive,
+                    "grace_s": positive | st.just("auto"),
+                    "sample": counts | st.floats(0, 1, exclude_min=True, exclude_max=True),
+                },
+            )
         ),
         "train": both(trainer_settings, table({}, {"trainer": names})),
         "delta": both(
@@ -324,6 +334,13 @@ BAD: list[tuple[str, list[str]]] = [
     (MINIMAL + "[rounds]\nmin_nodes = 0\n", ["6: rounds.min_nodes: should be at least 1, not 0"]),
     (MINIMAL + "[rounds]\nmin_nodes = 2.0\n", ["6: rounds.min_nodes: should be a whole number, not 2.0"]),
     (MINIMAL + "[rounds]\nmin_nodes = true\n", ["6: rounds.min_nodes: should be a whole number, not true"]),
+    (
+        MINIMAL + "[rounds]\ngrace_s = 'automatic'\nsample = 1.5\n",
+        [
+            '6: rounds.grace_s: should be a number of seconds from 0 up, or "auto"',
+            "7: rounds.sample: should be a number of nodes from 1 up, or a share of them between 0 and 1",
+        ],
+    ),
     (MINIMAL + "[rounds]\ndeadline_s = 0\n", ["6: rounds.deadline_s: should be above 0, not 0"]),
     (MINIMAL + "[rounds]\ndeadline_s = inf\n", ["6: rounds.deadline_s: should be a number, not inf"]),
     (MINIMAL + "[rounds]\n'deadline.s' = 1\n", ["6: rounds.\"deadline.s\": unknown key; did you mean 'deadline_s'?"]),

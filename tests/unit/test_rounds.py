@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +24,8 @@ from fedmerge.events import (
     RoundPublished,
     RoundSealed,
 )
-from fedmerge.rounds import Action, FederationState, Phase, RoundPolicy, after, next_action, replay
+from fedmerge.policy import Action, RoundPolicy, next_action, standing
+from fedmerge.rounds import FederationState, Phase, after, replay
 from fedmerge.store.ledger import LedgerEntry
 
 NODES = [letter * 64 for letter in "abcd"]
@@ -30,8 +34,8 @@ POLICY = RoundPolicy(num_rounds=2, min_nodes=2, deadline_s=100.0, grace_s=10.0)
 CREATED = FederationCreated(federation="f", run="r", base_digest=ZERO, schema_digest=ZERO, coordinator_key="pem")
 
 
-def opened(number: int = 1) -> RoundOpened:
-    return RoundOpened(round=number, spec_digest=ZERO, spec_envelope="{}")
+def opened(number: int = 1, sample: list[str] | None = None) -> RoundOpened:
+    return RoundOpened(round=number, spec_digest=ZERO, spec_envelope="{}", sample=sample or [])
 
 
 def delta(node_id: str, number: int = 1) -> DeltaAccepted:
@@ -45,6 +49,10 @@ def delta(node_id: str, number: int = 1) -> DeltaAccepted:
         num_examples=1,
         statement_envelope="{}",
     )
+
+
+def sealed(node_ids: list[str], number: int = 1) -> RoundSealed:
+    return RoundSealed(round=number, node_ids=node_ids, closed_by="everyone", quorum=1, grace_s=0.0)
 
 
 def finished(number: int = 1) -> MergeFinished:
@@ -75,6 +83,73 @@ def test_at_the_deadline_a_round_seals_with_a_quorum_and_fails_without(num_delta
     assert next_action(state, POLICY, NODES, 100.0) == expected
 
 
+@pytest.mark.parametrize(("fraction", "num_trusted", "quorum"), [(0, 9, 2), (0.3, 10, 3), (0.31, 10, 4), (1, 4, 4)])
+def test_the_quorum_is_a_share_of_the_expected_nodes_but_min_nodes_at_least(
+    fraction: float, num_trusted: int, quorum: int
+) -> None:
+    policy = RoundPolicy(num_rounds=1, min_nodes=2, deadline_s=100.0, grace_s=0.0, fraction=fraction)
+    trusted = [f"{number:064x}" for number in range(num_trusted)]
+    for num_deltas in (quorum - 1, quorum):
+        state = history((0, CREATED), (0, opened()), *((1.0, delta(node)) for node in trusted[:num_deltas]))
+        assert next_action(state, policy, trusted, 1.0) == (Action.WAIT if num_deltas < quorum else Action.SEAL)
+        assert next_action(state, policy, trusted, 100.0) == (Action.FAIL if num_deltas < quorum else Action.SEAL)
+        assert standing(state, policy, trusted, 1.0).quorum == quorum
+
+
+@pytest.mark.parametrize(
+    ("arrivals_s", "grace_s"),
+    [
+        # One delta: as long again as it took. Two: the gap, and 3 times its half. Then by hand.
+        ([3600], 3600),
+        ([3600, 3660], 60 + 3 * 30),
+        ([10, 20, 30, 70], 10 + 3 * 10),  # gaps 10 10 40; median 25, deviations 15 5 5 45
+        ([5, 5, 5], 0),
+    ],
+)
+def test_measured_grace_follows_the_arrivals_and_is_counted_from_the_newest(
+    arrivals_s: list[float], grace_s: float
+) -> None:
+    policy = RoundPolicy(num_rounds=1, min_nodes=1, deadline_s=10_000.0, grace_s="auto")
+    nodes = [f"{number:064x}" for number in range(len(arrivals_s) + 1)]
+    order = list(zip(arrivals_s, map(delta, nodes), strict=False))
+    for deltas in (order, order[::-1]):
+        state = history((0, CREATED), (0, opened()), *deltas)
+        close_s = max(arrivals_s) + grace_s
+        assert standing(state, policy, nodes, close_s).grace_s == grace_s
+        assert next_action(state, policy, nodes, close_s) == Action.SEAL
+        if grace_s:
+            assert next_action(state, policy, nodes, close_s - 0.1) == Action.WAIT
+    late = RoundPolicy(num_rounds=1, min_nodes=1, deadline_s=max(arrivals_s) + 1, grace_s="auto")
+    assert next_action(state, late, nodes, max(arrivals_s) + 1) == Action.SEAL
+
+
+def test_a_round_that_asks_a_sample_waits_for_those_nodes_only() -> None:
+    state = history((0, CREATED), (0, opened(sample=NODES[1:3])), (1, delta(NODES[1])), (2, delta(NODES[2])))
+    assert next_action(state, POLICY, NODES, 2.0) == Action.SEAL
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**64 - 1), st.randoms())
+def test_a_sample_is_drawn_by_its_seed_and_not_by_the_order_of_the_nodes(
+    sample: int, min_nodes: int, seed: int, random: Random
+) -> None:
+    nodes = [f"{number:064x}" for number in range(10)]
+    policy = RoundPolicy(num_rounds=1, min_nodes=min_nodes, deadline_s=1.0, grace_s=0.0, sample=sample)
+    drawn = policy.sampled(nodes, seed)
+    assert drawn == policy.sampled(random.sample(nodes, 10), seed) == sorted(set(drawn))
+    assert len(drawn) == min(10, max(sample, min_nodes))
+    # A node that is not trusted any more gives its place, if it had one, to one other.
+    assert len(set(drawn) - set(policy.sampled(nodes[1:], seed))) <= 1
+
+
+def test_samples_are_fair() -> None:
+    nodes = [f"{number:064x}" for number in range(10)]
+    policy = RoundPolicy(num_rounds=1, min_nodes=1, deadline_s=1.0, grace_s=0.0, sample=0.3)
+    times = Counter(node for seed in range(2000) for node in policy.sampled(nodes, seed))
+    # 600 each, with a standard deviation of sqrt(2000 x .3 x .7) = 20.5.
+    assert all(abs(count - 600) < 5 * 20.5 for count in times.values())
+    assert times.total() == 6000
+
+
 def proposed(*digests: str, judges: list[str]) -> CandidatesProposed:
     return CandidatesProposed(
         round=1, digests=list(digests), judges=judges, roots=[ZERO], num_bytes=1, proposal_envelope="{}"
@@ -87,15 +162,15 @@ def scored(node_id: str, candidate: str | None, envelope: str = "{}") -> Metrics
 
 def test_a_generation_is_scored_once_every_judge_said_something_of_every_candidate_or_time_is_up() -> None:
     x, y = "e" * 64, "f" * 64
-    sealed = [(0.0, CREATED), (0.0, opened()), (1.0, RoundSealed(round=1, node_ids=NODES[:2]))]
-    asked: list[tuple[float, Event]] = [*sealed, (2.0, proposed(x, y, judges=NODES[:2]))]
+    closed: list[tuple[float, Event]] = [(0.0, CREATED), (0.0, opened()), (1.0, sealed(NODES[:2]))]
+    asked: list[tuple[float, Event]] = [*closed, (2.0, proposed(x, y, judges=NODES[:2]))]
     said: list[tuple[float, Event]] = [
         (3.0, scored(NODES[0], x)),
         (3.0, scored(NODES[0], y)),
         (3.0, scored(NODES[1], x)),
     ]
     policy = RoundPolicy(num_rounds=1, min_nodes=2, deadline_s=100.0, grace_s=10.0, scoring_s=50.0)
-    assert next_action(history(*sealed), policy, NODES, 2.0) == Action.MERGE
+    assert next_action(history(*closed), policy, NODES, 2.0) == Action.MERGE
     assert next_action(history(*asked, *said), policy, NODES, 51.9) == Action.WAIT
     assert next_action(history(*asked, *said), policy, NODES, 52.0) == Action.SCORE
     assert next_action(history(*asked, *said, (4.0, scored(NODES[1], y))), policy, NODES, 4.0) == Action.SCORE
@@ -107,7 +182,7 @@ def test_of_what_nodes_report_counts_what_a_judge_said_first_and_in_time() -> No
     state = history(
         (0, CREATED),
         (0, opened()),
-        (1, RoundSealed(round=1, node_ids=NODES[:2])),
+        (1, sealed(NODES[:2])),
         (2, scored(NODES[0], x, "too early")),
         (2, proposed(x, judges=NODES[:2])),
         (3, scored(NODES[0], x, "counts")),
@@ -128,7 +203,7 @@ def test_a_round_that_nobody_is_trusted_for_waits_for_its_quorum() -> None:
 
 def test_rounds_follow_each_other_to_the_last() -> None:
     one = [(0, CREATED), (0, opened()), (1, delta(NODES[0])), (1, delta(NODES[1]))]
-    merged = [(2, RoundSealed(round=1, node_ids=NODES[:2])), (2, MergeStarted(round=1)), (3, finished())]
+    merged = [(2, sealed(NODES[:2])), (2, MergeStarted(round=1)), (3, finished())]
     published = [(4, RoundPublished(round=1, version=ZERO))]
     expected = [
         (one + merged[:1], Action.MERGE),
@@ -155,7 +230,7 @@ facts = st.sampled_from(
         CREATED,
         opened(),
         *map(delta, NODES),
-        RoundSealed(round=1, node_ids=NODES[:1]),
+        sealed(NODES[:1]),
         proposed("e" * 64, judges=NODES[:1]),
         scored(NODES[0], "e" * 64),
         CandidatesScored(round=1),

@@ -14,7 +14,7 @@ from fedmerge.store.blobs import BlobStore, split_leaf_hashes
 from fedmerge.store.ledger import Ledger, UploadRow
 
 FACTS = [
-    RoundSealed(round=1, node_ids=["a" * 64]),
+    RoundSealed(round=1, node_ids=["a" * 64], closed_by="everyone", quorum=1, grace_s=0.0),
     MergeStarted(round=1),
     RoundPublished(round=1, version="b" * 64),
     RoundFailed(round=2, reason="nobody came"),
