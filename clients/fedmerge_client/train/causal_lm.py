@@ -2,7 +2,8 @@
 
 Unlike a classifier's short fine-tune, language-model training does not begin anew each round: AdamW's moments and the
 place in the data are kept between rounds, and the learning rate follows one schedule over all rounds (DiLoCo, arXiv
-2311.08105). Without a merge in between, R rounds of H steps are R * H steps, to the bit. Dropout is off.
+2311.08105). Without a merge in between, R rounds of H steps are R * H steps, to the bit. Dropout is off, but for
+adapters' own.
 """
 
 from __future__ import annotations
@@ -29,14 +30,13 @@ from fedmerge_client.train.datasets import read_texts
 from fedmerge_client.train.huggingface import (
     Device,
     find_device,
-    freeze,
     has_tokenizer,
     limited_threads,
     num_positions,
     open_model,
     open_tokenizer,
-    save_model,
 )
+from fedmerge_client.train.lora import LoraSettings, save_tuned, seeded, trained_part
 from fedmerge_client.train.statistics import collect, spread
 from fedmerge_client.train.token_stream import TokenStream, shuffled, token_stream
 
@@ -45,17 +45,15 @@ CHECKPOINT = "checkpoint"
 EVAL_BATCH_SIZE = 16
 
 
-class Settings(BaseModel):
-    """What a plan may ask for under `[train]`.
+class Settings(LoraSettings):
+    """What a plan may ask for under `[train]`, beside `LoraSettings`.
 
     A round is `steps` updates, each from `batch_size` windows of `context_length` tokens. `lr` is AdamW's peak learning
     rate, and `warmup` the share of all rounds' steps that it rises for before it falls by `schedule`, to `final_lr`
     times the peak in the last round. Matrices decay, vectors don't; gradients longer than `max_grad_norm` are cut to
-    it (0: never). `precision` "bf16" multiplies in bf16; weights, gradients and moments are fp32 all the same. `freeze`
-    has name prefixes of tensors to leave alone. `num_threads` of 0 leaves torch's own choice.
+    it (0: never). `precision` "bf16" multiplies in bf16; weights that are trained, gradients and moments are fp32 all
+    the same. `freeze` has name prefixes of tensors to leave alone. `num_threads` of 0 leaves torch's own choice.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[int, Field(ge=1)] = 8
@@ -89,8 +87,8 @@ class CausalLM(BaseModel):
     at a time (0: all at once) and its gradients are accumulated. With `checkpoint_steps` training is written to disk
     every so many steps, and goes on from there when it was interrupted in the middle of a round. `evaluate` cuts the
     test texts into windows of `eval_context_length` tokens and takes `eval_windows` of them, evenly spread (0: all);
-    so does `statistics` with the training texts and `statistics_windows`.
-    `device` "auto" takes a CUDA device when there is one.
+    so does `statistics` with the training texts and `statistics_windows`. `max_lora_rank` is for a site that can't
+    train adapters of the plan's rank (0: it can). `device` "auto" takes a CUDA device when there is one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -103,6 +101,7 @@ class CausalLM(BaseModel):
     eval_context_length: Annotated[int, Field(ge=2)] = 512
     eval_windows: Annotated[int, Field(ge=0)] = 0
     statistics_windows: Annotated[int, Field(ge=1)] = 64
+    max_lora_rank: Annotated[int, Field(ge=0)] = 0
     device: Device = "auto"
 
     def check(self) -> None:
@@ -113,17 +112,19 @@ class CausalLM(BaseModel):
         find_device(self.device)
 
     def train(self, task: TrainTask) -> TrainResult:
-        """Take one round's steps by `Settings` from `task.model_dir` into `task.workspace/tuned`.
+        """Take one round's steps by `Settings` from `task.model_dir`; leave a model or adapter in `workspace/tuned`.
 
-        The result's `num_examples` is the number of windows in the data. Raises `ConfigError` for settings that can't
-        be, `InputError` for unusable data, a state that can't be read, or when training diverges.
+        A new adapter has new moments, unless its A is frozen and so goes on in the next. The result's `num_examples` is
+        the number of windows in the data. Raises `ConfigError` for settings that can't be, `InputError` for unusable
+        data, a state that can't be read, or when training diverges.
         """
         settings = validated(Settings, task.settings, where="[train]")
-        model, tokenizer = self._open(task.model_dir)
-        stream = self._stream(self.data, model, tokenizer)
-        windows = stream.windows(min(settings.context_length, num_positions(model)))
+        bare, tokenizer = self._open(task.model_dir, as_stored=settings.lora_rank > 0 and settings.precision == "bf16")
+        stream = self._stream(self.data, bare, tokenizer)
+        windows = stream.windows(min(settings.context_length, num_positions(bare)))
         windows = [one for one in windows if one.stop - one.start == windows[0].stop]  # the last may be shorter
-        parameters = freeze(model, settings.freeze)
+        seed = derive_seed(task.seed, task.round, "adapter")
+        model, parameters = trained_part(bare, settings, settings.freeze, most_rank=self.max_lora_rank, seed=seed)
         optimizer = _adamw(parameters, settings)
         place = Place(0, 0, derive_seed(task.seed, task.round, "windows"))
         checkpoint = task.workspace / CHECKPOINT / STATE_FILE
@@ -142,7 +143,8 @@ class CausalLM(BaseModel):
                     )
                 batch = torch.stack([stream.tokens[windows[i]] for i in islice(order, settings.batch_size)])
                 optimizer.zero_grad(set_to_none=True)
-                losses.append(self._accumulate_gradients(model, batch, settings.precision))
+                with seeded(derive_seed(seed, step)):  # dropout in adapters, the same when a round is resumed
+                    losses.append(self._accumulate_gradients(model, batch, settings.precision))
                 if not math.isfinite(losses[-1]):
                     raise InputError(f"training diverged at step {step + 1} (loss {losses[-1]})", hint="lower the lr")
                 if settings.max_grad_norm:
@@ -154,8 +156,9 @@ class CausalLM(BaseModel):
                 if task.progress is not None:
                     task.progress(place.step, settings.steps, losses[-1])
         between_rounds = Place(0, place.num_taken, place.order_seed)
-        save_state(task.workspace / STATE / STATE_FILE, between_rounds, optimizer, parameters, with_parameters=False)
-        tuned_dir = save_model(model, tokenizer, task.workspace / "tuned")
+        kept = {} if settings.lora_rank and not settings.lora_freeze_a else parameters
+        save_state(task.workspace / STATE / STATE_FILE, between_rounds, optimizer, kept, with_parameters=False)
+        tuned_dir = save_tuned(model, tokenizer, settings, task.workspace / "tuned")
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
         last = losses[-max(1, len(losses) // 10) :]
         return TrainResult(tuned_dir, len(windows), {"loss": sum(last) / len(last)})
@@ -196,13 +199,14 @@ class CausalLM(BaseModel):
         )
         return collect(kind, model, examples, Checkpoint(model_dir).schema, seed=derive_seed("statistics"))
 
-    def _open(self, model_dir: Path) -> tuple[Any, Any | None]:
+    def _open(self, model_dir: Path, *, as_stored: bool = False) -> tuple[Any, Any | None]:
         model = open_model(
             AutoModelForCausalLM,
             model_dir,
             find_device(self.device),
             what="causal language model",
             hint="the base must be a causal language model with all its weights",
+            as_stored=as_stored,
         )
         return model, open_tokenizer(model_dir) if has_tokenizer(model_dir) else None
 

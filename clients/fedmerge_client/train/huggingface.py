@@ -1,7 +1,7 @@
 """Hugging Face model directories: opened without network or pickle, tuned in fp32, and written again.
 
-What the trainers share. A model is opened in fp32 with dropout off, whatever it is stored in: in bf16, most of AdamW's
-steps would be rounded away.
+What the trainers share. A model to tune is opened in fp32 with dropout off, whatever it is stored in: in bf16, most of
+AdamW's steps would be rounded away.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ def find_device(device: Device) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def open_model(auto_class: Any, model_dir: Path, device: torch.device, *, what: str, hint: str) -> Any:
+def open_model(
+    auto_class: Any, model_dir: Path, device: torch.device, *, what: str, hint: str, as_stored: bool = False
+) -> Any:
     """Return the model that transformers' `auto_class` opens, in fp32, with dropout off, on `device`.
 
-    `what` says in errors what it should be, and `hint` where one comes from. Raises `InputError` when the directory is
-    not such a model or lacks some of its tensors.
+    With `as_stored` it keeps the types it is stored in, which takes half the memory or less: for weights that are not
+    trained. `what` says in errors what it should be, and `hint` where one comes from. Raises `InputError` when the
+    directory is not such a model or lacks some of its tensors.
     """
     with quiet_transformers():
         try:
@@ -44,7 +47,7 @@ def open_model(auto_class: Any, model_dir: Path, device: torch.device, *, what: 
                 model_dir,
                 local_files_only=True,
                 use_safetensors=True,
-                dtype=torch.float32,
+                dtype="auto" if as_stored else torch.float32,
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as err:
@@ -95,7 +98,7 @@ def num_positions(model: Any) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 512)
 
 
-def freeze(model: torch.nn.Module, prefixes: Sequence[str]) -> Mapping[str, torch.nn.Parameter]:
+def freeze_parameters(model: torch.nn.Module, prefixes: Sequence[str]) -> Mapping[str, torch.nn.Parameter]:
     """Exclude tensors from training by name prefix and return the others by name.
 
     Raises `ConfigError` for a prefix that no tensor has, and when nothing is left.

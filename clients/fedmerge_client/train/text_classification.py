@@ -1,7 +1,7 @@
 """Fine-tune a Hugging Face sequence classifier on labelled texts: AdamW, a warm-up and a linear decay.
 
 Deliberately plain: a federated round is a short fine-tune of a good model, and what it needs is to be quick, to
-repeat exactly and to leave frozen weights untouched to the bit. Dropout stays off for all three.
+repeat exactly and to leave frozen weights untouched to the bit. Dropout stays off for all three, but for adapters' own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
@@ -25,44 +25,56 @@ from fedmerge_client.train.datasets import label_ids, read_rows
 from fedmerge_client.train.huggingface import (
     Device,
     find_device,
-    freeze,
     limited_threads,
     num_positions,
     open_model,
     open_tokenizer,
-    save_model,
 )
+from fedmerge_client.train.lora import LoraSettings, save_tuned, seeded, trained_part
 from fedmerge_client.train.statistics import collect, spread
 
 EVAL_BATCH_SIZE = 64
 POOL_BATCHES = 8  # batches are cut from this many batches' worth of shuffled examples, sorted by length
 
 
-class Settings(BaseModel):
-    """What a plan may ask for under `[train]`.
+class Settings(LoraSettings):
+    """What a plan may ask for under `[train]`, beside `LoraSettings`.
 
     `lr` is AdamW's peak learning rate, `warmup` the share of the `steps` that it rises for before it falls linearly
-    to 0, `max_length` in tokens, `freeze` name prefixes of tensors to leave alone, such as "bert.embeddings".
-    `num_threads` of 0 leaves torch's own choice.
+    to 0, in each round or, with `schedule` "federation", over all rounds. `max_length` is in tokens, `freeze` has name
+    prefixes of tensors to leave alone, such as "bert.embeddings". `precision` "bf16" multiplies in bf16; weights that
+    are trained, gradients and moments are fp32 all the same. `num_threads` of 0 leaves torch's own choice.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[int, Field(ge=1)] = 16
     lr: Annotated[FiniteFloat, Field(gt=0)] = 1e-4
     max_length: Annotated[int, Field(ge=4)] = 128
     warmup: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.1
+    schedule: Literal["round", "federation"] = "round"
     weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.01
     label_smoothing: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
     freeze: tuple[str, ...] = ()
     num_threads: Annotated[int, Field(ge=0)] = 0
+
+    def lr_at(self, step: int, round_number: int, num_rounds: int) -> float:
+        """Return the learning rate of the 0-based `step` of a 1-based round."""
+        num_steps = self.steps
+        if self.schedule == "federation":
+            step, num_steps = (round_number - 1) * self.steps + step, num_rounds * self.steps
+        num_warmup = round(self.warmup * num_steps)
+        if step < num_warmup:
+            return self.lr * ((step + 1) / num_warmup)
+        return self.lr * ((num_steps - step) / max(1, num_steps - num_warmup))
 
 
 class TextClassification(BaseModel):
     """The `text-classification` trainer; its fields are a node's own options.
 
-    `data` and `test` are JSON Lines or CSV files (see `datasets.read_rows`) whose labels are labels of the model.
+    `data` and `test` are JSON Lines or CSV files (see `datasets.read_rows`) whose labels are labels of the model. A
+    batch goes through the model `micro_batch_size` texts at a time (0: all at once) and its gradients are accumulated.
+    `max_lora_rank` is for a site that can't train adapters of the plan's rank (0: it can).
     `eval_max_length` (tokens) bounds the texts of `evaluate` and `statistics`; the latter looks at no more than
     `statistics_examples` of the training texts. `device` "auto" takes a CUDA device when there is one.
     """
@@ -73,6 +85,8 @@ class TextClassification(BaseModel):
     test: Path | None = None
     text_column: str = "text"
     label_column: str = "label"
+    micro_batch_size: Annotated[int, Field(ge=0)] = 0
+    max_lora_rank: Annotated[int, Field(ge=0)] = 0
     eval_max_length: Annotated[int, Field(ge=4)] = 128
     statistics_examples: Annotated[int, Field(ge=1)] = 256
     device: Device = "auto"
@@ -85,36 +99,43 @@ class TextClassification(BaseModel):
         find_device(self.device)
 
     def train(self, task: TrainTask) -> TrainResult:
-        """Tune `task.model_dir` by `Settings` into `task.workspace/tuned`.
+        """Tune `task.model_dir` by `Settings` into `task.workspace/tuned`, a model or an adapter.
 
         The loss is cross-entropy over all labels of the model, also those that the node has no example of. Raises
         `ConfigError` for settings that can't be, `InputError` for unusable data or when training diverges.
         """
         settings = validated(Settings, task.settings, where="[train]")
-        model, tokenizer = self._open(task.model_dir)
-        texts, labels = self._examples(self.data, model)
-        tokens = _tokenize(tokenizer, texts, min(settings.max_length, num_positions(model)))
-        parameters = freeze(model, settings.freeze)
+        bare, tokenizer = self._open(task.model_dir, as_stored=settings.lora_rank > 0 and settings.precision == "bf16")
+        texts, labels = self._examples(self.data, bare)
+        tokens = _tokenize(tokenizer, texts, min(settings.max_length, num_positions(bare)))
+        seed = derive_seed(task.seed, task.round, "adapter")
+        model, parameters = trained_part(bare, settings, settings.freeze, most_rank=self.max_lora_rank, seed=seed)
         optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, settings))
         batches = _batches(
             [len(row) for row in tokens], settings.batch_size, derive_seed(task.seed, task.round, "batches")
         )
         losses = []
-        with limited_threads(settings.num_threads):
-            for step, chosen in zip(range(1, settings.steps + 1), batches, strict=False):
-                logits = model(**_pad(tokenizer, [tokens[i] for i in chosen], model.device)).logits
-                loss = cross_entropy(logits, labels[chosen].to(model.device), label_smoothing=settings.label_smoothing)
-                losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
-                    raise InputError(f"training diverged at step {step} (loss {losses[-1]})", hint="lower the lr")
+        with limited_threads(settings.num_threads), seeded(seed):
+            for step, chosen in zip(range(settings.steps), batches, strict=False):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.lr_at(step, task.round, task.num_rounds)
                 optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(loss)
+                losses.append(0.0)
+                for part in _parts(chosen, self.micro_batch_size):
+                    inputs = _pad(tokenizer, [tokens[i] for i in part], model.device)
+                    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                        logits = model(**inputs).logits.float()
+                    targets = labels[part].to(model.device)
+                    loss = cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
+                    loss = loss * (len(part) / len(chosen))
+                    torch.autograd.backward(loss)
+                    losses[-1] += loss.item()
+                if not math.isfinite(losses[-1]):
+                    raise InputError(f"training diverged at step {step + 1} (loss {losses[-1]})", hint="lower the lr")
                 optimizer.step()
-                schedule.step()
                 if task.progress is not None:
-                    task.progress(step, settings.steps, losses[-1])
-        tuned_dir = save_model(model, tokenizer, task.workspace / "tuned")
+                    task.progress(step + 1, settings.steps, losses[-1])
+        tuned_dir = save_tuned(model, tokenizer, settings, task.workspace / "tuned")
         last = losses[-max(1, len(losses) // 10) :]
         return TrainResult(tuned_dir, len(texts), {"loss": sum(last) / len(last)})
 
@@ -151,13 +172,14 @@ class TextClassification(BaseModel):
         rows = self._read(path)
         return [row.text for row in rows], torch.tensor(label_ids(path, rows, model.config.label2id))
 
-    def _open(self, model_dir: Path) -> tuple[Any, Any]:
+    def _open(self, model_dir: Path, *, as_stored: bool = False) -> tuple[Any, Any]:
         model = open_model(
             AutoModelForSequenceClassification,
             model_dir,
             find_device(self.device),
             what="classifier",
             hint="the base must be a sequence classifier; label_head.build_classifier makes one from an encoder",
+            as_stored=as_stored,
         )
         return model, open_tokenizer(model_dir)
 
@@ -177,12 +199,8 @@ def _pad(tokenizer: Any, tokens: Sequence[list[int]], device: torch.device) -> d
     return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _lr_factor(step: int, settings: Settings) -> float:
-    """Return the share of the peak learning rate for the 0-based `step`."""
-    num_warmup = round(settings.warmup * settings.steps)
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    return (settings.steps - step) / max(1, settings.steps - num_warmup)
+def _parts(chosen: list[int], size: int) -> list[list[int]]:
+    return [chosen[start : start + size] for start in range(0, len(chosen), size)] if size else [chosen]
 
 
 def _batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
