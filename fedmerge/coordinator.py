@@ -30,6 +30,7 @@ from fedmerge.events import (
 from fedmerge.events import RoundFailed as RoundFailedEvent
 from fedmerge.intake import Intake
 from fedmerge.journal import Journal
+from fedmerge.members import Members
 from fedmerge.merge import Plan, Recipe
 from fedmerge.merging import RoundMerge, drop_candidates
 from fedmerge.policy import Action, RoundPolicy, Standing, next_action, standing
@@ -37,7 +38,7 @@ from fedmerge.publish import publish
 from fedmerge.rounds import FederationState, Phase, after
 from fedmerge.search import Search
 from fedmerge.seeds import derive_seed
-from fedmerge.sign import SigningKey, TrustStore
+from fedmerge.sign import SigningKey
 from fedmerge.statements import (
     Candidates,
     DeltaStatement,
@@ -51,6 +52,7 @@ from fedmerge.statistics import first_problem, statistics_of, task_vector_of
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.lock import FolderLock
 from fedmerge.tensors import Checkpoint, model_digest, schema_digest
+from fedmerge.trust import TrustStore
 from fedmerge.versions import model_files, open_model
 
 log = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ class Coordinator:
             opened.callback(self.journal.ledger.close)
             self.blobs = BlobStore(state_dir / "blobs")
             self._create_or_check()
+            self.members = Members(self.journal, self.trust)
             self.intake = Intake(
                 self.journal,
                 self.blobs,

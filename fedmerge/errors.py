@@ -4,9 +4,11 @@
     +-- ConfigError                        2   fedmerge.toml or a command line is wrong
     +-- InputError                         2   a model, dataset or key file is not what it should be
     |   +-- ModelMismatch                  2   two checkpoints do not have the same tensors
+    |   +-- WrongPassphrase                2   a key file does not open
     +-- VerificationError                  3   a signature, digest or replay does not hold
     |   +-- BadSignature                   3
     |   +-- UntrustedKey                   3
+    |   |   +-- RevokedKey                 3
     |   +-- DigestMismatch                 3
     +-- Unreachable                        4   no coordinator answers
     +-- RoundFailed                        5   a round ended without a model
@@ -64,6 +66,12 @@ class ModelMismatch(InputError):
     reason = "MODEL_MISMATCH"
 
 
+class WrongPassphrase(InputError):
+    """A key file is encrypted, and its passphrase is missing or does not open it."""
+
+    reason = "WRONG_PASSPHRASE"
+
+
 class VerificationError(FedmergeError):
     """Something signed, hashed or replayed does not hold."""
 
@@ -81,6 +89,12 @@ class UntrustedKey(VerificationError):
     """The key is well formed, but nobody here trusts it."""
 
     reason = "UNTRUSTED_KEY"
+
+
+class RevokedKey(UntrustedKey):
+    """The key was trusted once, and was replaced by its owner or revoked by the operator."""
+
+    reason = "KEY_REVOKED"
 
 
 class DigestMismatch(VerificationError):

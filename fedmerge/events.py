@@ -140,6 +140,15 @@ class MetricsReported(_Event):
     envelope: str
 
 
+class KeyRotated(_Event):
+    """A node replaced its key by another one; `envelope` is its old key's word for it."""
+
+    kind: Literal["key_rotated"] = "key_rotated"
+    node_id: Digest
+    new_node_id: Digest
+    envelope: str
+
+
 Event: TypeAlias = (
     FederationCreated
     | RoundOpened
@@ -153,6 +162,7 @@ Event: TypeAlias = (
     | RoundPublished
     | RoundFailed
     | MetricsReported
+    | KeyRotated
 )
 
 _adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])

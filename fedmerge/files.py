@@ -1,4 +1,4 @@
-"""Files that must not exist yet, written whole or not at all."""
+"""Small files, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from fedmerge.errors import ResourceError
+from fedmerge.errors import ResourceError, reporting_os_errors
 
 
 def write_new(path: Path, data: bytes, *, if_exists: str, mode: int = 0o666) -> None:
@@ -28,3 +28,18 @@ def write_new(path: Path, data: bytes, *, if_exists: str, mode: int = 0o666) -> 
         raise ResourceError(f"{path}: already exists", hint=if_exists) from err
     except OSError as err:
         raise ResourceError(f"{path}: could not be written ({err.strerror})") from err
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write the file `path`, and its folder, in place of the one that may be there; raise `ResourceError`.
+
+    Who reads it meanwhile, and whoever comes after a power cut, finds the old file or the new one.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with reporting_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)

@@ -25,10 +25,11 @@ from fedmerge.errors import (
 from fedmerge.events import DeltaAccepted, DeltaRejected
 from fedmerge.journal import Journal
 from fedmerge.rounds import Phase
-from fedmerge.sign import PublicKey, TrustStore
+from fedmerge.sign import PublicKey
 from fedmerge.statements import DeltaStatement, Receipt, digest_of
 from fedmerge.store.blobs import BlobStore, split_leaf_hashes
 from fedmerge.store.ledger import UploadRow
+from fedmerge.trust import TrustStore
 
 log = logging.getLogger(__name__)
 

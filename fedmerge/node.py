@@ -30,6 +30,7 @@ from fedmerge.errors import (
     StaleBase,
     UnknownRound,
     UnknownVersion,
+    UntrustedKey,
     reporting_os_errors,
 )
 from fedmerge.feedback import carry_over, previous_residual, unsent, write_residual
@@ -177,9 +178,17 @@ class Node:
             return
         with reporting_os_errors(outbox):
             outbox.mkdir(parents=True, exist_ok=True)
-        if not (outbox / STATEMENT).exists():
+        if not self._has_signed(outbox / STATEMENT):
             self._make_delta(spec, spec_digest, outbox)
         self._deliver(spec, outbox)
+
+    def _has_signed(self, statement_file: Path) -> bool:
+        """Whether the statement is there, and not of a key that this site has replaced since."""
+        try:
+            DeltaStatement.open(statement_file.read_bytes(), {self.node_id: self.key.public}, where=str(statement_file))
+        except (FileNotFoundError, UntrustedKey):
+            return False
+        return True
 
     # 0 train, 1 subtract, 2 sparsify, 3 quantise, 4 frame, 5 sign
 

@@ -116,7 +116,7 @@ def standing(state: FederationState, policy: RoundPolicy, trusted: Collection[st
         else:
             grace_s = policy.grace_s
             until_s = arrivals_s[quorum - 1] + grace_s
-        if expected <= state.deltas.keys():
+        if all(state.accepted(node_id) is not None for node_id in expected):
             return Standing(quorum, grace_s, "everyone")
         if now_s >= until_s:
             return Standing(quorum, grace_s, "grace")

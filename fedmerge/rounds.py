@@ -23,6 +23,7 @@ from fedmerge.events import (
     DeltaAccepted,
     DeltaRejected,
     FederationCreated,
+    KeyRotated,
     MergeFinished,
     MergeStarted,
     MetricsReported,
@@ -53,7 +54,7 @@ class FederationState:
 
     `attempt` counts how often the current round was opened. `proposals` are its generations of candidates, `answers`
     the metrics statements about them that count, by candidate and node: a judge's first one before the generation was
-    closed.
+    closed. `predecessors` has the key that a key replaced.
     """
 
     created: FederationCreated | None = None
@@ -69,10 +70,14 @@ class FederationState:
     answers: Mapping[tuple[str, str], str] = field(default_factory=dict)
     merges: tuple[MergeFinished, ...] = ()
     failure: str = ""
+    predecessors: Mapping[str, str] = field(default_factory=dict)
 
     def accepted(self, node_id: str) -> DeltaAccepted | None:
-        """Return what the node delivered in the current round."""
-        entry = self.deltas.get(node_id)
+        """Return what the node delivered in the current round, be it under a key that this one has replaced since."""
+        entry, key_id = self.deltas.get(node_id), node_id
+        while entry is None and key_id in self.predecessors:
+            key_id = self.predecessors[key_id]
+            entry = self.deltas.get(key_id)
         return entry.event if entry is not None and isinstance(entry.event, DeltaAccepted) else None
 
     def generations(self) -> list[CandidatesProposed]:
@@ -93,6 +98,7 @@ _LEGAL: dict[type, set[Phase]] = {
     RoundPublished: {Phase.PUBLISHING},
     RoundFailed: {Phase.OPEN, Phase.SEALED, Phase.MERGING},
     MetricsReported: set(Phase),
+    KeyRotated: set(Phase),
 }
 
 
@@ -132,6 +138,8 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
             return replace(state, phase=Phase.SEALED)
         case MetricsReported():
             return _with_answer(state, event)
+        case KeyRotated():
+            return replace(state, predecessors={**state.predecessors, event.new_node_id: event.node_id})
         case MergeStarted():
             return replace(state, phase=Phase.MERGING)
         case MergeFinished():

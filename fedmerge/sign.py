@@ -1,4 +1,4 @@
-"""Step 5, sign, and its inverse, verify: DSSE envelopes, keys and the trust store.
+"""Step 5, sign, and its inverse, verify: DSSE envelopes and keys.
 
 An envelope (https://github.com/secure-systems-lab/dsse, v1.0) carries the exact bytes that were signed, so nothing is
 ever re-serialised to verify; the payload type is signed too, so that one kind of statement can't pass for another.
@@ -12,23 +12,29 @@ import binascii
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError as DsseError
-from securesystemslib.signer import CryptoSigner, SSlibKey
+from securesystemslib.signer import Signature, SSlibKey
 
-from fedmerge.errors import BadSignature, InputError, UntrustedKey
+from fedmerge.errors import BadSignature, InputError, UntrustedKey, WrongPassphrase
 from fedmerge.files import write_new
+from fedmerge.passphrase import find_passphrase
+
+Algorithm: TypeAlias = Literal["ed25519", "p256"]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 MAX_ENVELOPE_BYTES = 1 << 20
+ENCRYPTED = "-----BEGIN ENCRYPTED PRIVATE KEY-----"
 NEVER_OVERWRITTEN = "choose another name; keys are never overwritten"
 
 
@@ -47,6 +53,11 @@ class PublicKey:
     def short(self) -> str:
         """First 12 hex digits of the key id, for people."""
         return self.key_id[:12]
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What the key signs with. It belongs to the key, so no message can choose a weaker one."""
+        return "ed25519" if isinstance(serialization.load_der_public_key(self.spki), Ed25519PublicKey) else "p256"
 
     def pem(self) -> str:
         """Return the key as PEM text."""
@@ -93,34 +104,46 @@ class PublicKey:
 
 @dataclass(frozen=True)
 class SigningKey:
-    """An Ed25519 private key, kept in a PKCS#8 PEM file of mode 0600."""
+    """A private key, Ed25519 or P-256, kept in a PKCS#8 PEM file of mode 0600."""
 
-    private: Ed25519PrivateKey
+    private: Ed25519PrivateKey | EllipticCurvePrivateKey
 
     @classmethod
-    def generate(cls) -> SigningKey:
+    def generate(cls, algorithm: Algorithm = "ed25519") -> SigningKey:
         """Make a new key from the operating system's randomness."""
-        return cls(Ed25519PrivateKey.generate())
+        return cls(Ed25519PrivateKey.generate() if algorithm == "ed25519" else ec.generate_private_key(SECP256R1()))
 
     @classmethod
-    def load(cls, path: Path) -> SigningKey:
-        """Read a key file; raise `InputError` when it is missing, damaged or readable by other users."""
+    def load(cls, path: Path, passphrase: Callable[[Path], bytes] = find_passphrase) -> SigningKey:
+        """Read a key file; raise `InputError` when it is missing, damaged or readable by other users.
+
+        `passphrase` is asked, with the path, for that of an encrypted one; `WrongPassphrase` is raised where it does
+        not open the file.
+        """
         text = read_text(path)
         if os.name == "posix" and path.stat().st_mode & 0o077:
             raise InputError(f"{path}: other users can read this private key", hint=f"run: chmod 600 {path}")
+        is_encrypted = ENCRYPTED in text
+        password = passphrase(path) if is_encrypted else None
         try:
-            private = serialization.load_pem_private_key(text.encode(), password=None)
+            private = serialization.load_pem_private_key(text.encode(), password=password)
         except (ValueError, TypeError, UnsupportedAlgorithm) as err:
-            raise InputError(f"{path}: not an unencrypted PKCS#8 private key ({err})") from err
-        if not isinstance(private, Ed25519PrivateKey):
-            raise InputError(f"{path}: not an Ed25519 key", hint="make one with: fedmerge keys new")
+            if is_encrypted:
+                raise WrongPassphrase(f"{path}: the passphrase does not open this key") from err
+            raise InputError(f"{path}: not a PKCS#8 private key ({err})") from err
+        on_p256 = isinstance(private, EllipticCurvePrivateKey) and isinstance(private.curve, SECP256R1)
+        if not isinstance(private, (Ed25519PrivateKey, EllipticCurvePrivateKey)) or (
+            isinstance(private, EllipticCurvePrivateKey) and not on_p256
+        ):
+            raise InputError(f"{path}: not an Ed25519 or P-256 key", hint="make one with: fedmerge keys new")
         return cls(private)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, passphrase: bytes | None = None) -> None:
         """Write the key file, 0600 from its first byte; raise `ResourceError` rather than overwrite an existing one."""
-        pem = self.private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+        if passphrase is not None:
+            encryption = serialization.BestAvailableEncryption(passphrase)
+        pem = self.private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
         write_new(path, pem, if_exists=NEVER_OVERWRITTEN, mode=0o600)
 
     @classmethod
@@ -141,7 +164,13 @@ class SigningKey:
     def sign(self, payload_type: str, payload: bytes) -> bytes:
         """Return the DSSE envelope (JSON bytes) of `payload`, signed under `payload_type`."""
         envelope = Envelope(payload, payload_type, {})
-        envelope.sign(CryptoSigner(self.private, self.public._verifier()))
+        key_id, data = self.public.key_id, envelope.pae()
+        if isinstance(self.private, Ed25519PrivateKey):
+            signature = self.private.sign(data)
+        else:
+            # Deterministic (RFC 6979), so that signing a statement again gives the same envelope, as Ed25519 does.
+            signature = self.private.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
+        envelope.signatures[key_id] = Signature(key_id, signature.hex())
         return json.dumps(envelope.to_dict(), separators=(",", ":")).encode()
 
 
@@ -154,6 +183,12 @@ class Signed:
     envelope: bytes
 
 
+def claimed_signer(envelope: bytes, *, where: str) -> str:
+    """Return the key id that an envelope names, which proves nothing. Raises `BadSignature` when it names none."""
+    _, key_id = _parse_envelope(envelope, where=where)
+    return key_id
+
+
 def open_envelope(envelope: bytes, payload_type: str, trusted: Mapping[str, PublicKey], *, where: str) -> Signed:
     """Verify a DSSE envelope and return its payload.
 
@@ -161,21 +196,13 @@ def open_envelope(envelope: bytes, payload_type: str, trusted: Mapping[str, Publ
     and the signature must verify under that key. Raises `UntrustedKey` when the named key is not trusted, and
     `BadSignature` when the envelope is malformed, of another type, not signed exactly once, or does not verify.
     """
-    if len(envelope) > MAX_ENVELOPE_BYTES:
-        raise BadSignature(f"{where}: envelope of {len(envelope)} bytes is over the limit of {MAX_ENVELOPE_BYTES}")
-    try:
-        parsed = Envelope.from_dict(json.loads(envelope))
-        key_ids = list(parsed.signatures)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise BadSignature(f"{where}: not a DSSE envelope ({type(err).__name__})") from err
+    parsed, key_id = _parse_envelope(envelope, where=where)
     if parsed.payload_type != payload_type:
         raise BadSignature(f"{where}: signed as {parsed.payload_type!r}, expected {payload_type!r}")
-    if len(key_ids) != 1:
-        raise BadSignature(f"{where}: has {len(key_ids)} signatures, expected one")
-    signer = trusted.get(key_ids[0])
+    signer = trusted.get(key_id)
     if signer is None:
         raise UntrustedKey(
-            f"{where}: signed by key {key_ids[0][:12]}, which is not trusted here",
+            f"{where}: signed by key {key_id[:12]}, which is not trusted here",
             hint="compare the key id with its owner over another channel, then: fedmerge keys trust FILE",
         )
     try:
@@ -185,43 +212,18 @@ def open_envelope(envelope: bytes, payload_type: str, trusted: Mapping[str, Publ
     return Signed(parsed.payload, signer, envelope)
 
 
-class TrustStore:
-    """A folder of PEM public keys, one file `NAME.pem` for each party that is trusted."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        # A coordinator looks a key up for every chunk; a file is read again only when it has changed.
-        self._read: dict[Path, tuple[int, PublicKey]] = {}
-
-    def names(self) -> dict[str, str]:
-        """Return the party's name by key id."""
-        return {key.key_id: path.stem for path, key in self._load().items()}
-
-    def keys(self) -> dict[str, PublicKey]:
-        """Return the trusted keys by key id; raise `InputError` when a file in the folder is not a public key."""
-        return {key.key_id: key for key in self._load().values()}
-
-    def add(self, key: PublicKey, name: str) -> Path:
-        """Trust `key` under `name`; raise `InputError` when the name is unusable or stands for another key."""
-        if not name or not all(char.isalnum() or char in "-_." for char in name) or name.startswith("."):
-            raise InputError(f"{name!r} is not a usable name", hint="use letters, digits, '-', '_' and '.'")
-        path = self.directory / f"{name}.pem"
-        if not path.exists():
-            write_new(path, key.pem().encode(), if_exists=NEVER_OVERWRITTEN)
-        elif PublicKey.load(path) != key:
-            raise InputError(f"{path}: {name} is already known with another key", hint="remove the old file first")
-        return path
-
-    def _load(self) -> dict[Path, PublicKey]:
-        if self.directory.exists() and not self.directory.is_dir():
-            raise InputError(f"{self.directory}: should be a folder of public keys")
-        read: dict[Path, tuple[int, PublicKey]] = {}
-        for path in sorted(self.directory.glob("*.pem")):
-            changed_ns = path.stat().st_mtime_ns
-            known = self._read.get(path)
-            read[path] = known if known and known[0] == changed_ns else (changed_ns, PublicKey.load(path))
-        self._read = read
-        return {path: key for path, (_, key) in read.items()}
+def _parse_envelope(envelope: bytes, *, where: str) -> tuple[Envelope, str]:
+    """Return an unverified envelope and the one key id that it names."""
+    if len(envelope) > MAX_ENVELOPE_BYTES:
+        raise BadSignature(f"{where}: envelope of {len(envelope)} bytes is over the limit of {MAX_ENVELOPE_BYTES}")
+    try:
+        parsed = Envelope.from_dict(json.loads(envelope))
+        key_ids = list(parsed.signatures)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise BadSignature(f"{where}: not a DSSE envelope ({type(err).__name__})") from err
+    if len(key_ids) != 1:
+        raise BadSignature(f"{where}: has {len(key_ids)} signatures, expected one")
+    return parsed, key_ids[0]
 
 
 def read_text(path: Path) -> str:

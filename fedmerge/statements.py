@@ -326,6 +326,20 @@ class SessionProof(Statement):
         return {"nonce": self.nonce}
 
 
+class KeyRotation(Statement):
+    """A node's word that `new_key` (PEM) takes its key's place at one coordinator; signed by the old and by the new."""
+
+    kind: ClassVar[str] = "keyrotation"
+
+    coordinator_key: Digest
+    old_key: Digest
+    new_key: str
+
+    def subject(self) -> dict[str, str]:
+        """The key that is given up."""
+        return {"key": self.old_key}
+
+
 class Contribution(_Strict):
     """What became of one node's delta: its screening verdict and, by digest, what it signed.
 

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from fedmerge.config import Config, parse_config
-from fedmerge.sign import SigningKey, TrustStore
+from fedmerge.sign import SigningKey
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
+from fedmerge.trust import TrustStore
 
 
 def make_base(directory: Path, dtype: torch.dtype = torch.float32) -> Path:

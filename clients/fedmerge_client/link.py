@@ -29,7 +29,7 @@ from fedmerge.errors import (
 )
 from fedmerge.node import RoundView
 from fedmerge.sign import PublicKey, SigningKey, read_text
-from fedmerge.statements import SessionProof
+from fedmerge.statements import KeyRotation, SessionProof
 from fedmerge.v1 import (
     delta_pb2,
     delta_pb2_grpc,
@@ -101,6 +101,14 @@ class GrpcLink:
     def connect(self) -> None:
         """Open a session now. Raises `UntrustedKey` when the coordinator does not trust the key, or `Unreachable`."""
         self._metadata()
+
+    def rotate_key(self, new: SigningKey) -> None:
+        """Have the coordinator trust `new` in place of this link's key. Raises `RevokedKey` when it did so before."""
+        statement = KeyRotation(
+            coordinator_key=self.coordinator.key_id, old_key=self._key.public.key_id, new_key=new.public.pem()
+        )
+        request = session_pb2.RotateKeyRequest(envelope=statement.sign(self._key), proof=statement.sign(new))
+        self._call(self._sessions.RotateKey, request)
 
     def close(self) -> None:
         """Close the connection."""

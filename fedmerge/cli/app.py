@@ -98,13 +98,14 @@ KEY_COMMANDS: dict[str, tuple[str, str]] = {
     "new": ("fedmerge.cli.keys:new", "Make a signing key."),
     "show": ("fedmerge.cli.keys:show", "Show the public half of a key."),
     "trust": ("fedmerge.cli.keys:trust", "Add a node's public key to a federation."),
+    "rotate": ("fedmerge.cli.keys:rotate", "Replace this site's key by a new one."),
 }
 
 for _position, (_title, _commands) in enumerate(COMMANDS.items()):
     _group = Group(_title, sort_key=_position)
     for _sort_key, (_name, (_path, _help)) in enumerate(_commands.items()):
         app.command(_path, name=_name, help=_help, group=_group, sort_key=_sort_key, help_epilogue="")
-_keys = App(name="keys", help="Make, show and trust keys: new, show, trust.", help_epilogue="")
+_keys = App(name="keys", help="Make, show and trust keys: new, show, trust, rotate.", help_epilogue="")
 for _name, (_path, _help) in KEY_COMMANDS.items():
     _keys.command(_path, name=_name, help=_help, help_epilogue="")
 _keys.group = Group("Trust", sort_key=4)

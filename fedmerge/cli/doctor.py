@@ -200,7 +200,7 @@ def _key(config: Config) -> Check:
 
 
 def _trust(config: Config) -> Check:
-    from fedmerge.sign import TrustStore
+    from fedmerge.trust import TrustStore
 
     names = sorted(TrustStore(config.federation.trusted).names().values())
     if len(names) < config.rounds.min_nodes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +12,9 @@ from cyclopts import Parameter
 from fedmerge.cli.output import JsonFlag, print_json, stderr
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import parse_address
-from fedmerge.errors import ConfigError, UntrustedKey, reporting_os_errors
+from fedmerge.errors import ConfigError, RevokedKey, UntrustedKey, reporting_os_errors
 from fedmerge.node import Node
+from fedmerge.passphrase import find_passphrase
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.training import load_trainer
 
@@ -29,6 +31,7 @@ def join(
     key: Annotated[
         Path | None, Parameter(help="This site's private key. [default: HOME/node.key, made if missing]")
     ] = None,
+    passphrase_file: Annotated[Path | None, Parameter(help="File with the key's passphrase, if it has one.")] = None,
     home: Annotated[Path, Parameter(help="Folder for models, deltas and what is not sent yet.")] = Path(
         "fedmerge-node"
     ),
@@ -53,7 +56,9 @@ def join(
     node_trainer.check()
     PublicKey.load(trust)  # a mistake here should not leave a new key behind
     key_path = key or home / "node.key"
-    signing_key = SigningKey.load_or_create(key_path) if key is None else SigningKey.load(key_path)
+    if key is None and not key_path.exists():
+        SigningKey.generate().save(key_path)
+    signing_key = SigningKey.load(key_path, partial(find_passphrase, file=passphrase_file))
     from fedmerge_client.link import GrpcLink
 
     link = GrpcLink(coordinator, trust, signing_key)
@@ -85,6 +90,8 @@ def _connect(link: GrpcLink, coordinator: str, public_key: PublicKey, key_path: 
     """Open a session, or say how this site comes to be trusted."""
     try:
         link.connect()
+    except RevokedKey:
+        raise
     except UntrustedKey as err:
         public_path = Path(f"{key_path}.pub")
         with reporting_os_errors(public_path):

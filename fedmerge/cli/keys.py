@@ -1,36 +1,45 @@
-"""`fedmerge keys`: make a signing key, show its public half, and trust somebody else's."""
+"""`fedmerge keys`: make a signing key, show its public half, replace it by another, and trust somebody else's."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from fedmerge.cli.output import JsonFlag, print_json, stderr
-from fedmerge.errors import ConfigError, InputError, ResourceError
-from fedmerge.files import write_new
-from fedmerge.sign import NEVER_OVERWRITTEN, PublicKey, SigningKey, TrustStore, read_text
+from fedmerge.errors import ConfigError, InputError, ResourceError, RevokedKey, reporting_os_errors
+from fedmerge.files import replace_file, write_new
+from fedmerge.passphrase import find_passphrase
+from fedmerge.sign import ENCRYPTED, NEVER_OVERWRITTEN, Algorithm, PublicKey, SigningKey, read_text
+from fedmerge.trust import TrustStore
 
 
 def new(
     path: Annotated[Path, Parameter(help="Where to write the private key; PATH.pub gets the public one.")],
     /,
     *,
+    algorithm: Annotated[Algorithm, Parameter(help="What it signs with; p256 is for hardware and rules.")] = "ed25519",
+    passphrase: Annotated[bool, Parameter(help="Encrypt it; the passphrase is asked for, twice.")] = False,
+    passphrase_file: Annotated[Path | None, Parameter(help="Encrypt it with this file's first line.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Make a signing key (Ed25519), readable by its owner alone."""
+    """Make a signing key, readable by its owner alone."""
     public_path = Path(f"{path}.pub")
-    key = SigningKey.generate()
-    key.save(path)
+    key = SigningKey.generate(algorithm)
+    is_encrypted = passphrase or passphrase_file is not None
+    key.save(path, find_passphrase(path, passphrase_file, is_new=True) if is_encrypted else None)
     try:
         write_new(public_path, key.public.pem().encode(), if_exists=NEVER_OVERWRITTEN)
     except ResourceError:
         path.unlink()
         raise
     if json:
-        print_json({"key_id": key.public.key_id, "private": str(path), "public": str(public_path)})
+        made = {"key_id": key.public.key_id, "algorithm": algorithm}
+        print_json({**made, "private": str(path), "public": str(public_path)})
         return
     sys.stdout.write(f"key id   {key.public.key_id}\nprivate  {path}\npublic   {public_path}\n")
     stderr.print(
@@ -49,10 +58,10 @@ def show(
     """Show the public half of a key: its id, and the PEM text that others need to trust it."""
     key = SigningKey.load(path).public if _is_private(path) else PublicKey.load(path)
     if json:
-        print_json({"key_id": key.key_id, "pem": key.pem()})
+        print_json({"key_id": key.key_id, "algorithm": key.algorithm, "pem": key.pem()})
     else:
         # Text before the block is allowed in a PEM file, so this output can be kept as a key file.
-        sys.stdout.write(f"key id {key.key_id}\n{key.pem()}")
+        sys.stdout.write(f"key id {key.key_id} ({key.algorithm})\n{key.pem()}")
 
 
 def trust(
@@ -82,6 +91,48 @@ def trust(
         raise InputError(f"{public_file}: this key is already trusted, as {known_as}")
     written = store.add(key, name)
     sys.stdout.write(f"trusted {name}, key id {key.key_id}, in {written}\n")
+
+
+def rotate(
+    path: Annotated[Path, Parameter(help="The private key file to replace; the old key stays in PATH.KEYID.")],
+    /,
+    *,
+    coordinator: Annotated[str, Parameter(help="The coordinator's address, HOST:PORT.")],
+    trust: Annotated[Path, Parameter(help="The coordinator.pem that the operator gave you.")],
+    algorithm: Annotated[Algorithm, Parameter(help="What the new key signs with.")] = "ed25519",
+    passphrase_file: Annotated[
+        Path | None, Parameter(help="File with the key's passphrase; the new one's, too.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Replace this site's key by a new one, which the old one signs for; the coordinator then takes only the new one.
+
+    Stop the node first. Interrupted anywhere, the same command finishes it.
+    """
+    from fedmerge_client.link import GrpcLink
+
+    passphrase = cache(lambda key_path: find_passphrase(path, passphrase_file))
+    old, next_path = SigningKey.load(path, passphrase), Path(f"{path}.next")
+    if not next_path.exists():
+        password = passphrase(path) if ENCRYPTED in read_text(path) else None
+        SigningKey.generate(algorithm).save(next_path, password)
+    new = SigningKey.load(next_path, passphrase)
+    with closing(GrpcLink(coordinator, trust, old)) as link:
+        try:
+            link.rotate_key(new)
+        except RevokedKey:
+            with closing(GrpcLink(coordinator, trust, new)) as again:
+                again.connect()  # accepted before an interruption, or this raises as well
+    kept = Path(f"{path}.{old.public.short}")
+    replace_file(Path(f"{path}.pub"), new.public.pem().encode())
+    with reporting_os_errors(path):
+        kept.unlink(missing_ok=True)
+        kept.hardlink_to(path)
+        next_path.replace(path)
+    if json:
+        print_json({"key_id": new.public.key_id, "replaced": old.public.key_id, "private": str(path)})
+    else:
+        sys.stdout.write(f"key id   {new.public.key_id}\nreplaced {old.public.key_id}, kept in {kept}\n")
 
 
 def _is_private(path: Path) -> bool:

@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from fedmerge.cli.output import JsonFlag, print_json, stdout
 from fedmerge.errors import ConfigError, InputError, UnknownVersion
-from fedmerge.sign import PublicKey, TrustStore
+from fedmerge.sign import PublicKey
+from fedmerge.trust import TrustStore
 
 if TYPE_CHECKING:
     from fedmerge.verify import Check

@@ -15,9 +15,10 @@ from fedmerge.errors import ConfigError
 from fedmerge.merkle import LEAF_BYTES
 from fedmerge.node import Node, NodeEvent, RoundView
 from fedmerge.rounds import Phase
-from fedmerge.sign import SigningKey, TrustStore
+from fedmerge.sign import SigningKey
 from fedmerge.sim.results import FederationResult, result_of
 from fedmerge.training import Trainer
+from fedmerge.trust import TrustStore
 
 
 class LocalLink:

@@ -12,9 +12,10 @@ from fedmerge.errors import RoundFailed
 from fedmerge.events import CandidatesProposed, DeltaAccepted, MetricsReported
 from fedmerge.journal import Journal
 from fedmerge.rounds import Phase
-from fedmerge.sign import SigningKey, TrustStore
+from fedmerge.sign import SigningKey
 from fedmerge.statements import MergeRecord, MetricsStatement
 from fedmerge.tensors import Checkpoint
+from fedmerge.trust import TrustStore
 from fedmerge.versions import cheapest_route
 
 

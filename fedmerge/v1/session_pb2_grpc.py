@@ -48,6 +48,11 @@ class SessionServiceStub:
                 request_serializer=fedmerge_dot_v1_dot_session__pb2.OpenSessionRequest.SerializeToString,
                 response_deserializer=fedmerge_dot_v1_dot_session__pb2.OpenSessionResponse.FromString,
                 _registered_method=True)
+        self.RotateKey = channel.unary_unary(
+                '/fedmerge.v1.SessionService/RotateKey',
+                request_serializer=fedmerge_dot_v1_dot_session__pb2.RotateKeyRequest.SerializeToString,
+                response_deserializer=fedmerge_dot_v1_dot_session__pb2.RotateKeyResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer:
@@ -68,7 +73,17 @@ class SessionServiceServicer:
         """Exchange the signed nonce for a session token.
 
         UNAUTHENTICATED `BAD_SIGNATURE`: the proof does not verify, or the nonce is unknown, used or expired.
-        PERMISSION_DENIED `UNTRUSTED_KEY`: the operator does not trust this key.
+        PERMISSION_DENIED `UNTRUSTED_KEY`: the operator does not trust this key. `KEY_REVOKED`: not any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateKey(self, request, context):
+        """Replace the caller's key by another one of its own, for good. Ends its sessions.
+
+        UNAUTHENTICATED `BAD_SIGNATURE`: one of the two statements does not verify, or they do not agree.
+        FAILED_PRECONDITION `REFUSED`: the new key is or was known here.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,6 +101,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.OpenSession,
                     request_deserializer=fedmerge_dot_v1_dot_session__pb2.OpenSessionRequest.FromString,
                     response_serializer=fedmerge_dot_v1_dot_session__pb2.OpenSessionResponse.SerializeToString,
+            ),
+            'RotateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateKey,
+                    request_deserializer=fedmerge_dot_v1_dot_session__pb2.RotateKeyRequest.FromString,
+                    response_serializer=fedmerge_dot_v1_dot_session__pb2.RotateKeyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -146,6 +166,33 @@ class SessionService:
             '/fedmerge.v1.SessionService/OpenSession',
             fedmerge_dot_v1_dot_session__pb2.OpenSessionRequest.SerializeToString,
             fedmerge_dot_v1_dot_session__pb2.OpenSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedmerge.v1.SessionService/RotateKey',
+            fedmerge_dot_v1_dot_session__pb2.RotateKeyRequest.SerializeToString,
+            fedmerge_dot_v1_dot_session__pb2.RotateKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,7 +43,13 @@ class SessionServiceStub:
     """Exchange the signed nonce for a session token.
 
     UNAUTHENTICATED `BAD_SIGNATURE`: the proof does not verify, or the nonce is unknown, used or expired.
-    PERMISSION_DENIED `UNTRUSTED_KEY`: the operator does not trust this key.
+    PERMISSION_DENIED `UNTRUSTED_KEY`: the operator does not trust this key. `KEY_REVOKED`: not any more.
+    """
+    RotateKey: _grpc.UnaryUnaryMultiCallable[_session_pb2.RotateKeyRequest, _session_pb2.RotateKeyResponse]
+    """Replace the caller's key by another one of its own, for good. Ends its sessions.
+
+    UNAUTHENTICATED `BAD_SIGNATURE`: one of the two statements does not verify, or they do not agree.
+    FAILED_PRECONDITION `REFUSED`: the new key is or was known here.
     """
 
 @_typing.type_check_only
@@ -61,7 +67,13 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Exchange the signed nonce for a session token.
 
     UNAUTHENTICATED `BAD_SIGNATURE`: the proof does not verify, or the nonce is unknown, used or expired.
-    PERMISSION_DENIED `UNTRUSTED_KEY`: the operator does not trust this key.
+    PERMISSION_DENIED `UNTRUSTED_KEY`: the operator does not trust this key. `KEY_REVOKED`: not any more.
+    """
+    RotateKey: _aio.UnaryUnaryMultiCallable[_session_pb2.RotateKeyRequest, _session_pb2.RotateKeyResponse]  # type: ignore[assignment]
+    """Replace the caller's key by another one of its own, for good. Ends its sessions.
+
+    UNAUTHENTICATED `BAD_SIGNATURE`: one of the two statements does not verify, or they do not agree.
+    FAILED_PRECONDITION `REFUSED`: the new key is or was known here.
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -88,7 +100,19 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Exchange the signed nonce for a session token.
 
         UNAUTHENTICATED `BAD_SIGNATURE`: the proof does not verify, or the nonce is unknown, used or expired.
-        PERMISSION_DENIED `UNTRUSTED_KEY`: the operator does not trust this key.
+        PERMISSION_DENIED `UNTRUSTED_KEY`: the operator does not trust this key. `KEY_REVOKED`: not any more.
+        """
+
+    @_abc_1.abstractmethod
+    def RotateKey(
+        self,
+        request: _session_pb2.RotateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.RotateKeyResponse, _abc.Awaitable[_session_pb2.RotateKeyResponse]]:
+        """Replace the caller's key by another one of its own, for good. Ends its sessions.
+
+        UNAUTHENTICATED `BAD_SIGNATURE`: one of the two statements does not verify, or they do not agree.
+        FAILED_PRECONDITION `REFUSED`: the new key is or was known here.
         """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

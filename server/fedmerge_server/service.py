@@ -123,6 +123,15 @@ class Services(
             token = self._sessions.open(request.envelope)
         return session_pb2.OpenSessionResponse(token=token)
 
+    async def RotateKey(  # noqa: N802
+        self, request: session_pb2.RotateKeyRequest, context: Context
+    ) -> session_pb2.RotateKeyResponse:
+        """Replace the caller's key."""
+        async with answering(context):
+            caller = self._caller(context)
+            await asyncio.to_thread(self._coordinator.members.rotate, caller, request.envelope, request.proof)
+        return session_pb2.RotateKeyResponse()
+
     # RoundService
 
     async def WatchRounds(  # noqa: N802

@@ -6,8 +6,9 @@ import secrets
 import time
 
 from fedmerge.errors import BadSignature, NoSession, UntrustedKey
-from fedmerge.sign import PublicKey, TrustStore
+from fedmerge.sign import PublicKey, claimed_signer
 from fedmerge.statements import SessionProof
+from fedmerge.trust import TrustStore
 
 NONCE_LIFETIME_S = 60.0
 MAX_PENDING_NONCES = 10_000
@@ -33,8 +34,9 @@ class Sessions:
         return nonce
 
     def open(self, envelope: bytes) -> str:
-        """Exchange a signed nonce for a token. Raises `BadSignature` or `UntrustedKey`."""
-        proof, signed = SessionProof.open(envelope, self._trust.keys(), where="session proof")
+        """Exchange a signed nonce for a token. Raises `BadSignature`, `UntrustedKey` or `RevokedKey`."""
+        key = self._trust.require(claimed_signer(envelope, where="session proof"))
+        proof, signed = SessionProof.open(envelope, {key.key_id: key}, where="session proof")
         made_s = self._nonces.pop(proof.nonce, None)
         if made_s is None or time.monotonic() >= made_s + NONCE_LIFETIME_S:
             raise BadSignature("session proof: the nonce is unknown, used or expired", hint="connect again")
@@ -45,11 +47,13 @@ class Sessions:
         return token
 
     def caller(self, token: str) -> str:
-        """Return the key id behind a token. Raises `NoSession`, or `UntrustedKey` once the key was removed."""
+        """Return the key id behind a token. Raises `NoSession`, `RevokedKey`, or `UntrustedKey` for a removed key."""
         key_id = self._key_ids.get(token)
         if key_id is None:
             raise NoSession("the coordinator does not know this session", hint="connect again")
-        if key_id not in self._trust.keys():  # noqa: SIM118 - a method that reads the folder, not a mapping
-            del self._key_ids[token]
-            raise UntrustedKey(f"key {key_id[:12]} is no longer trusted", hint="ask the operator of the coordinator")
+        try:
+            self._trust.require(key_id)
+        except UntrustedKey:
+            self._key_ids.pop(token, None)
+            raise
         return key_id

@@ -20,7 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedmerge.sign import SigningKey, TrustStore
+from fedmerge.sign import SigningKey
+from fedmerge.trust import TrustStore
 from tests.cli.commands import (
     NO_ROOM,
     Outcome,

@@ -16,7 +16,8 @@ from typing import TypeAlias
 import psutil
 import pytest
 
-from fedmerge.sign import SigningKey, TrustStore
+from fedmerge.sign import SigningKey
+from fedmerge.trust import TrustStore
 from tests.cli.commands import NO_ROOM, Running, fine_tune, make_classifier, write_config, write_data
 
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]

@@ -53,12 +53,13 @@ OPTIONS: dict[str, list[str]] = {
     "simulate": ["CONFIG", "--processes", "--json"],
     "serve": ["CONFIG", "--json"],
     "join": [
-        "--coordinator", "--trust", "--data", "--test", "--key", "--home", "--base", "--name", "--trainer", "--option",
-        "--keep-tuned", "--json",
+        "--coordinator", "--trust", "--data", "--test", "--key", "--passphrase-file", "--home", "--base", "--name",
+        "--trainer", "--option", "--keep-tuned", "--json",
     ],
-    "keys new": ["PATH", "--json"],
+    "keys new": ["PATH", "--algorithm", "--passphrase", "--passphrase-file", "--json"],
     "keys show": ["PATH", "--json"],
     "keys trust": ["PUBFILE", "--name", "--config", "--into"],
+    "keys rotate": ["PATH", "--coordinator", "--trust", "--algorithm", "--passphrase-file", "--json"],
 }  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def test_the_command_list_is_deliberate() -> None:
         "Merge": ["merge", "statistics", "diff", "inspect", "verify"],
         "Run": ["simulate", "serve", "join"],
     }
-    assert list(KEY_COMMANDS) == ["new", "show", "trust"]
+    assert list(KEY_COMMANDS) == ["new", "show", "trust", "rotate"]
     listed = {name for commands in COMMANDS.values() for name in commands} | {"keys"}
     assert {name for name in app if not name.startswith("-")} == listed
 
@@ -360,9 +361,10 @@ def test_keys_new_show_and_trust(run: Run, tmp_path: Path) -> None:
 
     for path in (private, public):
         shown = run("keys", "show", path)
-        assert shown.stdout == f"key id {made['key_id']}\n{public.read_text()}"
+        assert shown.stdout == f"key id {made['key_id']} (ed25519)\n{public.read_text()}"
         assert json.loads(run("keys", "show", path, "--json").stdout) == {
             "key_id": made["key_id"],
+            "algorithm": "ed25519",
             "pem": public.read_text(),
         }
     (tmp_path / "from-show.pem").write_text(shown.stdout)  # what was shown is a key file again

@@ -16,6 +16,7 @@ from fedmerge.events import (
     DeltaAccepted,
     Event,
     FederationCreated,
+    KeyRotated,
     MergeFinished,
     MergeStarted,
     MetricsReported,
@@ -67,6 +68,16 @@ def test_a_round_seals_once_every_trusted_node_has_delivered() -> None:
     state = history((0, CREATED), (0, opened()), (1, delta(NODES[0])), (2, delta(NODES[1])))
     assert next_action(state, POLICY, NODES[:2], 2.0) == Action.SEAL
     assert next_action(state, POLICY, NODES[:3], 2.0) == Action.WAIT
+
+
+def test_a_node_that_replaced_its_key_has_delivered_all_the_same() -> None:
+    first, second, third = NODES[:3]
+    rotations = [
+        (2.5, KeyRotated(node_id=a, new_node_id=b, envelope="{}")) for a, b in ((first, second), (second, third))
+    ]
+    state = history((0, CREATED), (0, opened()), (1, delta(first)), (2, delta(NODES[3])), *rotations)
+    assert state.accepted(third) == delta(first)
+    assert next_action(state, POLICY, [third, NODES[3]], 3.0) == Action.SEAL
 
 
 def test_grace_runs_from_the_delta_that_made_the_quorum() -> None:

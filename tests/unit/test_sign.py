@@ -15,8 +15,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmerge.errors import BadSignature, FedmergeError, InputError, ResourceError, UntrustedKey
-from fedmerge.sign import PublicKey, SigningKey, TrustStore, open_envelope
+from fedmerge.errors import BadSignature, FedmergeError, InputError, ResourceError, UntrustedKey, WrongPassphrase
+from fedmerge.passphrase import PASSPHRASE, PASSPHRASE_FILE, find_passphrase
+from fedmerge.sign import ALGORITHMS, Algorithm, PublicKey, SigningKey, open_envelope
+from fedmerge.trust import TrustStore
 
 KEY = SigningKey.generate()
 TRUSTED = {KEY.public.key_id: KEY.public}
@@ -111,6 +113,51 @@ def test_a_p256_key_may_sign(tmp_path: Path) -> None:
     }
     opened = open_envelope(json.dumps(envelope).encode(), TYPE, {public.key_id: public}, where="test")
     assert opened.payload == b"{}"
+
+
+def test_a_p256_key_signs_what_openssl_verifies_and_the_same_each_time() -> None:
+    key = SigningKey.generate("p256")
+    assert (key.public.algorithm, KEY.public.algorithm) == ("p256", "ed25519")
+    envelope = key.sign(TYPE, b"{}")
+    assert key.sign(TYPE, b"{}") == envelope
+    signature = base64.b64decode(json.loads(envelope)["signatures"][0]["sig"])
+    public = serialization.load_der_public_key(key.public.spki)
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    public.verify(signature, pae(TYPE, b"{}"), ec.ECDSA(hashes.SHA256()))
+    trusted = {key.public.key_id: key.public}
+    assert open_envelope(envelope, TYPE, trusted, where="test").payload == b"{}"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_encrypted_key_file_opens_with_its_passphrase_alone(tmp_path: Path, algorithm: Algorithm) -> None:
+    path, key = tmp_path / "node.key", SigningKey.generate(algorithm)
+    key.save(path, b"correct horse")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert serialization.load_pem_private_key(path.read_bytes(), b"correct horse")
+    assert SigningKey.load(path, lambda _: b"correct horse").public == key.public
+    with pytest.raises(WrongPassphrase, match=r"node\.key"):
+        SigningKey.load(path, lambda _: b"battery staple")
+
+
+def test_a_passphrase_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, file = tmp_path / "node.key", tmp_path / "passphrase"
+    KEY.save(path, b"from a file")
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(WrongPassphrase, match="needs a passphrase"):
+        SigningKey.load(path)
+    file.write_bytes(b"from a file\r\nand nothing of this")
+    monkeypatch.setenv(PASSPHRASE_FILE, str(file))
+    assert SigningKey.load(path).public == KEY.public
+    monkeypatch.setenv(PASSPHRASE, "wrong")
+    with pytest.raises(WrongPassphrase, match="does not open"):
+        SigningKey.load(path)
+    assert find_passphrase(path, file) == b"from a file"  # what the command line names comes first
+    for content in (b"", b"x" * 2000):
+        file.write_bytes(content)
+        with pytest.raises(WrongPassphrase):
+            find_passphrase(path, file)
+    with pytest.raises(InputError, match="nowhere"):
+        find_passphrase(path, tmp_path / "nowhere")
 
 
 def test_key_files_are_private_and_never_overwritten(tmp_path: Path) -> None:
