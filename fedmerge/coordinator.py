@@ -20,6 +20,8 @@ from fedmerge.events import (
     CandidatesScored,
     DeltaAccepted,
     FederationCreated,
+    MemberAdmitted,
+    MemberRevoked,
     MergeFinished,
     MergeStarted,
     MetricsReported,
@@ -42,8 +44,10 @@ from fedmerge.sign import SigningKey
 from fedmerge.statements import (
     Candidates,
     DeltaStatement,
+    Enrolment,
     MergeRecord,
     MetricsStatement,
+    Revocation,
     RoundSpec,
     UpdateRef,
     digest_of,
@@ -157,10 +161,16 @@ class Coordinator:
             MetricsReported(round=statement.round, node_id=caller_id, candidate=candidate, envelope=envelope.decode())
         )
 
+    def follow_trust(self) -> None:
+        """Put in the ledger whom the operator trusts since the last look, and whom not, and forget their uploads."""
+        for node_id in self.members.sync():
+            self.intake.forget_node(node_id)
+
     # The course of a round
 
     def advance(self) -> bool:
         """Do what is due, if anything, and say whether something was done. Never called by two threads at once."""
+        self.follow_trust()
         match self._due():
             case Action.OPEN:
                 self.open_round()
@@ -300,12 +310,16 @@ class Coordinator:
     def _provenance(self) -> list[tuple[str, str]]:
         """Return (kind, envelope) of all that was signed on the way to the newest version, in order."""
         kept: list[tuple[str, str]] = []
-        state = FederationState()
+        state, node_keys = FederationState(), self._node_keys()
         for entry in self.journal.ledger.entries:
             state = after(state, entry)
             match entry.event:
                 case RoundOpened(spec_envelope=envelope):
                     kept.append((RoundSpec.kind, envelope))
+                case MemberAdmitted(node_id=node_id, envelope=envelope) if node_id in node_keys:
+                    kept.append((Enrolment.kind, envelope))
+                case MemberRevoked(node_id=node_id, envelope=envelope) if node_id in node_keys:
+                    kept.append((Revocation.kind, envelope))
                 case DeltaAccepted(statement_envelope=envelope):
                     kept.append((DeltaStatement.kind, envelope))
                 case MergeStarted():

@@ -8,14 +8,14 @@
     +-- VerificationError                  3   a signature, digest or replay does not hold
     |   +-- BadSignature                   3
     |   +-- UntrustedKey                   3
-    |   |   +-- RevokedKey                 3
+    |   |   +-- RevokedKey, PendingKey     3
     |   +-- DigestMismatch                 3
     +-- Unreachable                        4   no coordinator answers
     +-- RoundFailed                        5   a round ended without a model
     +-- MissingExtra                       6   an optional dependency is not installed
     +-- Refused                            7   the coordinator will not take this submission
     |   +-- UnknownRound, UnknownUpload, UnknownVersion, RoundClosed, NotAsked, StaleBase,
-    |       ConflictingSubmission, BadOffset, QuotaExceeded, Busy, InvalidDelta, NoSession
+    |       ConflictingSubmission, BadOffset, QuotaExceeded, Busy, InvalidDelta, NoSession, InvalidToken
     +-- ResourceError                      8   disk full, port in use, file not writable
 
 Each class has a `reason` (UPPER_SNAKE; it travels in google.rpc.ErrorInfo, so that the same class comes
@@ -95,6 +95,12 @@ class RevokedKey(UntrustedKey):
     """The key was trusted once, and was replaced by its owner or revoked by the operator."""
 
     reason = "KEY_REVOKED"
+
+
+class PendingKey(UntrustedKey):
+    """The key was enrolled with a join token, and the operator has not approved it yet."""
+
+    reason = "KEY_PENDING"
 
 
 class DigestMismatch(VerificationError):
@@ -201,6 +207,12 @@ class NoSession(Refused):
     """The call carries no session, or one the coordinator does not know (any more)."""
 
     reason = "NO_SESSION"
+
+
+class InvalidToken(Refused):
+    """The join token is unknown, used or expired."""
+
+    reason = "TOKEN_INVALID"
 
 
 class ResourceError(FedmergeError):

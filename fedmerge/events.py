@@ -140,6 +140,24 @@ class MetricsReported(_Event):
     envelope: str
 
 
+class MemberAdmitted(_Event):
+    """A key is trusted from here on; `envelope` is the coordinator's word for whose it is."""
+
+    kind: Literal["member_admitted"] = "member_admitted"
+    node_id: Digest
+    name: str
+    organisation: str
+    envelope: str
+
+
+class MemberRevoked(_Event):
+    """A key is trusted no more, and what it delivered to a round that is not being merged yet does not count."""
+
+    kind: Literal["member_revoked"] = "member_revoked"
+    node_id: Digest
+    envelope: str
+
+
 class KeyRotated(_Event):
     """A node replaced its key by another one; `envelope` is its old key's word for it."""
 
@@ -162,6 +180,8 @@ Event: TypeAlias = (
     | RoundPublished
     | RoundFailed
     | MetricsReported
+    | MemberAdmitted
+    | MemberRevoked
     | KeyRotated
 )
 

@@ -147,6 +147,12 @@ class Intake:
         for upload in list(self._uploads.values()):
             self._forget(upload)
 
+    def forget_node(self, node_id: str) -> None:
+        """Drop the uploads of a node that is trusted no more."""
+        with self._journal.lock:
+            for upload in [upload for upload in self._uploads.values() if upload.row.node_id == node_id]:
+                self._forget(upload)
+
     def _accept(self, upload: _Upload) -> None:
         statement = upload.statement
         with self._journal.lock:

@@ -67,3 +67,16 @@ class Journal:
             return record.model
         base = self.created.base_digest
         return ModelRef(digest=base, base_digest=base, updates=[])
+
+
+def merged_rounds(state: FederationState, node_id: str) -> list[int]:
+    """Return the rounds whose model has a delta that a key signed, or one that it replaced."""
+    assert state.created is not None
+    key = PublicKey.from_pem(state.created.coordinator_key, where="the coordinator's key")
+    found: list[int] = []
+    for merge in state.merges:
+        record, _ = MergeRecord.open(merge.record_envelope.encode(), {key.key_id: key}, where="merge record")
+        accepted = {contribution.node_id for contribution in record.contributions if contribution.accepted}
+        if accepted & state.keys_of(node_id):
+            found.append(record.round)
+    return found

@@ -24,6 +24,8 @@ from fedmerge.events import (
     DeltaRejected,
     FederationCreated,
     KeyRotated,
+    MemberAdmitted,
+    MemberRevoked,
     MergeFinished,
     MergeStarted,
     MetricsReported,
@@ -54,7 +56,7 @@ class FederationState:
 
     `attempt` counts how often the current round was opened. `proposals` are its generations of candidates, `answers`
     the metrics statements about them that count, by candidate and node: a judge's first one before the generation was
-    closed. `predecessors` has the key that a key replaced.
+    closed. `members` are the keys that are trusted, by id, and `predecessors` has the key that a key replaced.
     """
 
     created: FederationCreated | None = None
@@ -70,15 +72,24 @@ class FederationState:
     answers: Mapping[tuple[str, str], str] = field(default_factory=dict)
     merges: tuple[MergeFinished, ...] = ()
     failure: str = ""
+    members: Mapping[str, MemberAdmitted] = field(default_factory=dict)
     predecessors: Mapping[str, str] = field(default_factory=dict)
 
     def accepted(self, node_id: str) -> DeltaAccepted | None:
         """Return what the node delivered in the current round, be it under a key that this one has replaced since."""
-        entry, key_id = self.deltas.get(node_id), node_id
-        while entry is None and key_id in self.predecessors:
-            key_id = self.predecessors[key_id]
+        for key_id in self.keys_of(node_id):
             entry = self.deltas.get(key_id)
-        return entry.event if entry is not None and isinstance(entry.event, DeltaAccepted) else None
+            if entry is not None and isinstance(entry.event, DeltaAccepted):
+                return entry.event
+        return None
+
+    def keys_of(self, node_id: str) -> set[str]:
+        """Return a key and those that it replaced, one after the other, by id."""
+        found = {node_id}
+        while node_id in self.predecessors:
+            node_id = self.predecessors[node_id]
+            found.add(node_id)
+        return found
 
     def generations(self) -> list[CandidatesProposed]:
         """Return the round's generations of candidates so far."""
@@ -98,6 +109,8 @@ _LEGAL: dict[type, set[Phase]] = {
     RoundPublished: {Phase.PUBLISHING},
     RoundFailed: {Phase.OPEN, Phase.SEALED, Phase.MERGING},
     MetricsReported: set(Phase),
+    MemberAdmitted: set(Phase),
+    MemberRevoked: set(Phase),
     KeyRotated: set(Phase),
 }
 
@@ -138,8 +151,14 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
             return replace(state, phase=Phase.SEALED)
         case MetricsReported():
             return _with_answer(state, event)
+        case MemberAdmitted():
+            return replace(state, members={**state.members, event.node_id: event})
+        case MemberRevoked():
+            return _without_member(state, event.node_id)
         case KeyRotated():
-            return replace(state, predecessors={**state.predecessors, event.new_node_id: event.node_id})
+            members = {key_id: member for key_id, member in state.members.items() if key_id != event.node_id}
+            predecessors = {**state.predecessors, event.new_node_id: event.node_id}
+            return replace(state, members=members, predecessors=predecessors)
         case MergeStarted():
             return replace(state, phase=Phase.MERGING)
         case MergeFinished():
@@ -150,6 +169,18 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
             return replace(state, phase=Phase.FAILED, failure=event.reason)
         case DeltaRejected():
             return state
+
+
+def _without_member(state: FederationState, node_id: str) -> FederationState:
+    """Forget a revoked key, with what it delivered under this key or an earlier one to a round that can do without."""
+    revoked = state.keys_of(node_id)
+    state = replace(state, members={key_id: each for key_id, each in state.members.items() if key_id not in revoked})
+    if state.phase == Phase.OPEN:
+        kept = {key_id: entry for key_id, entry in state.deltas.items() if key_id not in revoked}
+        return replace(state, deltas=kept)
+    if state.phase == Phase.SEALED and not state.proposals:
+        return replace(state, node_ids=tuple(key_id for key_id in state.node_ids if key_id not in revoked))
+    return state
 
 
 def _with_answer(state: FederationState, event: MetricsReported) -> FederationState:

@@ -37,11 +37,13 @@ from fedmerge.statements import (
     PREDICATE_ROOT,
     Candidates,
     DeltaStatement,
+    Enrolment,
     Lineage,
     LocalMerge,
     MergeRecord,
     MetricsStatement,
     ModelRef,
+    Revocation,
     RoundSpec,
     StepRef,
     digest_of,
@@ -69,7 +71,7 @@ class History:
     """A directory's provenance, verified: round specs and delta statements by digest, merge records in order.
 
     Of rounds that searched for their merge also the candidates by digest, and what nodes reported about them, by round,
-    candidate and node.
+    candidate and node. `enrolments` and `revocations` are by node: what the coordinator says of whose keys these are.
     """
 
     specs: dict[str, RoundSpec]
@@ -77,6 +79,8 @@ class History:
     records: list[MergeRecord]
     proposals: dict[str, Candidates]
     metrics: dict[tuple[int, str, str], MetricsStatement]
+    enrolments: dict[str, Enrolment]
+    revocations: dict[str, Revocation]
 
 
 def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[Lineage, History, list[Check]]:
@@ -96,6 +100,11 @@ def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple
     checks.append(
         Check("deltas", True, f"{len(history.deltas)} delta statements verify under the keys of {num_nodes} nodes")
     )
+    checks.append(_organisations(history))
+    checks += [
+        Check("revoked", True, f"key {node_id[:12]} of {each.organisation} was revoked: {each.reason}")
+        for node_id, each in sorted(history.revocations.items())
+    ]
     searches = [record.search for record in history.records if record.search is not None]
     if searches:
         num_candidates = sum(len(search.scores) for search in searches)
@@ -108,6 +117,16 @@ def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple
         )
         checks.append(Check("node keys", None, detail))
     return lineage, history, checks
+
+
+def _organisations(history: History) -> Check:
+    """Say whose deltas were merged, by the coordinator's word."""
+    merged = {c.node_id for record in history.records for c in record.contributions if c.accepted}
+    known = {history.enrolments[node_id].organisation for node_id in merged if node_id in history.enrolments}
+    missing = sorted(merged - history.enrolments.keys())
+    if missing:
+        return Check("members", None, f"nothing says whose key {missing[0][:12]} is")
+    return Check("members", True, f"the deltas are of {len(known)} organisations: {', '.join(sorted(known))}")
 
 
 def verify_local(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[LocalMerge, list[Check]]:
@@ -243,7 +262,7 @@ def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lin
         key_id: PublicKey.from_pem(pem, where=f"{LINEAGE}: node key {key_id[:12]}")
         for key_id, pem in lineage.node_keys.items()
     }
-    history = History({}, {}, [], {}, {})
+    history = History({}, {}, [], {}, {}, {}, {})
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         where = f"{path}:{number}"
         try:
@@ -268,6 +287,13 @@ def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lin
             if signed.signer.key_id != metrics.node_id or metrics.model != "candidate" or key in history.metrics:
                 raise BadSignature(f"{where}: not what node {metrics.node_id[:12]} said of a candidate, once")
             history.metrics[key] = metrics
+        elif kind == Enrolment.kind:
+            enrolment, _ = Enrolment.open(envelope, coordinator, where=where)
+            history.enrolments[enrolment.node_id] = enrolment
+            history.revocations.pop(enrolment.node_id, None)
+        elif kind == Revocation.kind:
+            revocation, _ = Revocation.open(envelope, coordinator, where=where)
+            history.revocations[revocation.node_id] = revocation
         elif kind == MergeRecord.kind:
             record, _ = MergeRecord.open(envelope, coordinator, where=where)
             history.records.append(record)

@@ -29,7 +29,8 @@ from fedmerge.errors import (
 )
 from fedmerge.node import RoundView
 from fedmerge.sign import PublicKey, SigningKey, read_text
-from fedmerge.statements import KeyRotation, SessionProof
+from fedmerge.statements import EnrolmentRequest, KeyRotation, SessionProof
+from fedmerge.trust import token_digest
 from fedmerge.v1 import (
     delta_pb2,
     delta_pb2_grpc,
@@ -101,6 +102,27 @@ class GrpcLink:
     def connect(self) -> None:
         """Open a session now. Raises `UntrustedKey` when the coordinator does not trust the key, or `Unreachable`."""
         self._metadata()
+
+    def enrol(self, token: str) -> bool:
+        """Have the coordinator enrol this link's key by a join token; return whether it is trusted now.
+
+        Otherwise it waits for the operator. Raises `InvalidToken` for one that is unknown, used or expired.
+        """
+        backoff = self._backoff()
+        while True:
+            try:
+                statement = EnrolmentRequest(
+                    coordinator_key=self.coordinator.key_id,
+                    nonce=self._nonce(),
+                    token=token_digest(token),
+                    node_id=self._key.public.key_id,
+                )
+                request = session_pb2.EnrollRequest(
+                    token=token, key=self._key.public.spki, envelope=statement.sign(self._key)
+                )
+                return bool(self._sessions.Enroll(request, timeout=CALL_TIMEOUT_S).trusted)
+            except grpc.RpcError as err:
+                self._wait_or_raise(err, backoff)
 
     def rotate_key(self, new: SigningKey) -> None:
         """Have the coordinator trust `new` in place of this link's key. Raises `RevokedKey` when it did so before."""
@@ -191,8 +213,7 @@ class GrpcLink:
         backoff = self._backoff()
         while True:
             try:
-                nonce = self._sessions.BeginSession(session_pb2.BeginSessionRequest(), timeout=CALL_TIMEOUT_S).nonce
-                proof = SessionProof(coordinator_key=self.coordinator.key_id, nonce=nonce.hex())
+                proof = SessionProof(coordinator_key=self.coordinator.key_id, nonce=self._nonce())
                 request = session_pb2.OpenSessionRequest(envelope=proof.sign(self._key))
                 token = self._sessions.OpenSession(request, timeout=CALL_TIMEOUT_S).token
             except grpc.RpcError as err:
@@ -200,6 +221,9 @@ class GrpcLink:
             else:
                 self._reached = True
                 return token
+
+    def _nonce(self) -> str:
+        return bytes(self._sessions.BeginSession(session_pb2.BeginSessionRequest(), timeout=CALL_TIMEOUT_S).nonce).hex()
 
     def _backoff(self) -> Iterator[None]:
         """Sleep between tries, with full jitter; stop when there is no patience left."""

@@ -100,16 +100,28 @@ KEY_COMMANDS: dict[str, tuple[str, str]] = {
     "trust": ("fedmerge.cli.keys:trust", "Add a node's public key to a federation."),
     "rotate": ("fedmerge.cli.keys:rotate", "Replace this site's key by a new one."),
 }
+NODE_COMMANDS: dict[str, tuple[str, str]] = {
+    "list": ("fedmerge.cli.nodes:list_nodes", "List who is invited, pending, trusted or revoked."),
+    "invite": ("fedmerge.cli.nodes:invite", "Print a join token for one node."),
+    "approve": ("fedmerge.cli.nodes:approve", "Trust a key that a join token enrolled."),
+    "revoke": ("fedmerge.cli.nodes:revoke", "Trust a node no more."),
+}
+# By the name of the command above them, with what it says of them.
+TRUST_COMMANDS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
+    "keys": ("Make, show and trust keys: new, show, trust, rotate.", KEY_COMMANDS),
+    "nodes": ("Who takes part: list, invite, approve, revoke.", NODE_COMMANDS),
+}
 
 for _position, (_title, _commands) in enumerate(COMMANDS.items()):
     _group = Group(_title, sort_key=_position)
     for _sort_key, (_name, (_path, _help)) in enumerate(_commands.items()):
         app.command(_path, name=_name, help=_help, group=_group, sort_key=_sort_key, help_epilogue="")
-_keys = App(name="keys", help="Make, show and trust keys: new, show, trust, rotate.", help_epilogue="")
-for _name, (_path, _help) in KEY_COMMANDS.items():
-    _keys.command(_path, name=_name, help=_help, help_epilogue="")
-_keys.group = Group("Trust", sort_key=4)
-app.command(_keys)
+_trust = Group("Trust", sort_key=4)
+for _above, (_about, _commands) in TRUST_COMMANDS.items():
+    _parent = App(name=_above, help=_about, help_epilogue="", group=_trust)
+    for _name, (_path, _help) in _commands.items():
+        _parent.command(_path, name=_name, help=_help, help_epilogue="")
+    app.command(_parent)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +14,7 @@ from cyclopts import Parameter
 from fedmerge.cli.output import JsonFlag, print_json, stderr
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import parse_address
-from fedmerge.errors import ConfigError, RevokedKey, UntrustedKey, reporting_os_errors
+from fedmerge.errors import ConfigError, PendingKey, RevokedKey, UntrustedKey, reporting_os_errors
 from fedmerge.node import Node
 from fedmerge.passphrase import find_passphrase
 from fedmerge.sign import PublicKey, SigningKey
@@ -22,10 +24,16 @@ if TYPE_CHECKING:
     from fedmerge_client.link import GrpcLink
 
 
+log = logging.getLogger(__name__)
+
+APPROVAL_POLL_S = 2.0
+
+
 def join(
     *,
     coordinator: Annotated[str, Parameter(help="The coordinator's address, HOST:PORT.")],
     trust: Annotated[Path, Parameter(help="The coordinator.pem that the operator gave you.")],
+    token: Annotated[str | None, Parameter(help="The join token that the operator gave you, the first time.")] = None,
     data: Annotated[Path | None, Parameter(help="Training data that stays here: JSON Lines, CSV or text.")] = None,
     test: Annotated[Path | None, Parameter(help="Held-out data; models are scored on it, and the scores sent.")] = None,
     key: Annotated[
@@ -64,6 +72,8 @@ def join(
     link = GrpcLink(coordinator, trust, signing_key)
     shown_as = name or signing_key.public.short
     try:
+        if token is not None:
+            link.enrol(token)
         _connect(link, coordinator, signing_key.public, key_path)
         with node_progress() as show:
             node = Node(
@@ -87,9 +97,18 @@ def join(
 
 
 def _connect(link: GrpcLink, coordinator: str, public_key: PublicKey, key_path: Path) -> None:
-    """Open a session, or say how this site comes to be trusted."""
+    """Open a session, once the operator has approved the key; or say how this site comes to be trusted."""
+    is_waiting = False
     try:
-        link.connect()
+        while True:
+            try:
+                link.connect()
+                return
+            except PendingKey as err:
+                if not is_waiting:
+                    log.warning("%s; the operator runs: fedmerge nodes approve NAME", err.message)
+                is_waiting = True
+                time.sleep(APPROVAL_POLL_S)
     except RevokedKey:
         raise
     except UntrustedKey as err:

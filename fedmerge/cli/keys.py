@@ -69,6 +69,9 @@ def trust(
     /,
     *,
     name: Annotated[str, Parameter(help="What the node is called here.")],
+    org: Annotated[
+        str | None, Parameter(help="The organisation it belongs to. [default: the name]", show_default=False)
+    ] = None,
     config: Annotated[
         Path | None, Parameter(help="The federation's configuration. [default: fedmerge.toml]", show_default=False)
     ] = None,
@@ -89,7 +92,7 @@ def trust(
     known_as = store.names().get(key.key_id, name)
     if known_as != name:
         raise InputError(f"{public_file}: this key is already trusted, as {known_as}")
-    written = store.add(key, name)
+    written = store.add(key, name, org)
     sys.stdout.write(f"trusted {name}, key id {key.key_id}, in {written}\n")
 
 

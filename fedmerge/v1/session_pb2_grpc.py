@@ -48,6 +48,11 @@ class SessionServiceStub:
                 request_serializer=fedmerge_dot_v1_dot_session__pb2.OpenSessionRequest.SerializeToString,
                 response_deserializer=fedmerge_dot_v1_dot_session__pb2.OpenSessionResponse.FromString,
                 _registered_method=True)
+        self.Enroll = channel.unary_unary(
+                '/fedmerge.v1.SessionService/Enroll',
+                request_serializer=fedmerge_dot_v1_dot_session__pb2.EnrollRequest.SerializeToString,
+                response_deserializer=fedmerge_dot_v1_dot_session__pb2.EnrollResponse.FromString,
+                _registered_method=True)
         self.RotateKey = channel.unary_unary(
                 '/fedmerge.v1.SessionService/RotateKey',
                 request_serializer=fedmerge_dot_v1_dot_session__pb2.RotateKeyRequest.SerializeToString,
@@ -79,6 +84,19 @@ class SessionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Enroll(self, request, context):
+        """Enrol a new key by a join token that the operator gave out. Needs no session, but a nonce from BeginSession.
+
+        The token is used up; asking again with the same key is answered again.
+        UNAUTHENTICATED `BAD_SIGNATURE`: the request does not verify under the key, or the nonce is not fresh.
+        PERMISSION_DENIED `TOKEN_INVALID`: the token is unknown, used or expired.
+        FAILED_PRECONDITION `REFUSED`: the key was revoked or replaced before.
+        RESOURCE_EXHAUSTED `BUSY`: too many wrong tokens came in the last minute.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RotateKey(self, request, context):
         """Replace the caller's key by another one of its own, for good. Ends its sessions.
 
@@ -101,6 +119,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.OpenSession,
                     request_deserializer=fedmerge_dot_v1_dot_session__pb2.OpenSessionRequest.FromString,
                     response_serializer=fedmerge_dot_v1_dot_session__pb2.OpenSessionResponse.SerializeToString,
+            ),
+            'Enroll': grpc.unary_unary_rpc_method_handler(
+                    servicer.Enroll,
+                    request_deserializer=fedmerge_dot_v1_dot_session__pb2.EnrollRequest.FromString,
+                    response_serializer=fedmerge_dot_v1_dot_session__pb2.EnrollResponse.SerializeToString,
             ),
             'RotateKey': grpc.unary_unary_rpc_method_handler(
                     servicer.RotateKey,
@@ -166,6 +189,33 @@ class SessionService:
             '/fedmerge.v1.SessionService/OpenSession',
             fedmerge_dot_v1_dot_session__pb2.OpenSessionRequest.SerializeToString,
             fedmerge_dot_v1_dot_session__pb2.OpenSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Enroll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedmerge.v1.SessionService/Enroll',
+            fedmerge_dot_v1_dot_session__pb2.EnrollRequest.SerializeToString,
+            fedmerge_dot_v1_dot_session__pb2.EnrollResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,15 @@ class SessionServiceStub:
     UNAUTHENTICATED `BAD_SIGNATURE`: the proof does not verify, or the nonce is unknown, used or expired.
     PERMISSION_DENIED `UNTRUSTED_KEY`: the operator does not trust this key. `KEY_REVOKED`: not any more.
     """
+    Enroll: _grpc.UnaryUnaryMultiCallable[_session_pb2.EnrollRequest, _session_pb2.EnrollResponse]
+    """Enrol a new key by a join token that the operator gave out. Needs no session, but a nonce from BeginSession.
+
+    The token is used up; asking again with the same key is answered again.
+    UNAUTHENTICATED `BAD_SIGNATURE`: the request does not verify under the key, or the nonce is not fresh.
+    PERMISSION_DENIED `TOKEN_INVALID`: the token is unknown, used or expired.
+    FAILED_PRECONDITION `REFUSED`: the key was revoked or replaced before.
+    RESOURCE_EXHAUSTED `BUSY`: too many wrong tokens came in the last minute.
+    """
     RotateKey: _grpc.UnaryUnaryMultiCallable[_session_pb2.RotateKeyRequest, _session_pb2.RotateKeyResponse]
     """Replace the caller's key by another one of its own, for good. Ends its sessions.
 
@@ -68,6 +77,15 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     UNAUTHENTICATED `BAD_SIGNATURE`: the proof does not verify, or the nonce is unknown, used or expired.
     PERMISSION_DENIED `UNTRUSTED_KEY`: the operator does not trust this key. `KEY_REVOKED`: not any more.
+    """
+    Enroll: _aio.UnaryUnaryMultiCallable[_session_pb2.EnrollRequest, _session_pb2.EnrollResponse]  # type: ignore[assignment]
+    """Enrol a new key by a join token that the operator gave out. Needs no session, but a nonce from BeginSession.
+
+    The token is used up; asking again with the same key is answered again.
+    UNAUTHENTICATED `BAD_SIGNATURE`: the request does not verify under the key, or the nonce is not fresh.
+    PERMISSION_DENIED `TOKEN_INVALID`: the token is unknown, used or expired.
+    FAILED_PRECONDITION `REFUSED`: the key was revoked or replaced before.
+    RESOURCE_EXHAUSTED `BUSY`: too many wrong tokens came in the last minute.
     """
     RotateKey: _aio.UnaryUnaryMultiCallable[_session_pb2.RotateKeyRequest, _session_pb2.RotateKeyResponse]  # type: ignore[assignment]
     """Replace the caller's key by another one of its own, for good. Ends its sessions.
@@ -101,6 +119,21 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         UNAUTHENTICATED `BAD_SIGNATURE`: the proof does not verify, or the nonce is unknown, used or expired.
         PERMISSION_DENIED `UNTRUSTED_KEY`: the operator does not trust this key. `KEY_REVOKED`: not any more.
+        """
+
+    @_abc_1.abstractmethod
+    def Enroll(
+        self,
+        request: _session_pb2.EnrollRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.EnrollResponse, _abc.Awaitable[_session_pb2.EnrollResponse]]:
+        """Enrol a new key by a join token that the operator gave out. Needs no session, but a nonce from BeginSession.
+
+        The token is used up; asking again with the same key is answered again.
+        UNAUTHENTICATED `BAD_SIGNATURE`: the request does not verify under the key, or the nonce is not fresh.
+        PERMISSION_DENIED `TOKEN_INVALID`: the token is unknown, used or expired.
+        FAILED_PRECONDITION `REFUSED`: the key was revoked or replaced before.
+        RESOURCE_EXHAUSTED `BUSY`: too many wrong tokens came in the last minute.
         """
 
     @_abc_1.abstractmethod

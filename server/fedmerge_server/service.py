@@ -120,8 +120,20 @@ class Services(
     ) -> session_pb2.OpenSessionResponse:
         """Open a session for whoever signed the nonce."""
         async with answering(context):
+            # Before its first call, so that the ledger has who it is before what it did.
+            await asyncio.to_thread(self._coordinator.follow_trust)
             token = self._sessions.open(request.envelope)
         return session_pb2.OpenSessionResponse(token=token)
+
+    async def Enroll(  # noqa: N802
+        self, request: session_pb2.EnrollRequest, context: Context
+    ) -> session_pb2.EnrollResponse:
+        """Enrol a newcomer."""
+        async with answering(context):
+            trusted = await asyncio.to_thread(
+                self._coordinator.members.enrol, request.token, request.key, request.envelope, self._sessions.use
+            )
+        return session_pb2.EnrollResponse(trusted=trusted)
 
     async def RotateKey(  # noqa: N802
         self, request: session_pb2.RotateKeyRequest, context: Context

@@ -33,13 +33,17 @@ class Sessions:
         self._nonces[nonce.hex()] = now_s
         return nonce
 
+    def use(self, nonce: str) -> None:
+        """Take a nonce back, once; raise `BadSignature` when it was not given out within the last minute."""
+        made_s = self._nonces.pop(nonce, None)
+        if made_s is None or time.monotonic() >= made_s + NONCE_LIFETIME_S:
+            raise BadSignature("the nonce is unknown, used or expired", hint="connect again")
+
     def open(self, envelope: bytes) -> str:
         """Exchange a signed nonce for a token. Raises `BadSignature`, `UntrustedKey` or `RevokedKey`."""
-        key = self._trust.require(claimed_signer(envelope, where="session proof"))
+        key = self._trust.require(claimed_signer(envelope, where="session proof")).key
         proof, signed = SessionProof.open(envelope, {key.key_id: key}, where="session proof")
-        made_s = self._nonces.pop(proof.nonce, None)
-        if made_s is None or time.monotonic() >= made_s + NONCE_LIFETIME_S:
-            raise BadSignature("session proof: the nonce is unknown, used or expired", hint="connect again")
+        self.use(proof.nonce)
         if proof.coordinator_key != self._coordinator_id:
             raise BadSignature("session proof: made for another coordinator")
         token = secrets.token_urlsafe(32)

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 from safetensors.torch import save_file
 
-from fedmerge.cli.app import COMMANDS, EPILOGUE, EXTRAS, KEY_COMMANDS, app
+from fedmerge.cli.app import COMMANDS, EPILOGUE, EXTRAS, KEY_COMMANDS, NODE_COMMANDS, TRUST_COMMANDS, app
 from fedmerge.cli.init import template
 from fedmerge.cli.output import JsonFormatter, format_bytes, format_ratio
 from fedmerge.config import Config, load_config, parse_config
@@ -53,12 +53,16 @@ OPTIONS: dict[str, list[str]] = {
     "simulate": ["CONFIG", "--processes", "--json"],
     "serve": ["CONFIG", "--json"],
     "join": [
-        "--coordinator", "--trust", "--data", "--test", "--key", "--passphrase-file", "--home", "--base", "--name",
-        "--trainer", "--option", "--keep-tuned", "--json",
+        "--coordinator", "--trust", "--token", "--data", "--test", "--key", "--passphrase-file", "--home", "--base",
+        "--name", "--trainer", "--option", "--keep-tuned", "--json",
     ],
     "keys new": ["PATH", "--algorithm", "--passphrase", "--passphrase-file", "--json"],
     "keys show": ["PATH", "--json"],
-    "keys trust": ["PUBFILE", "--name", "--config", "--into"],
+    "keys trust": ["PUBFILE", "--name", "--org", "--config", "--into"],
+    "nodes list": ["--config", "--json"],
+    "nodes invite": ["NAME", "--org", "--expires", "--auto-approve", "--config", "--json"],
+    "nodes approve": ["NAME", "--config", "--json"],
+    "nodes revoke": ["NAME", "--reason", "--config", "--json"],
     "keys rotate": ["PATH", "--coordinator", "--trust", "--algorithm", "--passphrase-file", "--json"],
 }  # fmt: skip
 
@@ -70,12 +74,14 @@ def test_the_command_list_is_deliberate() -> None:
         "Run": ["simulate", "serve", "join"],
     }
     assert list(KEY_COMMANDS) == ["new", "show", "trust", "rotate"]
-    listed = {name for commands in COMMANDS.values() for name in commands} | {"keys"}
+    assert list(NODE_COMMANDS) == ["list", "invite", "approve", "revoke"]
+    listed = {name for commands in COMMANDS.values() for name in commands} | set(TRUST_COMMANDS)
     assert {name for name in app if not name.startswith("-")} == listed
 
 
 def command_names() -> list[str]:
-    return [*(name for group in COMMANDS.values() for name in group), *(f"keys {name}" for name in KEY_COMMANDS)]
+    below = [f"{above} {name}" for above, (_, commands) in TRUST_COMMANDS.items() for name in commands]
+    return [*(name for group in COMMANDS.values() for name in group), *below]
 
 
 @pytest.mark.parametrize("name", command_names())
