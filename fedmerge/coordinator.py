@@ -54,6 +54,8 @@ from fedmerge.statements import (
 )
 from fedmerge.statistics import first_problem, statistics_of, task_vector_of
 from fedmerge.store.blobs import BlobStore
+from fedmerge.store.database import Database
+from fedmerge.store.ledger import Ledger
 from fedmerge.store.lock import FolderLock
 from fedmerge.tensors import Checkpoint, model_digest, schema_digest
 from fedmerge.trust import TrustStore
@@ -96,8 +98,9 @@ class Coordinator:
         self._base_files = model_files(base_dir)
         with ExitStack() as opened:
             opened.callback(FolderLock(state_dir).release)
-            self.journal = Journal(state_dir / "ledger.sqlite", self.key, clock)
-            opened.callback(self.journal.ledger.close)
+            database = Database(config.database_url())
+            opened.callback(database.close)
+            self.journal = Journal(Ledger(database), self.key, clock)
             self.blobs = BlobStore(state_dir / "blobs")
             self._create_or_check()
             self.members = Members(self.journal, self.trust)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from fedmerge.events import Event, FederationCreated
 from fedmerge.rounds import FederationState, after, replay
@@ -19,10 +18,10 @@ class Journal:
     `key` is the coordinator's; what the ledger holds under its signature is verified again when it is read.
     """
 
-    def __init__(self, path: Path, key: SigningKey, clock: Callable[[], float]) -> None:
+    def __init__(self, ledger: Ledger, key: SigningKey, clock: Callable[[], float]) -> None:
         self.key = key
         self.lock = threading.RLock()
-        self.ledger = Ledger(path)
+        self.ledger = ledger
         self.state: FederationState = replay(self.ledger.entries)
         self.on_change: list[Callable[[], None]] = []
         self.clock = clock

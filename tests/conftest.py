@@ -20,6 +20,7 @@ from fedmerge.sign import SigningKey
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
 from fedmerge.trust import TrustStore
+from tests.databases import PostgresServer
 
 
 def make_base(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -168,3 +169,20 @@ def server(federation: Federation) -> Iterator[ServerProcess]:
     yield process
     if process.child.poll() is None:
         process.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server; the test is skipped where none is installed."""
+    server = PostgresServer()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database, of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'deep' / 'ledger.sqlite'}"
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.new_database()

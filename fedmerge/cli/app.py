@@ -39,7 +39,8 @@ EXIT_TERMINATED = 143
 # Import name of each package that an extra brings. Some extras share packages.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "client": ("transformers", "google.rpc", "grpc_status"),
-    "server": ("sqlalchemy", "google.rpc", "grpc_status", "grpc_health"),
+    "server": ("sqlalchemy", "alembic", "google.rpc", "grpc_status", "grpc_health"),
+    "postgres": ("psycopg",),
     "demo": ("sklearn",),
     "flower": ("flwr",),
     "plots": ("matplotlib",),

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from fedmerge.config.values import (
     Address,
+    DatabaseUrl,
     FilePath,
     Grace,
     Labels,
@@ -127,6 +128,14 @@ class Server(Section):
     def is_local(self) -> bool:
         """Whether nodes are near: `listen` is an address of a private network."""
         return is_private(self.address[0])
+
+
+class Store(Section):
+    """Where the coordinator keeps what it must not lose; by default all of it is in federation.state."""
+
+    database: DatabaseUrl = Field(default=None, examples=["postgresql+psycopg://fedmerge@db.example.org/fedmerge"])
+    """Database of the ledger: "sqlite:///FILE", or a PostgreSQL server's (needs the extra postgres). A password rather
+    belongs in the environment: FEDMERGE_STORE__DATABASE or PGPASSWORD."""
 
 
 class Rounds(Section):
@@ -357,6 +366,7 @@ class Config(Section):
     federation: Federation
     model: Model
     server: Server
+    store: Store
     rounds: Rounds
     train: Train
     delta: Delta
@@ -374,6 +384,10 @@ class Config(Section):
         if twice:
             raise ValueError(f"two nodes are called {twice[0]!r}")
         return nodes
+
+    def database_url(self) -> str:
+        """Return the URL of the ledger's database."""
+        return self.store.database or f"sqlite:///{self.federation.state / 'ledger.sqlite'}"
 
     def train_settings(self) -> dict[str, Any]:
         """Return the trainer's name and settings, as a round's plan carries them."""

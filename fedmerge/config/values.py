@@ -85,6 +85,19 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _database_url(value: object, info: ValidationInfo) -> str | None:
+    """Accept the databases that a ledger can be in; a SQLite file's relative path starts from the file's folder."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else ""
+    scheme, _, rest = text.partition("://")
+    if scheme == "sqlite" and rest.startswith("/") and rest != "/":
+        return f"sqlite:///{_resolve(rest[1:], info)}"
+    if scheme == "postgresql+psycopg" and rest:
+        return text
+    raise ValueError('should be "sqlite:///FILE" or "postgresql+psycopg://USER@HOST/DATABASE"')
+
+
 def _name(value: str) -> str:
     # These names become folders, file names and parts of statements.
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", value):
@@ -102,6 +115,11 @@ Address: TypeAlias = Annotated[str, AfterValidator(_address)]
 FilePath: TypeAlias = Annotated[Path, BeforeValidator(_resolve), WithJsonSchema({"type": "string"})]
 Size: TypeAlias = Annotated[
     int, BeforeValidator(parse_size), WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]})
+]
+DatabaseUrl: TypeAlias = Annotated[
+    str | None,
+    PlainValidator(_database_url),
+    WithJsonSchema({"type": "string", "pattern": "^(sqlite|postgresql\\+psycopg)://"}),
 ]
 Labels: TypeAlias = Annotated[
     tuple[str, ...] | Path | None,

@@ -14,6 +14,8 @@ from fedmerge.journal import Journal
 from fedmerge.rounds import Phase
 from fedmerge.sign import SigningKey
 from fedmerge.statements import MergeRecord, MetricsStatement
+from fedmerge.store.database import Database
+from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
 from fedmerge.trust import TrustStore
 from fedmerge.versions import cheapest_route
@@ -57,7 +59,8 @@ class FederationResult:
 def result_of(config: Config) -> FederationResult:
     """Read a federation's result from its state folder; raise `RoundFailed` when it ended without a model."""
     state_dir = config.federation.state
-    journal = Journal(state_dir / "ledger.sqlite", SigningKey.load(config.federation.key), lambda: 0.0)
+    ledger = Ledger(Database(config.database_url()))
+    journal = Journal(ledger, SigningKey.load(config.federation.key), lambda: 0.0)
     try:
         state, record = journal.state, journal.record()
         if record is None or state.phase != Phase.PUBLISHED:

@@ -106,6 +106,9 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
                 },
             ),
         ),
+        "store": draw(
+            table({}, {"database": st.sampled_from(["sqlite:////srv/l.sqlite", "postgresql+psycopg://me@host/ledger"])})
+        ),
         "rounds": draw(
             table(
                 {},
@@ -403,6 +406,10 @@ BAD: list[tuple[str, list[str]]] = [
     (
         MINIMAL + "[server]\nmax_payload_bytes = '2 apples'\n",
         ['6: server.max_payload_bytes: should be a number of bytes, or a text like "500MB" or "2GiB"'],
+    ),
+    (
+        MINIMAL + "[store]\ndatabase = 'mysql://host/ledger'\n",
+        ['6: store.database: should be "sqlite:///FILE" or "postgresql+psycopg://USER@HOST/DATABASE"'],
     ),
     (
         MINIMAL + "[server]\ntls_cert = 'c'\n",

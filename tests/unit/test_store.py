@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import sqlite3
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 
 from fedmerge.errors import BadOffset, DigestMismatch, ResourceError, UnknownVersion
 from fedmerge.events import MergeStarted, RoundFailed, RoundPublished, RoundSealed
 from fedmerge.merkle import LEAF_BYTES, leaf_hash, merkle_root
 from fedmerge.store.blobs import BlobStore, split_leaf_hashes
+from fedmerge.store.database import REVISION, Database, metadata
 from fedmerge.store.ledger import Ledger, UploadRow
+from fedmerge.store.migrations import scripts
+from tests.databases import PostgresServer
 
 FACTS = [
     RoundSealed(round=1, node_ids=["a" * 64], closed_by="everyone", quorum=1, grace_s=0.0),
@@ -25,19 +31,27 @@ LEAVES = [leaf_hash(chunk) for chunk in CHUNKS]
 ROOT = merkle_root(LEAVES).hex()
 
 
-def filled(path: Path) -> Path:
-    ledger = Ledger(path)
+@pytest.fixture
+def own_postgres() -> Iterator[PostgresServer]:
+    """A server that a test may kill."""
+    server = PostgresServer()
+    yield server
+    server.remove()
+
+
+def filled(url: str) -> Database:
+    database = Database(url)
+    ledger = Ledger(database)
     for number, fact in enumerate(FACTS):
-        ledger.append(fact, at_s=100.0 + number)
-    ledger.close()
-    return path
+        ledger.append(fact, at_s=100.0 + number / 3)
+    return database
 
 
-def test_events_come_back_in_order_with_their_times_and_hashes(tmp_path: Path) -> None:
-    path = filled(tmp_path / "deep" / "ledger.sqlite")
-    ledger = Ledger(path)
+def test_events_come_back_in_order_with_their_times_and_hashes(database_url: str) -> None:
+    filled(database_url).close()
+    ledger = Ledger(Database(database_url))
     assert [entry.event for entry in ledger.entries] == FACTS
-    assert [entry.at_s for entry in ledger.entries] == [100.0, 101.0, 102.0, 103.0]
+    assert [entry.at_s for entry in ledger.entries] == [100.0 + number / 3 for number in range(4)]
     assert len({entry.hash for entry in ledger.entries}) == len(FACTS)
     assert ledger.head == ledger.entries[-1].hash
     ledger.close()
@@ -46,20 +60,20 @@ def test_events_come_back_in_order_with_their_times_and_hashes(tmp_path: Path) -
 @pytest.mark.parametrize(
     "tampering",
     [
-        "UPDATE events SET body = replace(body, 'nobody', 'someone') WHERE number = 3",
+        "UPDATE events SET body = (SELECT body FROM events WHERE number = 2) WHERE number = 3",
         "UPDATE events SET at_s = 99.0 WHERE number = 1",
         "DELETE FROM events WHERE number = 1",
         "UPDATE events SET hash = (SELECT hash FROM events WHERE number = 0) WHERE number = 2",
         "UPDATE events SET number = 9 WHERE number = 3",
     ],
 )
-def test_an_altered_ledger_is_not_opened(tmp_path: Path, tampering: str) -> None:
-    path = filled(tmp_path / "ledger.sqlite")
-    with sqlite3.connect(path) as connection:
-        assert connection.execute(tampering).rowcount == 1
-    connection.close()
+def test_an_altered_ledger_is_not_opened(database_url: str, tampering: str) -> None:
+    database = filled(database_url)
+    with database.engine.begin() as connection:
+        assert connection.exec_driver_sql(tampering).rowcount == 1
     with pytest.raises(DigestMismatch, match="event"):
-        Ledger(path)
+        Ledger(database)
+    database.close()
 
 
 def test_a_file_that_is_no_database_is_one_clear_error(tmp_path: Path) -> None:
@@ -69,15 +83,81 @@ def test_a_file_that_is_no_database_is_one_clear_error(tmp_path: Path) -> None:
         Ledger(path)
 
 
-def test_uploads_outlive_a_restart_and_end_with_their_event(tmp_path: Path) -> None:
+def test_a_server_that_is_not_there_is_one_clear_error_without_the_password(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError) as caught:
+        Database(f"postgresql+psycopg://someone:secret@/ledger?host={tmp_path}")
+    assert "someone:***" in caught.value.message
+    assert "secret" not in caught.value.message + (caught.value.hint or "")
+
+
+def test_uploads_outlive_a_restart_and_end_with_their_event(database_url: str) -> None:
     row = UploadRow("u1", 1, "a" * 64, b"envelope", b"leaves")
-    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger = Ledger(Database(database_url))
     ledger.begin_upload(row)
     ledger.close()
-    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger = Ledger(Database(database_url))
     assert ledger.uploads() == [row]
     ledger.append(FACTS[0], at_s=1.0, ends_upload="u1")
     assert ledger.uploads() == []
+    ledger.close()
+
+
+def test_a_ledger_of_before_migrations_is_brought_up_to_date_with_its_events(database_url: str) -> None:
+    database = filled(database_url)
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE alembic_version")
+    database.close()
+    database = Database(database_url)
+    assert [entry.event for entry in Ledger(database).entries] == FACTS
+    with database.engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == REVISION
+    database.close()
+
+
+def test_a_ledger_of_a_newer_version_is_refused_and_left_alone(database_url: str) -> None:
+    database = filled(database_url)
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'from the future'")
+    database.close()
+    with pytest.raises(ResourceError, match="newer fedmerge") as caught:
+        Database(database_url)
+    assert "upgrade fedmerge" in (caught.value.hint or "")
+
+
+def test_migrations_lead_to_the_tables_that_the_code_uses(database_url: str) -> None:
+    database = Database(database_url)
+    assert scripts().get_current_head() == REVISION
+    with database.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    database.close()
+
+
+def test_two_that_open_an_empty_database_at_once_make_its_tables_once(database_url: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for database in pool.map(Database, [database_url] * 4):
+            database.close()
+
+
+def test_work_waits_for_a_server_that_is_killed_and_is_done_once(own_postgres: PostgresServer) -> None:
+    ledger = Ledger(Database(own_postgres.new_database()))
+    ledger.append(FACTS[0], at_s=1.0)
+    own_postgres.kill()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ledger.append, FACTS[1], at_s=2.0)
+        own_postgres.start()
+        assert waiting.result(60).number == 1
+    ledger.close()
+
+
+def test_whoever_waits_for_a_server_can_be_told_to_stop(own_postgres: PostgresServer) -> None:
+    ledger = Ledger(Database(own_postgres.new_database()))
+    own_postgres.kill()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ledger.append, FACTS[0], at_s=1.0)
+        ledger.abandon()
+        with pytest.raises(ResourceError):
+            waiting.result(60)
+    own_postgres.start()
     ledger.close()
 
 
