@@ -6,12 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmerge.adapter_writer import AdapterSummary
 from fedmerge.merge.recipe import step_names
 from fedmerge.statements import LocalInput, MergeRecord
 
 
-def model_card(record: MergeRecord, base_name: str) -> str:
-    """Return the card of the model that `record` describes: what it is, who contributed, how to check it."""
+def model_card(record: MergeRecord, base_name: str, adapter: AdapterSummary | None = None) -> str:
+    """Return the card of the model that `record` describes: what it is, who contributed, how to check it.
+
+    `adapter` is the one beside it, if there is one.
+    """
     header = _header(base_name, ["merge", "fedmerge", "federated", *step_names(record.merge)])
     rows = [
         f"| `{c.node_id[:12]}` | {c.num_examples:,} | {'-' if c.norm is None else f'{c.norm:.4g}'} "
@@ -39,7 +43,7 @@ Version `{record.model.digest}`, made from base `{record.model.base_digest[:12]}
 ```json
 {json.dumps({"merge": record.merge, "seed": record.merge_seed, "outer": record.outer}, indent=2)}
 ```
-
+{_adapter(adapter)}
 ## How to check it
 
 `lineage.json` names every file here by SHA-256 and is signed by the coordinator (`lineage.sig.json`);
@@ -50,6 +54,18 @@ fedmerge verify . --key coordinator.pem
 ```
 """
     return header + body
+
+
+def _adapter(summary: AdapterSummary | None) -> str:
+    if summary is None:
+        return ""
+    least = f", at the least {summary.least[1]:.4%} (`{summary.least[0]}`)" if summary.least[0] else ""
+    return f"""
+## As an adapter
+
+`adapter/` is the change of the base as a LoRA adapter for PEFT, of rank {summary.rank}: it keeps {summary.energy:.4%}
+of the change's energy, which is the sum of squares{least}.
+"""
 
 
 def _search(record: MergeRecord) -> str:

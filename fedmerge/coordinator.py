@@ -306,6 +306,7 @@ class Coordinator:
             key=self.key,
             provenance=self._provenance(),
             node_keys=self._node_keys(),
+            adapter_rank=self.config.publish.adapter_rank,
         )
         self.journal.append(RoundPublished(round=record.round, version=record.model.digest))
         log.info("round %d published in %s", record.round, target)

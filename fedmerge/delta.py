@@ -112,10 +112,14 @@ class UpdatedModel(Mapping[str, Tensor]):
         before = self.base[name]
         if not before.is_floating_point() or not self.updates:
             return before
+        return apply_one(before, self.change(name))
+
+    def change(self, name: str) -> Tensor:
+        """Return the sum of all updates of one tensor, before it is rounded; there is at least one."""
         total = self.updates[0][name]
         for update in self.updates[1:]:
             total = total + update[name]
-        return apply_one(before, total)
+        return total
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.base))

@@ -2,7 +2,8 @@
 
 Beside the weights, config and tokenizer stand README.md (a model card), provenance.jsonl (every signed round spec,
 delta statement and merge record on the way to this version, as they travelled), lineage.json (a statement that names
-every file by SHA-256) and lineage.sig.json (its envelope). The directory appears whole or not at all.
+every file by SHA-256) and lineage.sig.json (its envelope). The folder adapter/ holds the change of the base as a LoRA
+adapter, if one is asked for. The directory appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from fedmerge.adapter_writer import write_adapter
 from fedmerge.assemble import Assembly
 from fedmerge.card import local_card, model_card
-from fedmerge.delta import UpdatedModel
+from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import reporting_os_errors
 from fedmerge.merge import Write
 from fedmerge.sign import SigningKey
 from fedmerge.statements import Lineage, LocalMerge, MergeRecord
 from fedmerge.store.blobs import sync_directory
-from fedmerge.tensors import Checkpoint, model_digest
+from fedmerge.tensors import Checkpoint, Computed, model_digest
 from fedmerge.versions import write_model
 from fedmerge.weights import writing_weights
 
@@ -33,6 +35,7 @@ LINEAGE = "lineage.json"
 SIGNATURE = "lineage.sig.json"
 PROVENANCE = "provenance.jsonl"
 CARD = "README.md"
+ADAPTER = "adapter"
 
 
 def publish(
@@ -45,10 +48,12 @@ def publish(
     key: SigningKey,
     provenance: Sequence[tuple[str, str]],
     node_keys: Mapping[str, str],
+    adapter_rank: int = 0,
 ) -> None:
     """Write and sign the published directory of a model version at `target`.
 
-    `base_name` is what the card calls the base model. `provenance` holds (statement kind, envelope) pairs in order,
+    `base_name` is what the card calls the base model. `adapter_rank` is the largest rank of the adapter beside the
+    model; 0 is for none. `provenance` holds (statement kind, envelope) pairs in order,
     `node_keys` the PEM public key by key id of each node that signed one of them. Repeating it replaces the directory
     by an equal one. Raises `ResourceError`.
     """
@@ -56,7 +61,11 @@ def publish(
         write_model(model, base, partial)
         lines = [json.dumps({"kind": kind, "envelope": envelope}) for kind, envelope in provenance]
         (partial / PROVENANCE).write_text("\n".join(lines) + "\n")
-        (partial / CARD).write_text(model_card(record, base_name))
+        adapter = None
+        if adapter_rank:
+            change = Computed(delta_schema(base.schema), model.change)
+            adapter = write_adapter(partial / ADAPTER, change, base, adapter_rank, base_name=base_name)
+        (partial / CARD).write_text(model_card(record, base_name, adapter))
         lineage = Lineage(
             federation=record.federation,
             run=record.run,
@@ -123,8 +132,10 @@ def appearing_whole(target: Path) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True)
             yield partial
-            for path in partial.iterdir():
+            for path in plain_files(partial):
                 _sync_file(path)
+            for folder in partial.glob("*/"):
+                sync_directory(folder)
             if target.exists():
                 shutil.rmtree(target)
             partial.rename(target)
@@ -134,13 +145,22 @@ def appearing_whole(target: Path) -> Iterator[Path]:
         sync_directory(partial.parent)
 
 
+def plain_files(directory: Path) -> list[Path]:
+    """Return the files in `directory` and in its adapter's folder, sorted by name."""
+    return sorted(path for folder in (directory, directory / ADAPTER) for path in folder.glob("*") if path.is_file())
+
+
 def file_digests(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 (hex) of every file in `directory`, by name, but for the lineage and its signature."""
+    """Return the SHA-256 (hex) of every file in `directory`, by name, but for the lineage and its signature.
+
+    Those of the adapter have its folder's name before theirs.
+    """
     found: dict[str, str] = {}
-    for path in sorted(directory.iterdir()):
-        if path.name not in {LINEAGE, SIGNATURE}:
+    for path in plain_files(directory):
+        name = path.relative_to(directory).as_posix()
+        if name not in {LINEAGE, SIGNATURE}:
             with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 

@@ -30,7 +30,7 @@ from fedmerge.errors import (
 from fedmerge.frame import DeltaFile
 from fedmerge.merge import Recipe
 from fedmerge.merkle import leaves_of, merkle_root
-from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
+from fedmerge.publish import ADAPTER, LINEAGE, PROVENANCE, SIGNATURE, file_digests
 from fedmerge.scoring import candidate_of, is_as_planned, outcome, proposed
 from fedmerge.sign import MAX_ENVELOPE_BYTES, PublicKey
 from fedmerge.statements import (
@@ -242,8 +242,10 @@ def _require_version(directory: Path, expected: str, checks: list[Check]) -> Non
 
 def _require_files(directory: Path, signed_files: Mapping[str, str]) -> None:
     for path in directory.iterdir():
-        if path.is_symlink() or not path.is_file():
-            raise VerificationError(f"{path}: {PLAIN_FILES}")
+        inner = list(path.iterdir()) if path.name == ADAPTER and path.is_dir() and not path.is_symlink() else [path]
+        for each in inner:
+            if each.is_symlink() or not each.is_file():
+                raise VerificationError(f"{each}: {PLAIN_FILES}")
     found = file_digests(directory)
     for name in sorted(signed_files.keys() | found.keys()):
         if name not in found:

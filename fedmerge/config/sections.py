@@ -349,6 +349,14 @@ _OUTER_KEYS: dict[str, set[str]] = {
 }
 
 
+class Publish(Section):
+    """What stands beside a published model."""
+
+    adapter_rank: int = Field(default=0, ge=0, le=4096)
+    """Largest rank of a LoRA adapter that holds the model's change of the base; 0 publishes none. From the sum of the
+    ranks that nodes trained, over all nodes and rounds, it is the same model; below that its card says what is kept."""
+
+
 class SimulatedNode(OpenSection):
     """A node that `fedmerge simulate` plays. Further keys are settings of the trainer, such as text_column."""
 
@@ -374,6 +382,7 @@ class Config(Section):
     screen: Screen
     search: Search
     outer: Outer
+    publish: Publish
     nodes: Annotated[tuple[SimulatedNode, ...], Field(strict=False)] = ()
 
     @field_validator("nodes")

@@ -38,15 +38,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return language.make_llama(tmp_path_factory.mktemp("llama") / "base", tie_word_embeddings=False)
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose layers keep their weights as (inputs, outputs): c_attn is 16 x 48."""
-    directory = tmp_path_factory.mktemp("gpt2") / "base"
+def make_gpt2(directory: Path) -> Path:
+    """Write a model whose layers keep their weights as (inputs, outputs): c_attn is 16 x 48."""
     config = GPT2Config(vocab_size=256, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     with torch.random.fork_rng():
         torch.manual_seed(6)
         GPT2LMHeadModel(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_gpt2(tmp_path_factory.mktemp("gpt2") / "base")
 
 
 @pytest.fixture
@@ -160,6 +163,9 @@ def test_with_a_frozen_the_mean_of_adapters_is_the_mean_of_their_b(
     assert not torch.equal(deltas[0].factors[name].left, deltas[1].factors[name].left)
     mean = (deltas[0][name] + deltas[1][name]).double() / 2
     assert torch.linalg.matrix_rank(mean, rtol=1e-5) == 4
+    narrow = trainer.model_copy(update={"max_lora_rank": 2})
+    fewer = delta_of(train(narrow, llama, tmp_path / "narrow", lora_freeze_a=True, lora_seed=9), llama)
+    assert torch.equal(fewer.factors[name].right, a[0][:2])
     other = language.task(llama, tmp_path / "other", **LORA, lora_freeze_a=True, lora_seed=8)
     assert not torch.equal(delta_of(trainer.train(other).model_dir, llama).factors[name].right, a[0])
 
@@ -189,6 +195,7 @@ def test_a_site_may_take_a_lower_rank(llama: Path, trainer: CausalLM, tmp_path: 
         ({"lora_whole": ["nrm"]}, "no layer of the model is called 'nrm'"),
         ({"lora_targets": ["up_proj"], "freeze": ["model."]}, "no layer is left"),
         ({"lora_rank": -1}, "lora_rank"),
+        ({"lora_targets": ["embed_tokens"], "lora_freeze_a": True}, "embed_tokens is an embedding"),
     ],
 )
 def test_adapters_that_can_not_be_are_refused(

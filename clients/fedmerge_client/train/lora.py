@@ -7,6 +7,7 @@ the mean of products is exact whatever each node's own factors are. A node leave
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 LAYERS = (torch.nn.Linear, Conv1D)
 KINDS = (*LAYERS, torch.nn.Embedding)
 HEADS = ("classifier", "score")
-_FACTOR_A = ("lora_A", "lora_embedding_A")
 
 
 class LoraSettings(BaseModel):
@@ -99,16 +99,29 @@ def add_adapter(
         modules_to_save=list(settings.lora_whole) or None,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
     )
-    with seeded(derive_seed("lora", settings.lora_seed) if settings.lora_freeze_a else seed), warnings.catch_warnings():
+    with seeded(seed), warnings.catch_warnings():
         # That one flag can't fit layers of both kinds, which PEFT then sets right; and what others find deprecated.
         warnings.simplefilter("ignore")
         adapted: PeftModel = get_peft_model(model, config)
-    for name, parameter in adapted.named_parameters():
-        if settings.lora_freeze_a and any(part in _FACTOR_A for part in name.split(".")):
-            parameter.requires_grad_(False)
+    if settings.lora_freeze_a:
+        _freeze_a(adapted, settings)
     for name, module in adapted.named_modules():
         module.train(".lora_dropout." in name)
     return adapted, {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+
+
+def _freeze_a(adapted: PeftModel, settings: LoraSettings) -> None:
+    """Give each layer the A that it has at all nodes; who has a lower rank has the first rows of it."""
+    for name, parameter in adapted.named_parameters():
+        layer, is_a, _ = name.partition(".lora_A.")
+        if is_a:
+            rank, num_inputs = parameter.shape
+            generator = torch.Generator().manual_seed(derive_seed("lora", settings.lora_seed, layer) % 2**63)
+            # As PEFT draws it, but for all rows of the plan's rank, and for each layer on its own.
+            drawn = torch.rand(settings.lora_rank, num_inputs, generator=generator) * 2 - 1
+            with torch.no_grad():
+                parameter.copy_(drawn[:rank] / math.sqrt(num_inputs))
+            parameter.requires_grad_(False)
 
 
 def save_adapter(adapted: PeftModel, directory: Path) -> Path:
@@ -154,6 +167,8 @@ def _target_modules(model: Any, settings: LoraSettings, freeze: Sequence[str]) -
     ]
     weights = [id(module.weight) for module in model.modules() if isinstance(module, KINDS)]
     for name in chosen:
+        if settings.lora_freeze_a and isinstance(layers[name], torch.nn.Embedding):
+            raise ConfigError(f"[train]: {name} is an embedding, whose A can't be frozen", hint="leave it out")
         if weights.count(id(layers[name].weight)) > 1:
             raise ConfigError(
                 f"[train]: {name} shares its weights with another layer, and can't be adapted alone",
