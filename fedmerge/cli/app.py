@@ -38,7 +38,7 @@ EXIT_TERMINATED = 143
 
 # Import name of each package that an extra brings. Some extras share packages.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "client": ("transformers", "google.rpc", "grpc_status"),
+    "client": ("transformers", "peft", "sklearn", "google.rpc", "grpc_status"),
     "server": ("sqlalchemy", "alembic", "google.rpc", "grpc_status", "grpc_health"),
     "postgres": ("psycopg",),
     "demo": ("sklearn",),
@@ -93,6 +93,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "simulate": ("fedmerge.cli.simulate:simulate", "Run every node of a federation in one process."),
         "serve": ("fedmerge.cli.serve:serve", "Run the coordinator."),
         "join": ("fedmerge.cli.join:join", "Take part in a federation as a node."),
+        "report": ("fedmerge.cli.report:report", "Show what merged models keep of the nodes' own."),
     },
 }
 KEY_COMMANDS: dict[str, tuple[str, str]] = {

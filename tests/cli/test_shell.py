@@ -56,6 +56,7 @@ OPTIONS: dict[str, list[str]] = {
         "--coordinator", "--trust", "--token", "--data", "--test", "--key", "--passphrase-file", "--home", "--base",
         "--name", "--trainer", "--option", "--keep-tuned", "--json",
     ],
+    "report": ["CONFIG", "--metric", "--json"],
     "keys new": ["PATH", "--algorithm", "--passphrase", "--passphrase-file", "--json"],
     "keys show": ["PATH", "--json"],
     "keys trust": ["PUBFILE", "--name", "--org", "--config", "--into"],
@@ -71,7 +72,7 @@ def test_the_command_list_is_deliberate() -> None:
     assert {title: list(commands) for title, commands in COMMANDS.items()} == {
         "Start": ["demo", "init", "doctor", "schema"],
         "Merge": ["merge", "statistics", "diff", "inspect", "verify"],
-        "Run": ["simulate", "serve", "join"],
+        "Run": ["simulate", "serve", "join", "report"],
     }
     assert list(KEY_COMMANDS) == ["new", "show", "trust", "rotate"]
     assert list(NODE_COMMANDS) == ["list", "invite", "approve", "revoke"]
@@ -219,7 +220,7 @@ def test_a_command_whose_import_fails_names_the_extra(run: Run) -> None:
     result = run(python=program)
     assert (result.returncode, result.stderr) == (
         6,
-        "error: the package sklearn is not installed\nhint: pip install 'fedmerge[demo]'\n",
+        "error: the package sklearn is not installed\nhint: pip install 'fedmerge[client,demo]'\n",
     )
     # A mistyped command must not import the others to make its suggestion.
     assert run(python=program.replace("['probe']", "['prbe']")).stderr.startswith("error: unknown command 'prbe'; did")

@@ -227,7 +227,7 @@ def test_texts_longer_than_the_model_and_gzipped_columns(base: Path, tmp_path: P
     trainer = TextClassification(data=path, test=path, text_column="body", label_column="kind")
     result = trainer.train(task(base, tmp_path / "work", steps=2, max_length=500))
     assert result.num_examples == 2
-    assert set(trainer.evaluate(result.model_dir)) == {"accuracy", "loss"}
+    assert set(trainer.evaluate(result.model_dir)) == {"accuracy", "macro_f1", "ece", "loss"}
 
 
 def test_bf16_checkpoints_train_in_fp32(base: Path, trainer: TextClassification, tmp_path: Path) -> None:

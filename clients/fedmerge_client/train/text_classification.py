@@ -31,6 +31,7 @@ from fedmerge_client.train.huggingface import (
     open_tokenizer,
 )
 from fedmerge_client.train.lora import LoraSettings, save_tuned, seeded, trained_part
+from fedmerge_client.train.metrics import classification_metrics
 from fedmerge_client.train.statistics import collect, spread
 
 EVAL_BATCH_SIZE = 64
@@ -140,21 +141,23 @@ class TextClassification(BaseModel):
         return TrainResult(tuned_dir, len(texts), {"loss": sum(last) / len(last)})
 
     def evaluate(self, model_dir: Path) -> dict[str, float]:
-        """Return `accuracy` (0 to 1) and `loss` (nats per text) over all labels on the test file; empty without one."""
+        """Return the `loss` (nats per text), `accuracy`, `macro_f1` and `ece` (see `metrics`) on the test file.
+
+        They are over all labels of the model. Empty without a test file.
+        """
         if self.test is None:
             return {}
         model, tokenizer = self._open(model_dir)
         texts, labels = self._examples(self.test, model)
         tokens = _tokenize(tokenizer, texts, min(self.eval_max_length, num_positions(model)))
         by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        num_correct, total_loss = 0, 0.0
+        rows = []
         with torch.inference_mode():
             for start in range(0, len(by_length), EVAL_BATCH_SIZE):
                 chosen = by_length[start : start + EVAL_BATCH_SIZE]
-                logits = model(**_pad(tokenizer, [tokens[i] for i in chosen], model.device)).logits.cpu()
-                num_correct += int((logits.argmax(-1) == labels[chosen]).sum())
-                total_loss += float(cross_entropy(logits, labels[chosen], reduction="sum"))
-        return {"accuracy": num_correct / len(texts), "loss": total_loss / len(texts)}
+                rows.append(model(**_pad(tokenizer, [tokens[i] for i in chosen], model.device)).logits.cpu())
+        logits, labels = torch.cat(rows), labels[by_length]
+        return {"loss": float(cross_entropy(logits, labels)), **classification_metrics(logits, labels)}
 
     def statistics(self, model_dir: Path, kind: str) -> dict[str, Tensor]:
         """Return statistics of one `kind` (see `statistics.collect`) on texts spread evenly over the training file."""

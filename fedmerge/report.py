@@ -1,0 +1,124 @@
+"""How a federation goes, read from its state folder: the retention matrix, and how the deltas of a round interfere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmerge.aggregate import open_delta
+from fedmerge.config import Config
+from fedmerge.delta import delta_schema
+from fedmerge.errors import InputError
+from fedmerge.events import DeltaAccepted, MetricsReported, RoundOpened
+from fedmerge.measure import Interference, measure
+from fedmerge.merge import Recipe
+from fedmerge.retention import Evaluation, RetentionMatrix, retention_matrix
+from fedmerge.rounds import FederationState, replay
+from fedmerge.sign import PublicKey
+from fedmerge.statements import MergeRecord, MetricsStatement, RoundSpec
+from fedmerge.statistics import task_vector_of
+from fedmerge.store.blobs import BlobStore
+from fedmerge.store.database import Database
+from fedmerge.store.ledger import Ledger, LedgerEntry
+from fedmerge.tensors import Checkpoint
+from fedmerge.trust import TrustStore
+
+
+@dataclass(frozen=True)
+class Report:
+    """A federation's `retention`, None when nobody scored anything, and the `interference` of its newest round."""
+
+    federation: str
+    num_rounds: int
+    retention: RetentionMatrix | None
+    interference: Interference
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON types."""
+        return {
+            "federation": self.federation,
+            "num_rounds": self.num_rounds,
+            "retention": self.retention.to_dict() if self.retention else None,
+            "interference": self.interference.to_dict(),
+        }
+
+
+def read_report(config: Config, metric: str = "auto") -> Report:
+    """Return what a federation's ledger and deltas say, also while it runs; nodes are called by their trusted names.
+
+    `metric` is one for `retention_matrix`. Raises `InputError` when no round was merged yet, or nobody reported the
+    metric that was asked for.
+    """
+    state_dir = config.federation.state
+    if not state_dir.is_dir():
+        raise InputError(f"{state_dir}: no federation's state", hint="start one with: fedmerge serve")
+    ledger = Ledger(Database(config.database_url()))
+    try:
+        state = replay(ledger.entries)
+        if state.created is None or not state.merges:
+            raise InputError(f"{state_dir}: no round was merged yet")
+        names = TrustStore(config.federation.trusted).names()
+        evaluations = read_evaluations(ledger.entries, state, names)
+        asked = metric != "auto" or bool(evaluations)
+        return Report(
+            federation=state.created.federation,
+            num_rounds=len(state.merges),
+            retention=retention_matrix(evaluations, metric) if asked else None,
+            interference=_interference(ledger.entries, state, config, names),
+        )
+    finally:
+        ledger.close()
+
+
+def read_evaluations(
+    entries: Sequence[LedgerEntry], state: FederationState, names: Mapping[str, str]
+) -> list[Evaluation]:
+    """Return what nodes that delivered something reported of published versions and of their own fine-tunes.
+
+    `state` is what the ledger's `entries` add up to, `names` are what to call nodes, by key id; the others go by the
+    beginning of that.
+    """
+    versions = {merge.round: merge.version for merge in state.merges}
+    if state.created is not None:
+        versions[0] = state.created.base_digest
+    facts = [entry.event for entry in entries]
+    # The keys that they delivered with: some may have left the trusted ones since.
+    keys = {
+        fact.node_id: PublicKey.from_pem(fact.node_key, where=f"node {fact.node_id[:12]}")
+        for fact in facts
+        if isinstance(fact, DeltaAccepted)
+    }
+    found = []
+    for fact in facts:
+        if isinstance(fact, MetricsReported) and fact.node_id in keys and fact.candidate is None:
+            said, _ = MetricsStatement.open(fact.envelope.encode(), keys, where="metrics statement")
+            if said.model == "own" or versions.get(said.round) == said.digest:
+                name = names.get(said.node_id, said.node_id[:12])
+                found.append(Evaluation(name, said.round, said.model, said.values))
+    return [one for one in found if one.round in versions]
+
+
+def _interference(
+    entries: Sequence[LedgerEntry], state: FederationState, config: Config, names: Mapping[str, str]
+) -> Interference:
+    """Return how the deltas that the newest merge took in stand to each other."""
+    assert state.created is not None
+    key = PublicKey.from_pem(state.created.coordinator_key, where="the ledger's coordinator key")
+    own, blobs = {key.key_id: key}, BlobStore(config.federation.state / "blobs")
+    record, _ = MergeRecord.open(state.merges[-1].record_envelope.encode(), own, where="merge record")
+    opened = next(
+        entry.event
+        for entry in reversed(entries)
+        if isinstance(entry.event, RoundOpened) and entry.event.spec_digest == record.spec_digest
+    )
+    spec, _ = RoundSpec.open(opened.spec_envelope.encode(), own, where="round spec")
+    published = config.federation.state / "models" / f"round-{record.round:04d}"
+    schema = delta_schema(Checkpoint(published).schema)
+    kind = Recipe.from_dict(spec.merge).statistics
+    deltas = {
+        names.get(one.node_id, one.node_id[:12]): open_delta(spec, one.node_id, blobs.path(one.payload_root), schema)
+        for one in record.contributions
+        if one.accepted
+    }
+    return measure({name: task_vector_of(delta, kind) for name, delta in sorted(deltas.items())})
