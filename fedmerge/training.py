@@ -103,6 +103,7 @@ TRAINERS: dict[str, str] = {
     "command": "fedmerge_client.train.command:Command",
     "causal-lm": "fedmerge_client.train.causal_lm:CausalLM",
     "flower": "fedmerge_client.train.flower:FlowerApp",
+    "torch": "fedmerge_client.train.torch_function:TorchFunction",
     "text-classification": "fedmerge_client.train.text_classification:TextClassification",
 }
 

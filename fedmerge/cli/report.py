@@ -40,10 +40,9 @@ def report(
 
 def _show_retention(matrix: RetentionMatrix) -> None:
     less = ", lower is better" if matrix.lower_is_better else ""
-    table = Table(title=f"retention: merged over own, {printable(matrix.metric)}{less}")
+    table = Table(title=f"retention by round: merged over own, {printable(matrix.metric)}{less}")
     table.add_column("node")
-    rounds = [f"round {number}" for number in range(1, matrix.num_rounds + 1)]
-    for heading in ("base", "own", "merged", *rounds, "forgetting"):
+    for heading in ("base", "own", "merged", *map(str, range(1, matrix.num_rounds + 1)), "forgot"):
         table.add_column(heading, justify="right")
     for task in matrix.tasks:
         last = [_value(values[-1]) for values in (task.own, task.merged)]
@@ -78,4 +77,4 @@ def _value(value: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+    return "-" if value is None else f"{value:.0%}"

@@ -72,9 +72,9 @@ def test_it_says_what_merging_kept(tmp_path: Path, capsys: pytest.CaptureFixture
     assert pair["models"] == ["north", "south"]
     assert pair["cosine"] == pytest.approx(cosine, abs=1e-4)
     shown = report(tmp_path, capsys)
-    for text in ("retention: merged over own, accuracy", "round 2", "forgetting", "north", "mean", "interference"):
+    for text in ("retention by round: merged over own, accuracy", "forgot", "north", "mean", "interference"):
         assert text in shown
-    assert f"{found['retention']['mean'][1]:.1%}" in shown
+    assert f"{found['retention']['mean'][1]:.0%}" in shown
     with pytest.raises(InputError, match="no node reported 'f1'"):
         report(tmp_path, capsys, "--metric", "f1")
 

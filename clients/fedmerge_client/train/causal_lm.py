@@ -36,7 +36,8 @@ from fedmerge_client.train.huggingface import (
     open_model,
     open_tokenizer,
 )
-from fedmerge_client.train.lora import LoraSettings, save_tuned, seeded, trained_part
+from fedmerge_client.train.lora import LoraSettings, save_tuned, trained_part
+from fedmerge_client.train.own_code import seeded
 from fedmerge_client.train.statistics import collect, spread
 from fedmerge_client.train.token_stream import TokenStream, shuffled, token_stream
 

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import random
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
-import torch
 from flwr.app import DEFAULT_TTL, ConfigRecord, Context, Message, MessageType, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from pydantic import BaseModel, ConfigDict, PrivateAttr
@@ -24,6 +17,7 @@ from fedmerge.interop.flower.mod import only_arrays
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import Checkpoint, copy_side_files, require_same_schema, schema_of, write_weights
 from fedmerge.training import TrainResult, TrainTask, validated
+from fedmerge_client.train.own_code import import_attribute, seeded
 
 Value: TypeAlias = bool | int | float | str
 
@@ -126,7 +120,7 @@ class FlowerApp(BaseModel):
             message_type=kind,
         )
         message = Message(content=records, metadata=metadata)  # type: ignore[call-overload]
-        with _seeded(seed):
+        with seeded(seed):
             try:
                 reply = app(message, context)
             except Exception as err:
@@ -144,16 +138,7 @@ class FlowerApp(BaseModel):
         return values
 
     def _load(self) -> ClientApp:
-        module, _, attribute = self.app.partition(":")
-        if self.folder is not None and str(self.folder) not in sys.path:
-            sys.path.insert(0, str(self.folder))
-        try:
-            app = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as err:
-            raise ConfigError(
-                f"trainer flower: app {self.app!r} can't be imported ({err})",
-                hint='write "package.module:attribute", and name the folder of its package as `folder`',
-            ) from err
+        app = import_attribute(self.app, self.folder, where="trainer flower: app")
         if not isinstance(app, ClientApp):
             raise ConfigError(f"trainer flower: {self.app!r} is a {type(app).__name__}, not a ClientApp")
         return app
@@ -161,18 +146,3 @@ class FlowerApp(BaseModel):
 
 class _NotHandled(Exception):
     pass
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the generators that an app may draw from, and put them back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -6,10 +6,9 @@ the mean of products is exact whatever each node's own factors are. A node leave
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from fedmerge.errors import ConfigError, ResourceError
 from fedmerge.seeds import derive_seed
 from fedmerge_client.train.huggingface import freeze_parameters, quiet_transformers, save_model
+from fedmerge_client.train.own_code import seeded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -132,15 +132,6 @@ def save_adapter(adapted: PeftModel, directory: Path) -> Path:
     except OSError as err:
         raise ResourceError(f"{directory}: could not write the adapter ({err})", hint="is the disk full?") from err
     return directory
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Have torch's own generators draw from `seed` meanwhile: PEFT and dropout take no other."""
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed % 2**63)
-        yield
 
 
 def _target_modules(model: Any, settings: LoraSettings, freeze: Sequence[str]) -> list[str]:

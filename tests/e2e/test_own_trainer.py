@@ -1,0 +1,149 @@
+"""A script with a Hugging Face Trainer of its own, federated by its callback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from fedmerge.errors import ConfigError, InputError, UntrustedKey
+from fedmerge.sign import SigningKey
+from fedmerge.tensors import Checkpoint
+from fedmerge.verify import verify_directory
+from fedmerge_client.callback import FedMergeCallback
+from tests.conftest import Federation, make_federation
+from tests.e2e.test_federation import coordinator_key
+from tests.unit.test_causal_lm import make_llama
+
+SCRIPT = Path(__file__).parents[2] / "clients/apps/trainer/finetune.py"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning"),
+]
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Federation:
+    made = make_federation(
+        tmp_path,
+        ("site",),
+        num_rounds=2,
+        min_nodes=1,
+        rounds="grace_s = 0",
+        extra="[delta]\nvalues = 'fp32'\ndownlink = 'fp32'",
+    )
+    (tmp_path / "base").rename(tmp_path / "other")
+    make_llama(tmp_path / "base")
+    (tmp_path / "data.txt").write_text("the cat sat on the mat. " * 40)
+    made.keys["site"].save(tmp_path / "home/node.key")
+    return made
+
+
+@pytest.mark.slow
+def test_a_script_of_ones_own_trains_in_every_round(federation: Federation) -> None:
+    folder, server = federation.folder, federation.serve()
+    words = [folder / "base", folder / "data.txt", server.address, server.bundle, folder / "home"]
+    try:
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+    finally:
+        server.stop()
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.split("\n")
+    assert [line for line in lines if line.startswith("round ")] == ["round 1 trained", "round 2 trained"]
+    final, base = Checkpoint(Path(lines[-2])), Checkpoint(folder / "base")
+    _, history, _ = verify_directory(folder / "state/models/round-0002", coordinator_key(folder))
+    published = Checkpoint(folder / "state/models/round-0002")
+    assert all(torch.equal(final[name], published[name]) for name in published)
+    assert not any(torch.equal(final[name], base[name]) for name in base)
+    statements = list(history.deltas.values())
+    assert [statement.num_examples for statement in statements] == [60, 60]
+    losses = [statement.metrics["loss"] for statement in statements]
+    assert losses[1] < losses[0] - 0.3  # it went on from where the first round ended
+
+
+def trainer_of(folder: Path, callback: FedMergeCallback, base: Path, model: Any = None) -> Trainer:
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        max_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model = model or AutoModelForCausalLM.from_pretrained(base)
+    return Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+
+
+def test_of_a_model_wrapped_by_peft_the_adapter_is_sent(tmp_path: Path) -> None:
+    made = make_federation(
+        tmp_path,
+        ("site",),
+        min_nodes=1,
+        rounds="grace_s = 0",
+        extra="[delta]\nsparsify = 'lowrank'\nrank = 3\ndownlink = 'fp32'",
+    )
+    (tmp_path / "base").rename(tmp_path / "other")
+    base = make_llama(tmp_path / "base")
+    made.keys["site"].save(tmp_path / "home/node.key")
+    server = made.serve()
+    try:
+        callback = FedMergeCallback(server.address, server.bundle, tmp_path / "home", num_examples=5)
+        trainer = trainer_of(tmp_path, callback, base)
+        adapted: Any = get_peft_model(trainer.model, LoraConfig(r=3, target_modules=["up_proj", "v_proj"]))
+        with torch.no_grad():  # what it begins with is not what it is given
+            adapted.get_parameter("base_model.model.lm_head.weight").zero_()
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(1.0)
+        trainer = trainer_of(tmp_path, callback, base, adapted)
+        assert [trainer.train().global_step for _ in callback.rounds()] == [1]
+    finally:
+        server.stop()
+    assert callback.model_dir is not None
+    final, before = Checkpoint(callback.model_dir), Checkpoint(base)
+    merged = adapted.merge_and_unload().state_dict()
+    for name in final:
+        torch.testing.assert_close(final[name], merged[name], atol=1e-6, rtol=0)
+    changed = {name for name in final if not torch.equal(final[name], before[name])}
+    assert changed == {name for name in final if "up_proj" in name or "v_proj" in name}
+    assert float((final["model.layers.0.mlp.up_proj.weight"] - before["model.layers.0.mlp.up_proj.weight"]).norm()) < 1
+    payload = next((tmp_path / "home/rounds").glob("*/delta.safetensors"))
+    assert payload.stat().st_size < 20_000
+
+
+def test_what_stops_the_node_stops_the_script(federation: Federation, tmp_path: Path) -> None:
+    server = federation.serve()
+    try:
+        stranger = FedMergeCallback(server.address, server.bundle, tmp_path / "stranger")
+        with pytest.raises(UntrustedKey):
+            trainer_of(tmp_path, stranger, tmp_path / "base").train()
+        callback = FedMergeCallback(server.address, server.bundle, tmp_path / "home")
+        with pytest.raises(ConfigError, match=r"round 1: nothing was trained"):
+            list(callback.rounds())
+        wider = make_llama(tmp_path / "wider", intermediate_size=48)
+        with pytest.raises(InputError, match=r"none of that shape"):
+            trainer_of(tmp_path, callback, wider).train()
+    finally:
+        server.stop()
+
+
+def test_keys_are_made_where_there_are_none(tmp_path: Path) -> None:
+    callback = FedMergeCallback("127.0.0.1:1", tmp_path / "missing.pem", tmp_path / "new")
+    with pytest.raises(InputError, match=r"missing\.pem"):
+        next(callback.rounds())
+    assert len(SigningKey.load(tmp_path / "new/node.key").public.key_id) == 64
