@@ -1,6 +1,6 @@
 """How fast is a merge, and in how much memory? Beside mergekit, Flower, plain torch and what the machine allows.
 
-    python benchmarks/merge.py [--quick] [--json FILE] [--mergekit PYTHON] [--parts models,deltas,fedavg,growth]
+    python benchmarks/merge.py [--quick] [--json FILE] [--mergekit DIR] [--keep DIR] [--parts PARTS]
 
 Every case runs in a process of its own, one after the other, on one thread, with a warm page cache. Measured are its
 CPU seconds and the most anonymous memory it holds, both above what it takes to start: imports, and kernels from their
@@ -11,8 +11,8 @@ cache.
     fedavg   clients of 500 MB each, beside the FedAvg aggregation of Flower (if MemAvailable has room for it)
     growth   exponents fitted to CPU time and memory, over the number of fine-tunes and the number of parameters
 
-`--mergekit` names the Python of an environment that has it (python -m venv E; E/bin/pip install mergekit): its pins do
-not agree with ours. Its start-up is measured and taken off. `--quick` merges 28 M parameters instead of 300 M.
+`--mergekit` names the environment that mergekit is in, and makes it if it is not there. What starting mergekit takes is
+measured and taken off. `--quick` merges 28 M parameters instead of 300 M. With `--keep DIR` peers are measured once.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from merge_peers import DENSITY, NAIVE, NOT_THEIRS, Mergekit, merge_as_flower, merge_naively
+from processes import ONE_THREAD, Cost, run_alone, status_bytes
+from safetensors.torch import save_file
+from shared import Kept, at_least, at_most, report
 
 from fedmerge.codec import Codec
 from fedmerge.delta import subtract
@@ -42,7 +44,6 @@ from fedmerge.tensors import WEIGHTS, Checkpoint, TensorMap
 from fedmerge.weights import writing_weights
 
 NUM_NODES = 4
-DENSITY = {"ties": 0.2, "dare_ties": 0.5, "della": 0.5, "breadcrumbs": 0.85}
 METHOD_NAMES = (
     "fedavg",
     "task_arithmetic",
@@ -57,11 +58,9 @@ METHOD_NAMES = (
 LINEAR = ("fedavg", "task_arithmetic")
 # Of mergekit's CPU seconds, at most so much; the other methods are shown only.
 SHARE_OF_MERGEKIT = dict.fromkeys(LINEAR, 1 / 2) | dict.fromkeys(DENSITY, 1 / 5)
-THEIR_NAMES = {"fedavg": "linear"}
-NOT_THEIRS = {"tsv"}
-NAIVE = ("fedavg", "ties", "dare_ties")
+# Repeated, to take the cheapest, is what is over within so many CPU seconds.
+SHORT_S = 20.0
 REPEATS = 2
-POLL_S = 0.01
 
 
 # --- the models
@@ -119,95 +118,13 @@ def write_models(folder: Path, sizes: dict[str, int], dtype: torch.dtype, num_no
     return directories
 
 
-# --- the methods as one would write them down
-
-
-def naive_ties(stack: Tensor, weights: Tensor, density: float) -> Tensor:
-    flat = stack.flatten(1)
-    num_kept = max(1, int(density * flat.shape[1]))
-    order = flat.abs().sort(dim=1, descending=True).indices
-    mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order[:, :num_kept], True)
-    return naive_disjoint_mean(torch.where(mask, flat, 0), weights).view(stack.shape[1:])
-
-
-def naive_disjoint_mean(flat: Tensor, weights: Tensor) -> Tensor:
-    sign = torch.where(flat.sum(0) >= 0, 1.0, -1.0)
-    agrees = flat.sign() == sign
-    total = (flat * weights[:, None] * agrees).sum(0)
-    divisor = (agrees * weights[:, None]).sum(0)
-    return total / torch.where(divisor == 0, 1, divisor)
-
-
-def naive_dare(stack: Tensor, density: float) -> Tensor:
-    return stack * torch.bernoulli(torch.full_like(stack, density)) / density
-
-
-def naive(method: str, stack: Tensor, weights: Tensor) -> Tensor:
-    if method == "ties":
-        return naive_ties(stack, weights, DENSITY[method])
-    if method == "dare_ties":
-        return naive_disjoint_mean(naive_dare(stack, DENSITY[method]).flatten(1), weights).view(stack.shape[1:])
-    thinned = naive_dare(stack, DENSITY[method]) if method == "dare_linear" else stack
-    return (thinned * weights.view(-1, *[1] * (stack.ndim - 1))).sum(0)
-
-
-def merge_naively(directories: list[Path], out: Path, method: str) -> None:
-    base, *tuned = (load_file(directory / WEIGHTS) for directory in directories)
-    weights = torch.full((len(tuned),), 1 / len(tuned))
-    merged = {}
-    for name, tensor in base.items():
-        stack = torch.stack([one[name].float() - tensor.float() for one in tuned])
-        merged[name] = (tensor.float() + naive(method, stack, weights)).to(tensor.dtype)
-    save_file(merged, out / WEIGHTS)
-
-
 # --- one case in a process of its own
-
-
-class Cost(NamedTuple):
-    """What a case took, above what its process takes to start."""
-
-    cpu_s: float
-    wall_s: float
-    anonymous_bytes: int
-
-
-def status_bytes(process: int | str, key: str = "RssAnon") -> int:
-    """Return a number from a process's status, 0 when it is gone."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
-
-
-def run_alone(command: list[str], environment: dict[str, str]) -> tuple[Cost, str]:
-    """Run a command; return what all of it took, and the last line it printed."""
-    start, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile("w+") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        while True:
-            peak = max(peak, status_bytes(child.pid))
-            pid, code, usage = os.wait4(child.pid, os.WNOHANG)
-            if pid:
-                child.returncode = os.waitstatus_to_exitcode(code)
-                break
-            time.sleep(POLL_S)
-        output.seek(0)
-        text = output.read()
-    if child.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{text[-2000:]}")
-    wall_s = time.perf_counter() - start
-    return Cost(usage.ru_utime + usage.ru_stime, wall_s, peak), text.strip().splitlines()[-1] if text.strip() else ""
-
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def measure(case: str, *, repeats: int = 1, folder: Path | None = None, **arguments: Any) -> Cost:
     """Run a function of `CASES` in a new process, on an empty folder `out`; return the cheapest of `repeats`."""
-    found = []
-    for _ in range(repeats):
+    found: list[Cost] = []
+    while len(found) < repeats and (not found or found[-1].cpu_s < SHORT_S):
         with tempfile.TemporaryDirectory(dir=folder) as out:
             text = json.dumps({"case": case, "arguments": arguments | {"out": out}})
             whole, line = run_alone([sys.executable, __file__, "--case", text], dict(os.environ) | ONE_THREAD)
@@ -283,19 +200,7 @@ def fedavg_case(directories: list[str], out: str, method: str) -> Callable[[], N
 
 
 def flower_case(directories: list[str], out: str) -> Callable[[], None]:
-    """Average them as Flower's strategies do, from arrays in memory; reading is in the price for both."""
-    from flwr.server.strategy.aggregate import aggregate
-
-    def work() -> None:
-        results = []
-        for directory in directories:
-            tensors = load_file(Path(directory) / WEIGHTS)
-            # As they come from a message: in memory of their own.
-            results.append(([tensors[name].numpy().copy() for name in sorted(tensors)], 1))
-        merged = aggregate(results)
-        save_file({f"{i}": torch.from_numpy(array) for i, array in enumerate(merged)}, Path(out) / WEIGHTS)
-
-    return work
+    return lambda: merge_as_flower(directories, Path(out))
 
 
 def read_case(directories: list[str], out: str) -> Callable[[], None]:
@@ -346,57 +251,24 @@ CASES: dict[str, Callable[..., Callable[[], None]]] = {
 }
 
 
-# --- mergekit
-
-
-class Mergekit:
-    """mergekit in an environment of its own."""
-
-    def __init__(self, python: str) -> None:
-        self.command = [python, "-m", "mergekit.scripts.run_yaml"]
-        self.environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | ONE_THREAD
-        self.start = min(run_alone([*self.command, "--help"], self.environment)[0] for _ in range(REPEATS))
-
-    def merge(self, directories: list[Path], folder: Path, method: str) -> Cost:
-        base, *tuned = map(str, directories)
-        weight: dict[str, Any] = {"weight": 1 / len(tuned)} | (
-            {"density": DENSITY[method]} if method in DENSITY else {}
-        )
-        config: dict[str, Any] = {
-            "merge_method": THEIR_NAMES.get(method, method),
-            "models": [{"model": model, "parameters": weight} for model in tuned],
-            "dtype": json.loads((directories[0] / "config.json").read_text())["torch_dtype"],
-        }
-        if method != "fedavg":
-            config["base_model"] = base
-        with tempfile.TemporaryDirectory(dir=folder) as out:
-            # JSON is YAML.
-            (Path(out) / "config.yml").write_text(json.dumps(config))
-            arguments = [f"{out}/config.yml", out, "--no-copy-tokenizer", "--quiet"]
-            whole = run_alone([*self.command, *arguments], self.environment)[0]
-        return Cost(
-            whole.cpu_s - self.start.cpu_s,
-            whole.wall_s - self.start.wall_s,
-            whole.anonymous_bytes - self.start.anonymous_bytes,
-        )
-
-
 # --- the parts
 
 Targets = list[dict[str, Any]]
 
 
-def at_most(goal: float, name: str, value: float) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 4), "goal": round(goal, 4), "holds": value <= goal}
+@dataclass(frozen=True)
+class Peers:
+    """What we are measured beside; what was measured is kept."""
+
+    mergekit: Mergekit | None
+    kept: Kept
+
+    def cost(self, asked: dict[str, Any], work: Callable[[], Cost]) -> Cost:
+        """Return what something took when it was asked for before, or takes now."""
+        return Cost(**self.kept.get(asked, lambda: work()._asdict()))
 
 
-def at_least(goal: float, name: str, value: float) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 4), "goal": round(goal, 4), "holds": value >= goal}
-
-
-def compare_models(
-    folder: Path, sizes: dict[str, int], num_nodes: int, dtype_name: str, mergekit: Mergekit | None
-) -> Targets:
+def compare_models(folder: Path, sizes: dict[str, int], num_nodes: int, dtype_name: str, peers: Peers) -> Targets:
     """Print the table of one dtype and number of fine-tunes."""
     directories = write_models(folder, sizes, getattr(torch, dtype_name), num_nodes)
     names = [str(directory) for directory in directories]
@@ -423,7 +295,11 @@ def compare_models(
         computed = measure("merge", directories=names, method=method, keep=False)
         stacks = ours.anonymous_bytes / (4 * num_nodes * largest)
         rate, computed_rate = (input_bytes / one.cpu_s / 1e9 for one in (ours, computed))
-        naive = f"{measure('naive', directories=names, method=method).cpu_s:.2f}" if method in NAIVE else "-"
+        asked = {"method": method, "sizes": sizes, "num_nodes": num_nodes, "dtype": dtype_name}
+        naive = "-"
+        if method in NAIVE:
+            cost = peers.cost({"naive": asked}, lambda m=method: measure("naive", directories=names, method=m))
+            naive = f"{cost.cpu_s:.2f}"
         line = (
             f"{method:<16} {ours.cpu_s:>7.2f} {ours.wall_s:>7.2f} {ours.anonymous_bytes / 1e6:>6.0f} {stacks:>6.2f}"
             f" {rate:>6.2f} {computed_rate:>9.2f} {naive:>8}"
@@ -432,8 +308,8 @@ def compare_models(
         targets.append(at_most(4, f"{where}: memory, in stacks of the largest tensor", stacks))
         if method in LINEAR:
             targets.append(at_least(0.5, f"{where}: of the page cache's read rate", computed_rate / read_rate))
-        if mergekit is not None and method not in NOT_THEIRS:
-            theirs = mergekit.merge(directories, folder, method)
+        if (mergekit := peers.mergekit) is not None and method not in NOT_THEIRS:
+            theirs = peers.cost({"mergekit": asked}, lambda m=method: mergekit.merge(directories, folder, m))
             line += f" {theirs.cpu_s:>10.2f} {theirs.wall_s:>7.2f} {theirs.anonymous_bytes / 1e6:>6.0f}"
             line += f" {ours.cpu_s / theirs.cpu_s:>6.3f}"
             if method in SHARE_OF_MERGEKIT:
@@ -456,14 +332,14 @@ def compare_deltas(folder: Path, sizes: dict[str, int]) -> Targets:
     base = Checkpoint(directories[0])
     num_parameters = sum(spec.num_elements for spec in base.schema.values())
     print(f"\n{NUM_NODES} delta files of {num_parameters / 1e6:.0f} M parameters; CPU s, and MB of memory")
-    print(f"{'':<24}" + "".join(f"{method:>22}" for method in METHOD_NAMES[:4]))
+    print(f"{'':<24}" + "".join(f"{method:>22}" for method in METHOD_NAMES))
     for label, settings in CODECS.items():
         codec, files = Codec.from_dict(Codec(**settings).to_dict()), []
         for seed, directory in enumerate(directories[1:]):
             files.append(folder / f"{seed}.delta")
             write_delta(files[-1], subtract(Checkpoint(directory), base), base.schema, codec, seed=seed)
         line = f"{label:<24}"
-        for method in METHOD_NAMES[:4]:
+        for method in METHOD_NAMES:
             arguments = {"base": str(directories[0]), "files": list(map(str, files)), "codec": codec.to_dict()}
             cost = measure("deltas", method=method, folder=folder, **arguments)
             line += f"{cost.cpu_s:>14.2f}{cost.anonymous_bytes / 1e6:>8.0f}"
@@ -471,7 +347,7 @@ def compare_deltas(folder: Path, sizes: dict[str, int]) -> Targets:
     return []
 
 
-def compare_fedavg(folder: Path, num_clients: int, client_bytes: int) -> Targets:
+def compare_fedavg(folder: Path, num_clients: int, client_bytes: int, peers: Peers) -> Targets:
     """Print FedAvg beside Flower's."""
     side = 2048
     num_tensors = max(1, client_bytes // (4 * side * side))
@@ -491,7 +367,8 @@ def compare_fedavg(folder: Path, num_clients: int, client_bytes: int) -> Targets
     if needed_bytes > available_bytes:
         print(f"; Flower left out: it needs {needed_bytes / 1e9:.0f} GB of memory")
         return []
-    theirs = measure("flower", directories=names, folder=folder)
+    asked = {"flower": {"num_clients": num_clients, "client_bytes": client_bytes}}
+    theirs = peers.cost(asked, lambda: measure("flower", directories=names, folder=folder))
     print(f"; Flower {theirs.cpu_s:.2f} CPU s, {theirs.anonymous_bytes / 1e6:.0f} MB")
     return [
         at_most(1 / 3, f"{where}: of Flower's CPU seconds", ours.cpu_s / theirs.cpu_s),
@@ -541,7 +418,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="28 M parameters instead of 300 M")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the targets and whether they are met")
-    parser.add_argument("--mergekit", metavar="PYTHON", help="the Python of an environment that has mergekit")
+    parser.add_argument("--mergekit", type=Path, metavar="DIR", help="mergekit's environment, made if it is not there")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep what peers took in DIR, and take that there")
     parser.add_argument("--parts", default="models,deltas,fedavg,growth", help="which parts to run")
     parser.add_argument("--folder", type=Path, help="where to put models meanwhile (full: 12 GB) [default: /tmp]")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -550,43 +428,31 @@ def main() -> None:
         run_case(arguments.case)
         return
     parts = arguments.parts.split(",")
-    mergekit = Mergekit(arguments.mergekit) if arguments.mergekit else None
+    mergekit = Mergekit(arguments.mergekit.absolute()) if arguments.mergekit else None
     if mergekit is None:
-        print("mergekit is left out (--mergekit PYTHON)")
+        print("mergekit is left out (--mergekit DIR)")
     # One layer with tensors of full size: small ones would measure Python.
     sizes = {"hidden": 1024, "ffn": 2816, "num_layers": 1, "vocab": 8_000}
     if not arguments.quick:
         sizes |= {"num_layers": 20, "vocab": 32_000}
-    targets: Targets = []
-    jobs: list[Callable[[Path], Targets]] = []
+    jobs: list[Callable[[Path, Peers], Targets]] = []
     if "models" in parts:
-        for dtype_name, num_nodes in (
-            (("bfloat16", 4), ("float32", 4))
-            if arguments.quick
-            else (
-                ("bfloat16", 4),
-                ("float32", 4),
-                ("bfloat16", 8),
-            )
-        ):
-            jobs.append(lambda folder, d=dtype_name, n=num_nodes: compare_models(folder, sizes, n, d, mergekit))
+        sets = [("bfloat16", 4), ("float32", 4), ("bfloat16", 8), ("float32", 8)][: 2 if arguments.quick else 4]
+        jobs += [lambda f, p, d=d, n=n: compare_models(f, sizes, n, d, p) for d, n in sets]
     if "deltas" in parts:
-        jobs.append(lambda folder: compare_deltas(folder, sizes))
+        jobs.append(lambda folder, _: compare_deltas(folder, sizes))
     if "fedavg" in parts:
-        for num_clients in (8, 16):
-            jobs.append(
-                lambda folder, n=num_clients: compare_fedavg(folder, n, (100 if arguments.quick else 500) * 10**6)
-            )
+        client_bytes = (100 if arguments.quick else 500) * 10**6
+        jobs += [lambda f, p, n=n: compare_fedavg(f, n, client_bytes, p) for n in (8, 16)]
     if "growth" in parts:
-        jobs.append(lambda folder: measure_growth(folder, arguments.quick))
-    for job in jobs:
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            targets += job(Path(folder))
-    print()
-    for one in targets:
-        print(f"{'met   ' if one['holds'] else 'MISSED'}  {one['name']}: {one['value']:.3g} (goal {one['goal']:.3g})")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"targets": targets}, indent=2) + "\n")
+        jobs.append(lambda folder, _: measure_growth(folder, arguments.quick))
+    targets: Targets = []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+        peers = Peers(mergekit, Kept(arguments.keep or Path(scratch) / "kept"))
+        for job in jobs:
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+                targets += job(Path(folder), peers)
+    report(targets, {}, arguments.json)
 
 
 if __name__ == "__main__":

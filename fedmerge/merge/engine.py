@@ -19,7 +19,7 @@ from fedmerge.delta import TaskVector, apply_one, working_dtype
 from fedmerge.errors import InputError, ModelMismatch
 from fedmerge.merge.average import fold
 from fedmerge.merge.flight import Workers, in_order
-from fedmerge.merge.fused import BY_LINE, FUSED, MergeBlock
+from fedmerge.merge.fused import BY_LINE, FUSED, MergeBlock, is_compiled
 from fedmerge.merge.layers import Value
 from fedmerge.merge.methods import LINEAR, METHODS, NEEDS_BASE
 from fedmerge.merge.recipe import Plan, Recipe
@@ -187,7 +187,8 @@ class _Merge:
 
     def _rows(self, name: str) -> Rows | None:
         """Return the task vectors of a parameter for a compiled method; None where there is none, or none for them."""
-        if not self.compiled:
+        params = self.plan.params(name)
+        if not self.compiled or not is_compiled(self.recipe.method, params):
             return None
         if not self.recipe.before and all(map(_is_readable, self.deltas)):
             operands = [_operand(delta, name, scale) for delta, scale in zip(self.deltas, self.scales, strict=True)]
@@ -196,6 +197,10 @@ class _Merge:
             return None
         else:
             operands = [Operand(row) for row in self._stack(name)]
+        if params.get("space") == "weights":
+            if self.base is None or self.base[name].shape != operands[0].tuned.shape:
+                return None  # for the torch form to refuse
+            operands.append(Operand(self.base[name]))
         if not all(operand.compiled for operand in operands):
             return None
         shape = operands[0].tuned.shape
@@ -204,7 +209,7 @@ class _Merge:
         return Rows(operands, line_elements=shape.numel() // lines if by_line else 1)
 
     def _compiled(self, name: str, rows: Rows) -> MergeBlock:
-        values = row_weights(self._weights(name), rows.num_rows, torch.float32)
+        values = row_weights(self._weights(name), len(self.deltas), torch.float32)
         seed = self.plan.method_seed(derive_seed(self.seed, name))
         return FUSED[self.recipe.method](rows, values, seed=seed, **self.plan.params(name))
 

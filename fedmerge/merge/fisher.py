@@ -12,7 +12,7 @@ from torch import Tensor
 from fedmerge.errors import InputError
 from fedmerge.merge.average import fedavg
 from fedmerge.merge.gram import masses
-from fedmerge.merge.stack import as_rows, blocks
+from fedmerge.merge.stack import as_rows, blocks, row_weights
 
 Epsilon: TypeAlias = Annotated[
     float, Field(gt=0, le=1, description="Added to the Fisher information, for elements that have none at any node.")
@@ -62,7 +62,7 @@ def fisher(
     guard = epsilon if floor == "absolute" else 0.0
     factors = [1 / (norm + guard) if norm else 0.0 for norm in norms] if normalize else [1.0] * len(rows)
     added = [epsilon * factor for factor in factors]
-    node_weights = masses(deltas, weights).tolist()
+    node_weights = masses(row_weights(weights, len(rows), rows.dtype)).tolist()
     if floor == "relative":
         scaled = zip(node_weights, factors, sums, strict=True)
         added = [epsilon * math.fsum(w * factor * total for w, factor, total in scaled) / rows.shape[1]] * len(rows)

@@ -1,8 +1,9 @@
-"""The element-wise methods in compiled form: the same bits as their torch forms, in few passes and little memory.
+"""Methods in compiled form: the same bits as their torch forms, in few passes and little memory.
 
-What the methods of this family do to each task vector, *thinning* it, concerns one entry and a few numbers found
+What the element-wise methods do to each task vector, *thinning* it, concerns one entry and a few numbers found
 beforehand (a threshold, a ratio, the seed of a mask); what follows, *folding* or *electing*, concerns the entries of
-one column. So a parameter is merged block of columns by block of columns, whatever its size.
+one column. Methods that go by angles need the inner products beforehand. So a parameter is merged block of columns by
+block of columns, whatever its size.
 
 FUSED[name](rows, weights, seed=..., **params) makes the passes that find those numbers and returns what merges a block.
 """
@@ -10,15 +11,19 @@ FUSED[name](rows, weights, seed=..., **params) makes the passes that find those 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Concatenate, TypeAlias
 
 import numpy as np
+import torch
 
 from fedmerge.merge import kernels
 from fedmerge.merge.average import fedavg_coefficients, task_arithmetic_coefficients
 from fedmerge.merge.della import probabilities_by_rank
+from fedmerge.merge.gram import MakeAngles, no_products
 from fedmerge.merge.kernels import LOW_BITS, NUM_HIGH, NUM_LOW
+from fedmerge.merge.methods import BY_ANGLES
 from fedmerge.merge.ranking import Cut, count, num_middle
 from fedmerge.merge.rows import Array, Rows, fp32
 from fedmerge.merge.stack import BLOCK_ELEMENTS
@@ -97,6 +102,21 @@ def della(
     return _elect(rows, weights, _drop_by_rank(rows, seed, density, epsilon, rescale), **rules)
 
 
+def by_angles(make: MakeAngles, rows: Rows, weights: list[float], *, seed: int, **params: Any) -> MergeBlock:
+    """Compile `gram.merge_by_angles`. With space="weights" the last of the rows is the base."""
+    lanes = no_products(1, rows.num_rows)
+    for start, stop in rows.blocks():
+        kernels.add_products(rows.read(start, stop)[:, None], lanes)
+    products = torch.empty(lanes.shape[:3], dtype=torch.float64)
+    kernels.sum_lanes(lanes, products.numpy())
+    coefficients = make(weights, **params).coefficients(products, torch.float32)[0].numpy()
+
+    def merge_block(start: int, stop: int, out: Array) -> None:
+        kernels.combine(rows.read(start, stop), coefficients, out)
+
+    return merge_block
+
+
 FUSED: dict[str, FusedMethod] = {
     "fedavg": fedavg,
     "task_arithmetic": task_arithmetic,
@@ -107,10 +127,16 @@ FUSED: dict[str, FusedMethod] = {
     "della_linear": della_linear,
     "breadcrumbs": breadcrumbs,
     "breadcrumbs_ties": breadcrumbs_ties,
+    **{name: partial(by_angles, make) for name, make in BY_ANGLES.items()},
 }
 
 # Methods that rank the entries of a line: their blocks are whole lines.
 BY_LINE = frozenset({"della", "della_linear"})
+
+
+def is_compiled(method: str, params: Mapping[str, Any]) -> bool:
+    """Return whether `method` has a compiled form with these `params`: not where parts of a tensor have own angles."""
+    return method in FUSED and params.get("axis", "tensor") == "tensor" and not params.get("filter_wise", False)
 
 
 # --- folding and electing

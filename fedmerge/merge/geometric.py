@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmerge.merge.gram import cosines, masses, merge_by_angles, node_weights
+from fedmerge.merge.gram import Angles, cosines, masses, merge_by_angles
 
 Clamp: TypeAlias = Annotated[
     bool, Field(description="Keep the ratio of interpolation between 0 (the base) and 1 (the mean).")
@@ -44,7 +44,19 @@ def model_stock(
     since the geometry takes nodes as equals. mergekit's variant is clamp=False; FusionBench's has also
     angle="mean_angle". One node gets its delta back. Raises `InputError` when the weights do not fit the stack.
     """
-    num_nodes = len(node_weights(deltas, weights))
+    # A vector, such as a bias or a norm's scale, is one filter.
+    by_unit = filter_wise and deltas.ndim > 2
+
+    def angles(values: list[float]) -> Angles:
+        return model_stock_angles(values, clamp=clamp, filter_wise=by_unit, angle=angle)
+
+    merged = merge_by_angles(deltas.flatten(2) if by_unit else deltas, weights, angles, base=base)
+    return merged.view(deltas.shape[1:])
+
+
+def model_stock_angles(weights: list[float], *, clamp: bool, filter_wise: bool, angle: Angle) -> Angles:
+    """Return the rule of `model_stock`."""
+    num_nodes = len(weights)
 
     def rule(products: Tensor) -> Tensor:
         cosine = _cosine_between_nodes(products, angle)
@@ -52,10 +64,7 @@ def model_stock(
         ratio = torch.where(divisor.abs() < 1e-6, 0, num_nodes * cosine / divisor)
         return (ratio.clamp(0, 1) if clamp else ratio)[:, None].expand(-1, num_nodes) / num_nodes
 
-    # A vector, such as a bias or a norm's scale, is one filter.
-    by_unit = filter_wise and deltas.ndim > 2
-    merged = merge_by_angles(deltas.flatten(2) if by_unit else deltas, rule, axis="row" if by_unit else "tensor")
-    return merged.view(deltas.shape[1:])
+    return Angles(rule, axis="row" if filter_wise else "tensor")
 
 
 def _cosine_between_nodes(products: Tensor, angle: Angle) -> Tensor:
@@ -83,7 +92,14 @@ def geometric_median(
     Nodes with less than half of the weight can not move it without bound. Raises `InputError` on negative or vanishing
     weights (K,).
     """
-    values = masses(deltas, weights)
+    return merge_by_angles(
+        deltas, weights, lambda values: geometric_median_angles(values, max_iter=max_iter, eps=eps), base=base
+    )
+
+
+def geometric_median_angles(weights: list[float], *, max_iter: int, eps: float) -> Angles:
+    """Return the rule of `geometric_median`."""
+    values = masses(weights)
 
     def rule(products: Tensor) -> Tensor:
         products = products.squeeze(0)
@@ -101,4 +117,4 @@ def geometric_median(
                 break
         return point[None]
 
-    return merge_by_angles(deltas, rule)
+    return Angles(rule)

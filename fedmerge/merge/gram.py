@@ -2,20 +2,24 @@
 
     K  number of vectors      G  number of groups, each merged by itself (1, or rows)      N  elements of a group
 
-Inner products and sums run in fp64, block by block and in one order, whatever the number of threads.
+Inner products and sums run in fp64 and in one order, whatever the blocks and the number of threads.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Concatenate, Literal, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedmerge.delta import working_dtype
 from fedmerge.errors import InputError, ModelMismatch
+from fedmerge.merge import kernels
 from fedmerge.merge.stack import BLOCK_ELEMENTS, as_rows, blocks, row_weights, shares
 
 Space: TypeAlias = Annotated[
@@ -34,42 +38,70 @@ Axis: TypeAlias = Annotated[
 Rule: TypeAlias = Callable[[Tensor], Tensor]
 
 
+class Angles(NamedTuple):
+    """A method of this kind, told its weights and parameters: the rule, and the vectors that it is about."""
+
+    rule: Rule
+    space: Space = "delta"
+    axis: Axis = "tensor"
+
+    def coefficients(self, products: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the coefficients (G, V), fp64 rounded to `dtype`, of vectors with the inner `products` (G, V, V).
+
+        The vectors are the task vectors and, with space="weights", the base behind them.
+        """
+        if self.space == "delta":
+            found = self.rule(products)
+        else:
+            # (x_i + b) . (x_j + b) from the products of x and b, and base + merged = sum_i c_i (b + x_i).
+            with_base, of_base = products[:, :-1, -1], products[:, -1:, -1:]
+            found = self.rule(products[:, :-1, :-1] + with_base[:, :, None] + with_base[:, None, :] + of_base)
+            found = torch.cat([found, found.sum(1, keepdim=True) - 1], dim=1)
+        # Rounded: what processors compute differently, the last bits of an arc cosine, does not reach the outcome.
+        return found.to(dtype).to(torch.float64)
+
+
+# make(weights, **params), for K weights that are checked.
+MakeAngles: TypeAlias = Callable[Concatenate[list[float], ...], Angles]
+
+
 def merge_by_angles(
-    deltas: Tensor, rule: Rule, *, base: Tensor | None = None, space: Space = "delta", axis: Axis = "tensor"
+    deltas: Tensor, weights: Tensor, angles: Callable[[list[float]], Angles], *, base: Tensor | None
 ) -> Tensor:
-    """Return the sum of coefficient * vector that `rule` asks for, as a task vector (*shape,) in fp32 (or fp64).
+    """Return the sum of coefficient * vector that `angles` ask for, as a task vector (*shape,) in fp32 (or fp64).
 
     The vectors are `deltas` (K, *shape) or, with space="weights", `base + delta`. Raises `InputError` when the stack is
-    empty or not floating-point or a base is needed and missing, `ModelMismatch` when it has another shape.
+    empty, not floating-point or does not fit the `weights` (K,), or a base is needed and missing, `ModelMismatch` when
+    it has another shape.
     """
-    rows = as_rows(deltas)
-    shape = deltas.shape[1:]
-    vectors = [_grouped(row.view(shape), axis) for row in rows]
-    if space == "delta":
-        merged = _combine(vectors, rule(inner_products(vectors)), rows.dtype)
-    else:
-        vectors.append(_grouped(_require_base(base, shape), axis))
-        # (x_i + b) . (x_j + b) from the products of x and b, and base + merged = sum_i c_i (b + x_i).
-        products = inner_products(vectors)
-        with_base, of_base = products[:, :-1, -1], products[:, -1:, -1:]
-        coefficients = rule(products[:, :-1, :-1] + with_base[:, :, None] + with_base[:, None, :] + of_base)
-        excess = coefficients.sum(1, keepdim=True) - 1
-        merged = _combine(vectors, torch.cat([coefficients, excess], dim=1), rows.dtype)
-    return _ungrouped(merged, shape, axis)
+    rows, shape = as_rows(deltas), deltas.shape[1:]
+    asked = angles(row_weights(weights, len(rows), rows.dtype))
+    vectors = [_grouped(row.view(shape), asked.axis) for row in rows]
+    if asked.space == "weights":
+        vectors.append(_grouped(_require_base(base, shape), asked.axis))
+    merged = _combine(vectors, asked.coefficients(inner_products(vectors), rows.dtype), rows.dtype)
+    return _ungrouped(merged, shape, asked.axis)
 
 
 def inner_products(vectors: Sequence[Tensor]) -> Tensor:
     """Return the inner products (G, K, K) in fp64 of K `vectors` (G, N) within each of the G groups."""
     num_groups, num_elements = vectors[0].shape
-    products = torch.zeros(num_groups, len(vectors), len(vectors), dtype=torch.float64)
-    for groups, columns in _tiles(num_groups, num_elements):
-        tile = [vector[groups, columns].to(torch.float64) for vector in vectors]
-        for i, left in enumerate(tile):
-            for j, right in enumerate(tile[: i + 1]):
-                # numpy's order of additions does not depend on the number of threads.
-                products[groups, i, j] += torch.from_numpy((left * right).cpu().numpy().sum(axis=1))
-    lower = products.tril(-1)
-    return products.tril() + lower.mT
+    dtype = working_dtype(*vectors)
+    products = torch.empty(num_groups, len(vectors), len(vectors), dtype=torch.float64)
+    height = min(256, max(1, BLOCK_ELEMENTS // max(1, num_elements)))
+    for top in range(0, num_groups, height):
+        groups = slice(top, min(top + height, num_groups))
+        lanes = no_products(groups.stop - top, len(vectors))
+        for columns in blocks(num_elements):
+            tile = torch.stack([vector[groups, columns].to("cpu", dtype) for vector in vectors])
+            kernels.add_products(tile.numpy(), lanes)
+        kernels.sum_lanes(lanes, products[groups].numpy())
+    return products
+
+
+def no_products(num_groups: int, num_vectors: int) -> npt.NDArray[np.float64]:
+    """Return what `kernels.add_products` adds to."""
+    return np.zeros((num_groups, num_vectors, num_vectors, kernels.LANES))
 
 
 def cosines(products: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,25 +114,17 @@ def cosines(products: Tensor) -> tuple[Tensor, Tensor]:
     return lengths, found
 
 
-def node_weights(deltas: Tensor, weights: Tensor) -> list[float]:
-    """Return `weights` (K,) as numbers; raise `InputError` unless they and `deltas` (K, *shape) can be merged."""
-    rows = as_rows(deltas)
-    return row_weights(weights, len(rows), rows.dtype)
-
-
-def masses(deltas: Tensor, weights: Tensor) -> Tensor:
+def masses(weights: list[float]) -> Tensor:
     """Return `weights` divided by their sum, (K,) in fp64; raise `InputError` when one is negative or all are zero."""
-    values = node_weights(deltas, weights)
-    if min(values) < 0:
-        raise InputError(f"weights {values} must not be negative", hint="task_arithmetic takes negative weights")
-    return torch.tensor(shares(values), dtype=torch.float64)
+    if min(weights) < 0:
+        raise InputError(f"weights {weights} must not be negative", hint="task_arithmetic takes negative weights")
+    return torch.tensor(shares(weights), dtype=torch.float64)
 
 
 def _combine(vectors: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum (G, N) of `coefficients` (G, K) * `vectors` (K of (G, N)), rounded once to `dtype`."""
-    # Rounded first: what processors compute differently, the last bits of an arc cosine, does not reach the outcome.
-    coefficients = coefficients.to(dtype).to(torch.float64)
-    merged = torch.empty(vectors[0].shape, dtype=dtype)
+    merged = torch.empty(vectors[0].shape, dtype=dtype, device=vectors[0].device)
+    coefficients = coefficients.to(merged.device)
     for groups, columns in _tiles(*merged.shape):
         total = torch.zeros_like(merged[groups, columns], dtype=torch.float64)
         for vector, coefficient in zip(vectors, coefficients.T, strict=True):

@@ -27,8 +27,11 @@ INFINITE = 0x7F800000  # the magnitude of infinity; those of NaN are above it
 LOW_BITS = 15
 NUM_HIGH, NUM_LOW = 1 << 16, 1 << LOW_BITS
 
-# Columns that the consensus works on at a time: its four scratch rows stay in the first-level cache.
+# Columns that a kernel of several rows works on at a time: what it holds of them stays in the first-level cache.
 TILE = 1024
+
+# Sums that are added up side by side: entry e of a row goes to number e % LANES, whatever the blocks it comes in.
+LANES = 32
 
 
 # --- reading and writing
@@ -214,6 +217,58 @@ def drop_by_rank(
             j = int(scratch[row, place] & np.uint64(0xFFFFFFFF))
             kept = line[j] * (np.float32(1) if drawn[j] * 2.0**-32 < probabilities[place] else np.float32(0))
             line[j] = np.float32(np.float64(kept) * factors[place])
+
+
+# --- inner products
+
+
+@kernel
+def add_products(rows: Array, lanes: Array) -> None:
+    """Add to `lanes` (G, K, K, LANES), float64, the products of each pair of `rows` (K, G, B), its first as the later.
+
+    B is a multiple of LANES but in the last of a row's blocks.
+    """
+    for group in range(rows.shape[1]):
+        for start in range(0, rows.shape[2], TILE):
+            stop = min(start + TILE, rows.shape[2])
+            whole = start + (stop - start) // LANES * LANES
+            for i in range(rows.shape[0]):
+                one = rows[i, group]
+                for j in range(i + 1):
+                    other, sums = rows[j, group], lanes[group, i, j]
+                    for first in range(start, whole, LANES):
+                        for lane in range(LANES):
+                            sums[lane] += np.float64(one[first + lane]) * np.float64(other[first + lane])
+                    for rest in range(whole, stop):
+                        sums[rest - whole] += np.float64(one[rest]) * np.float64(other[rest])
+
+
+@kernel
+def sum_lanes(lanes: Array, products: Array) -> None:
+    """Set `products` (G, K, K), float64, to the sums that `add_products` made of `lanes`, both halves of it."""
+    for group in range(lanes.shape[0]):
+        for i in range(lanes.shape[1]):
+            for j in range(i + 1):
+                total = 0.0
+                for lane in range(LANES):
+                    total += lanes[group, i, j, lane]
+                products[group, i, j] = total
+                products[group, j, i] = total
+
+
+@kernel
+def combine(rows: Array, coefficients: Array, out: Array) -> None:
+    """Set `out` (B,) to the sum of coefficient * row, added in float64 in the order of `rows` and rounded once."""
+    total = np.empty(TILE, dtype=np.float64)
+    for start in range(0, out.size, TILE):
+        num_columns = min(TILE, out.size - start)
+        total[:] = 0
+        for i in range(rows.shape[0]):
+            row, coefficient = rows[i, start : start + num_columns], coefficients[i]
+            for j in range(num_columns):
+                total[j] += np.float64(row[j]) * coefficient
+        for j in range(num_columns):
+            out[start + j] = np.float32(total[j])
 
 
 # --- consensus

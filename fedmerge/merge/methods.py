@@ -18,7 +18,8 @@ from fedmerge.merge.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from fedmerge.merge.dare import dare_linear, dare_ties
 from fedmerge.merge.della import della, della_linear
 from fedmerge.merge.fisher import fisher
-from fedmerge.merge.geometric import geometric_median, model_stock
+from fedmerge.merge.geometric import geometric_median, geometric_median_angles, model_stock, model_stock_angles
+from fedmerge.merge.gram import MakeAngles
 from fedmerge.merge.knots import knots
 from fedmerge.merge.masks import consensus, emr
 from fedmerge.merge.pcb import pcb
@@ -26,7 +27,17 @@ from fedmerge.merge.regmean import regmean
 from fedmerge.merge.robust import mean_around_median, median, trimmed_mean
 from fedmerge.merge.selection import cabs, magmax, sce
 from fedmerge.merge.spectral import iso_c, iso_cts, subspace_boosting, tsv
-from fedmerge.merge.spherical import karcher, multislerp, nuslerp, rda, slerp
+from fedmerge.merge.spherical import (
+    karcher,
+    karcher_angles,
+    mean_direction,
+    multislerp,
+    nuslerp,
+    nuslerp_angles,
+    rda,
+    slerp,
+    slerp_angles,
+)
 from fedmerge.merge.ties import elect, ties
 from fedmerge.merge.trajectory import (
     ema,
@@ -102,6 +113,18 @@ LINEAR: dict[str, Callable[Concatenate[list[float], ...], list[float]]] = {
     "lawa": lawa_coefficients,
     "swa": swa_coefficients,
     "wise_ft": wise_ft_coefficients,
+}
+
+# Methods that are such sums with coefficients that follow from inner products, with the function from weights and
+# parameters to the rule.
+BY_ANGLES: dict[str, MakeAngles] = {
+    "slerp": slerp_angles,
+    "nuslerp": nuslerp_angles,
+    "multislerp": mean_direction,
+    "rda": mean_direction,
+    "karcher": karcher_angles,
+    "model_stock": model_stock_angles,
+    "geometric_median": geometric_median_angles,
 }
 
 # Methods that take the checkpoints of one run, in order of time, and not the fine-tunes of several nodes.

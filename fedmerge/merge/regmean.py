@@ -16,7 +16,7 @@ from fedmerge.errors import InputError
 from fedmerge.merge.average import fedavg
 from fedmerge.merge.gram import masses
 from fedmerge.merge.singular import NULL, on_one_thread
-from fedmerge.merge.stack import as_rows
+from fedmerge.merge.stack import as_rows, row_weights
 
 OffDiagonal: TypeAlias = Annotated[
     float,
@@ -64,7 +64,8 @@ def regmean(
     # Solved for what is to be added to the mean: equal task vectors come back as they are, whatever the condition.
     gram = torch.zeros(num_inputs, num_inputs, dtype=torch.float64)
     pull = torch.zeros(num_inputs, deltas.shape[1], dtype=torch.float64)
-    for matrix, weight, row in zip(statistics, masses(deltas, weights).tolist(), rows, strict=True):
+    node_weights = masses(row_weights(weights, len(rows), rows.dtype)).tolist()
+    for matrix, weight, row in zip(statistics, node_weights, rows, strict=True):
         shrunk = _shrunk(matrix, off_diagonal, normalize=normalize) * weight
         gram += shrunk
         pull += shrunk @ (row.view(mean.shape).to(torch.float64) - mean).T

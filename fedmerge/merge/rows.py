@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedmerge.merge.kernels import INFINITE, add_scaled, apply_bf16, apply_fp32, read
+from fedmerge.merge.kernels import INFINITE, TILE, add_scaled, apply_bf16, apply_fp32, read
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -70,7 +70,7 @@ class Rows:
         self.operands = operands
         self.num_rows, self.num_elements = len(operands), operands[0].tuned.numel()
         self.shape = operands[0].tuned.shape
-        most = min(MOST_COLUMNS, max(1 << 12, MOST_ENTRIES // self.num_rows), self.num_elements)
+        most = min(MOST_COLUMNS, max(1 << 12, MOST_ENTRIES // self.num_rows // TILE * TILE), self.num_elements)
         self.num_columns = num_columns = max(1, line_elements, most // max(1, line_elements) * line_elements)
         self._stored = [_stored(operand.tuned) for operand in operands]
         self._bases = [None if operand.base is None else _stored(operand.base) for operand in operands]

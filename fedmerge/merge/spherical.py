@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmerge.errors import InputError
-from fedmerge.merge.gram import Axis, Space, cosines, masses, merge_by_angles, node_weights
+from fedmerge.merge.gram import Angles, Axis, Space, cosines, masses, merge_by_angles
 
 Position: TypeAlias = Annotated[
     float, Field(ge=0, le=1, description="Where on the arc from the first (0) to the second (1) node the result is.")
@@ -45,8 +45,13 @@ def slerp(
     (a zero delta). The weights (2,) are not used: see `nuslerp`. One node gets its delta back. Raises `InputError` for
     more than two nodes, and when space="weights" lacks the base.
     """
-    _pair("slerp", deltas, weights)
-    return merge_by_angles(deltas, lambda products: _on_arc(products, t, 1 - 0.9995**2), base=base, space=space)
+    return merge_by_angles(deltas, weights, lambda values: slerp_angles(values, t=t, space=space), base=base)
+
+
+def slerp_angles(weights: list[float], *, t: float, space: Space) -> Angles:
+    """Return the rule of `slerp`."""
+    _require_pair("slerp", weights)
+    return Angles(lambda products: _on_arc(products, t, 1 - 0.9995**2), space)
 
 
 def nuslerp(
@@ -64,13 +69,16 @@ def nuslerp(
     whose row_wise is axis="column". Weights that sum to less than 1e-6 in magnitude count as equal. Linear only where
     the arc is straight, and, for safety, where the cosine is below -0.9995. Raises as `slerp`.
     """
-    values = _pair("nuslerp", deltas, weights)
-    total = sum(values)
-    t = values[-1] / total if abs(total) >= 1e-6 else 0.5
+    return merge_by_angles(deltas, weights, lambda values: nuslerp_angles(values, space=space, axis=axis), base=base)
+
+
+def nuslerp_angles(weights: list[float], *, space: Space, axis: Axis) -> Angles:
+    """Return the rule of `nuslerp`."""
+    _require_pair("nuslerp", weights)
+    total = sum(weights)
+    t = weights[-1] / total if abs(total) >= 1e-6 else 0.5
     # Below NO_DIRECTION the arc is straight to twelve digits.
-    return merge_by_angles(
-        deltas, lambda products: _on_arc(products, t, NO_DIRECTION**2), base=base, space=space, axis=axis
-    )
+    return Angles(lambda products: _on_arc(products, t, NO_DIRECTION**2), space, axis)
 
 
 def multislerp(
@@ -83,7 +91,7 @@ def multislerp(
     weighted mean. In fp64 if the deltas are. Raises `InputError` on negative or vanishing weights, and when
     space="weights" lacks the base.
     """
-    return _mean_direction(deltas, weights, base, space)
+    return merge_by_angles(deltas, weights, lambda values: mean_direction(values, space=space), base=base)
 
 
 def rda(deltas: Tensor, weights: Tensor, *, base: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -94,7 +102,7 @@ def rda(deltas: Tensor, weights: Tensor, *, base: Tensor | None = None, seed: in
     this, so an outer learning rate needs another tuning. Where directions cancel out, the weighted mean. Raises
     `InputError` on negative or vanishing weights.
     """
-    return _mean_direction(deltas, weights, None, "delta")
+    return merge_by_angles(deltas, weights, mean_direction, base=base)
 
 
 def karcher(
@@ -114,7 +122,14 @@ def karcher(
     count for the length; antipodes of the present mean, whose tangent is undefined, wait for the next step. Where
     directions cancel out, the weighted mean. (*shape,) in fp32, or fp64 if the deltas are. Raises as `multislerp`.
     """
-    values = masses(deltas, weights)
+    return merge_by_angles(
+        deltas, weights, lambda values: karcher_angles(values, max_iter=max_iter, tol=tol, space=space), base=base
+    )
+
+
+def karcher_angles(weights: list[float], *, max_iter: int, tol: float, space: Space) -> Angles:
+    """Return the rule of `karcher`."""
+    values = masses(weights)
 
     def rule(products: Tensor) -> Tensor:
         lengths, cosine = (part.squeeze(0) for part in cosines(products))
@@ -135,11 +150,12 @@ def karcher(
             mean, _ = _normalise(torch.cos(step) * mean + torch.sin(step) * direction, cosine)
         return ((values * lengths).sum() * mean / torch.where(lengths > 0, lengths, 1))[None]
 
-    return merge_by_angles(deltas, rule, base=base, space=space)
+    return Angles(rule, space)
 
 
-def _mean_direction(deltas: Tensor, weights: Tensor, base: Tensor | None, space: Space) -> Tensor:
-    values = masses(deltas, weights)
+def mean_direction(weights: list[float], *, space: Space = "delta") -> Angles:
+    """Return the rule of `multislerp` and `rda`."""
+    values = masses(weights)
 
     def rule(products: Tensor) -> Tensor:
         lengths, cosine = (part.squeeze(0) for part in cosines(products))
@@ -148,7 +164,7 @@ def _mean_direction(deltas: Tensor, weights: Tensor, base: Tensor | None, space:
             return values[None]
         return ((values * lengths).sum() * mean / torch.where(lengths > 0, lengths, 1))[None]
 
-    return merge_by_angles(deltas, rule, base=base, space=space)
+    return Angles(rule, space)
 
 
 def _normalise(coefficients: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,11 +188,9 @@ def _on_arc(products: Tensor, t: float, straight: float) -> Tensor:
     return torch.where((1 - cosine**2 <= straight) | (cosine < ANTIPODES), ends, arc)
 
 
-def _pair(method: str, deltas: Tensor, weights: Tensor) -> list[float]:
-    """Return the weights of one or two nodes; raise `InputError` for more."""
-    values = node_weights(deltas, weights)
-    if len(values) > 2:
+def _require_pair(method: str, weights: list[float]) -> None:
+    """Raise `InputError` for more than two nodes."""
+    if len(weights) > 2:
         raise InputError(
-            f"{method} merges two task vectors, not {len(values)}", hint="multislerp and karcher merge any number"
+            f"{method} merges two task vectors, not {len(weights)}", hint="multislerp and karcher merge any number"
         )
-    return values

@@ -12,7 +12,7 @@ from fedmerge.delta import UpdatedModel, subtract
 from fedmerge.errors import InputError
 from fedmerge.merge import METHODS, Recipe, Workers, merge_deltas, merge_models
 from fedmerge.merge.fused import FUSED
-from fedmerge.merge.methods import PAIRWISE
+from fedmerge.merge.methods import BY_ANGLES, PAIRWISE
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import WEIGHTS, Checkpoint, schema_of
 from fedmerge.weights import split_shards, writing_weights
@@ -34,8 +34,19 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("della_linear", {"density": 1.0}),
     ("breadcrumbs", {"density": 0.143, "outliers": 0.007}),
     ("breadcrumbs_ties", {"density": 0.95, "outliers": 0.1, "zero_sum": "majority"}),
+    ("slerp", {"t": 0.3, "space": "weights"}),
+    ("nuslerp", {"axis": "column"}),
+    ("karcher", {"space": "weights", "max_iter": 3}),
+    ("model_stock", {"clamp": False, "angle": "mean_angle"}),
+    ("model_stock", {"filter_wise": True}),
 ]
 each_variant = pytest.mark.parametrize(("method", "params"), VARIANTS)
+
+
+def weights_for(method: str) -> list[float]:
+    """Return weights that the method takes, one negative if it may be."""
+    weights = [abs(weight) for weight in WEIGHTS_OF_NODES] if method in BY_ANGLES else WEIGHTS_OF_NODES
+    return weights[:2] if method in PAIRWISE else weights
 
 
 def model(seed: int, dtype: torch.dtype, *, base: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -58,11 +69,12 @@ def bits(tensor: Tensor) -> Tensor:
 def by_torch(
     method: str, params: dict[str, Any], base: dict[str, Tensor], tuned: list[dict[str, Tensor]], seed: int
 ) -> dict[str, Tensor]:
-    weights = torch.tensor(WEIGHTS_OF_NODES)
+    weights = torch.tensor(weights_for(method))
     merged = {}
     for name in sorted(base):
         stack = torch.stack([one[name].float() - base[name].float() for one in tuned])
-        merged[name] = METHODS[method](stack, weights, seed=derive_seed(seed, name), **params)
+        before = base[name].float() if method in BY_ANGLES else None
+        merged[name] = METHODS[method](stack, weights, base=before, seed=derive_seed(seed, name), **params)
     return merged
 
 
@@ -74,11 +86,11 @@ def test_checkpoints_merge_to_the_bits_of_the_torch_form(
     method: str, params: dict[str, Any], of_base: torch.dtype, of_tuned: torch.dtype
 ) -> None:
     base = model(0, of_base)
-    tuned = [model(seed, of_tuned, base=base) for seed in (1, 2, 3)]
+    tuned = [model(seed, of_tuned, base=base) for seed, _ in enumerate(weights_for(method), 1)]
     recipe = Recipe(method, params)
     expected = by_torch(method, dict(recipe.params), base, tuned, seed=5)
     deltas = [subtract(one, base) for one in tuned]
-    merged = dict(merge_deltas(deltas, WEIGHTS_OF_NODES, recipe, base=base, seed=5))
+    merged = dict(merge_deltas(deltas, weights_for(method), recipe, base=base, seed=5))
     assert merged.keys() == expected.keys()
     for name in SHAPES:
         assert same_bits(merged[name], expected[name]), name
@@ -105,7 +117,7 @@ def test_merged_models_are_base_plus_update_to_the_bit(
         assert same_bits(written[name], expected[name]), name
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties", "della", "median", "karcher"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties", "della", "median", "karcher", "tsv"])
 def test_threads_and_memory_change_nothing(method: str, tmp_path: Path) -> None:
     base = {f"{i}.{name}": tensor for i in range(4) for name, tensor in model(i, torch.bfloat16).items()}
     for node in range(3):
