@@ -6,7 +6,9 @@ round spec, deltas and optimizer state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -27,6 +29,22 @@ from fedmerge.statistics import statistics_of, statistics_schema, task_vector_of
 from fedmerge.tensors import Schema, TensorMap, reporting_save_errors
 
 STATE_SEPARATOR = ":"
+LATE = "+"
+
+
+def delta_key(node_id: str, staleness: int) -> str:
+    """Return the key of a delta among those that are merged: the node's id, and how late it is if it is."""
+    return f"{node_id}{LATE}{staleness}" if staleness else node_id
+
+
+def node_of(key: str) -> str:
+    """Return the node of a delta's key."""
+    return key.partition(LATE)[0]
+
+
+def staleness_of(key: str) -> int:
+    """Return for how many rounds before the merge's a delta was made, from its key."""
+    return int(key.partition(LATE)[2] or 0)
 
 
 def open_delta(spec: RoundSpec, node_id: str, path: Path, schema: Schema) -> DeltaFile:
@@ -41,18 +59,23 @@ def open_delta(spec: RoundSpec, node_id: str, path: Path, schema: Schema) -> Del
 def screen_round(
     spec: RoundSpec, deltas: Mapping[str, TensorMap], num_examples: Mapping[str, int], schema: Schema
 ) -> list[Verdict]:
-    """Step 9: one verdict and weight per node, sorted by node id.
+    """Step 9: one verdict and weight per delta, sorted by key (`delta_key`, here and wherever deltas are merged).
 
-    Raises `RoundFailed` when fewer than the round's `min_nodes` pass.
+    A delta that is s rounds late is scaled by 1 / sqrt(1 + s), which is not made up for by the others (FedBuff, arXiv
+    2106.06639): a step of late deltas only is a shorter one. Raises `RoundFailed` when the deltas of fewer than the
+    round's `min_nodes` pass.
     """
     kind = Recipe.from_dict(spec.merge).statistics
     deltas = {node_id: task_vector_of(sent, kind) for node_id, sent in deltas.items()}
     verdicts = screen(deltas, num_examples, schema, ScreenPolicy.from_dict(spec.screen))
-    num_accepted = sum(verdict.accepted for verdict in verdicts)
-    if num_accepted < spec.min_nodes:
+    accepted = {node_of(verdict.node_id) for verdict in verdicts if verdict.accepted}
+    if len(accepted) < spec.min_nodes:
         refused = "; ".join(f"{v.node_id[:12]}: {v.detail}" for v in verdicts if not v.accepted)
-        raise RoundFailed(f"only {num_accepted} of {len(verdicts)} deltas passed screening ({refused})")
-    return verdicts
+        num_nodes = len({node_of(verdict.node_id) for verdict in verdicts})
+        raise RoundFailed(f"the deltas of only {len(accepted)} of {num_nodes} nodes passed screening ({refused})")
+    return [
+        replace(verdict, scale=verdict.scale / math.sqrt(1 + staleness_of(verdict.node_id))) for verdict in verdicts
+    ]
 
 
 def weights_of(verdicts: Sequence[Verdict], candidate: Candidate | None) -> dict[str, Value]:

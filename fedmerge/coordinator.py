@@ -84,6 +84,8 @@ class Coordinator:
             grace_s=config.rounds.grace_s,
             fraction=config.rounds.fraction,
             sample=config.rounds.sample,
+            max_staleness=config.rounds.staleness_limit,
+            async_buffer=config.rounds.async_buffer,
             scoring_s=config.search.deadline_s,
         )
         state_dir = config.federation.state
@@ -180,8 +182,10 @@ class Coordinator:
             case Action.SEAL:
                 self._seal()
             case Action.FAIL:
-                num_deltas, quorum = len(self.journal.state.deltas), self._standing().quorum
-                self._fail(f"{num_deltas} of at least {quorum} deltas came in {self.policy.deadline_s:g} s")
+                found = self._standing()
+                self._fail(
+                    f"{found.num_nodes} of at least {found.quorum} nodes delivered in {self.policy.deadline_s:g} s"
+                )
             case Action.MERGE:
                 try:
                     self._merge()
@@ -225,36 +229,46 @@ class Coordinator:
             outer=config.outer_settings(),
             min_nodes=self.policy.min_nodes,
             sample=sample,
+            max_staleness=self.policy.max_staleness,
             deadline_s=self.policy.deadline_s,
             max_payload_bytes=config.server.max_payload_bytes,
         )
         envelope = spec.sign(self.key).decode()
         spec_digest = digest_of(spec.to_payload())
         self.journal.append(
-            RoundOpened(round=spec.round, spec_digest=spec_digest, spec_envelope=envelope, sample=sample)
+            RoundOpened(
+                round=spec.round,
+                spec_digest=spec_digest,
+                spec_envelope=envelope,
+                sample=sample,
+                max_staleness=spec.max_staleness,
+            )
         )
         log.info("round %d open%s", spec.round, f" for {len(sample)} nodes" if sample else "")
 
     def _seal(self) -> None:
         with self.journal.lock:
             state, found = self.journal.state, self._standing()
-            if found.closed_by is None or found.action(len(state.deltas)) != Action.SEAL:
+            if found.closed_by is None or found.action != Action.SEAL:
                 return  # a key has ceased to be trusted since
             self.journal.append(
                 RoundSealed(
                     round=state.round,
                     node_ids=sorted(state.deltas),
+                    carried=sorted(state.carried),
                     closed_by=found.closed_by,
                     quorum=found.quorum,
                     grace_s=found.grace_s,
                 )
             )
-            self.intake.forget_all()
+            self.intake.forget_closed()
 
     def _fail(self, reason: str) -> None:
         drop_candidates(self.journal, self.blobs)
-        round_number = self.journal.state.round
-        self.journal.append(RoundFailedEvent(round=round_number, reason=reason))
+        with self.journal.lock:
+            round_number = self.journal.state.round
+            self.journal.append(RoundFailedEvent(round=round_number, reason=reason))
+            self.intake.forget_closed()
         log.warning("round %d failed: %s", round_number, reason)
 
     # 9 screen, 10 merge, 11 step
@@ -371,8 +385,7 @@ class Coordinator:
                 )
 
     def _require_decodable(self, statement: DeltaStatement, path: Path) -> None:
-        spec = self.journal.spec()
-        assert spec is not None
+        spec = self.journal.plan(statement.round)
         sent = open_delta(spec, statement.node_id, path, self.schema)
         kind = Recipe.from_dict(spec.merge).statistics
         task_vector = task_vector_of(sent, kind)

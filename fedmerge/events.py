@@ -29,17 +29,21 @@ class FederationCreated(_Event):
 
 
 class RoundOpened(_Event):
-    """A signed round spec is out and deltas are taken, of the nodes of a `sample` if there is one."""
+    """A signed round spec is out and deltas are taken, of the nodes of a `sample` if there is one.
+
+    Made for this round, they count up to `max_staleness` rounds later.
+    """
 
     kind: Literal["round_opened"] = "round_opened"
     round: int
     spec_digest: Digest
     spec_envelope: str
     sample: list[Digest] = []
+    max_staleness: int = 0
 
 
 class DeltaAccepted(_Event):
-    """A node's delta is stored durably and will be part of the round."""
+    """A node's delta is stored durably and will be merged: in the round it was made for or, when late, in the next."""
 
     kind: Literal["delta_accepted"] = "delta_accepted"
     round: int
@@ -66,13 +70,15 @@ class DeltaRejected(_Event):
 class RoundSealed(_Event):
     """The set of deltas is frozen: node ids, sorted, so that a merge can't depend on who arrived first.
 
-    `closed_by`, `quorum` and `grace_s` say why then, and what it took; `grace_s` may have been measured.
+    `carried` are late deltas of earlier rounds that are merged with them, by statement digest, sorted. `closed_by`,
+    `quorum` and `grace_s` say why then, and what it took; `grace_s` may have been measured.
     """
 
     kind: Literal["round_sealed"] = "round_sealed"
     round: int
     node_ids: list[Digest]
-    closed_by: Literal["everyone", "grace", "deadline"]
+    carried: list[Digest] = []
+    closed_by: Literal["everyone", "grace", "deadline", "buffer"]
     quorum: int
     grace_s: float
 

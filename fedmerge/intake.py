@@ -24,7 +24,7 @@ from fedmerge.errors import (
 )
 from fedmerge.events import DeltaAccepted, DeltaRejected
 from fedmerge.journal import Journal
-from fedmerge.rounds import Phase
+from fedmerge.rounds import FederationState, Phase
 from fedmerge.sign import PublicKey
 from fedmerge.statements import DeltaStatement, Receipt, digest_of
 from fedmerge.store.blobs import BlobStore, split_leaf_hashes
@@ -82,11 +82,15 @@ class Intake:
             state, spec = self._journal.state, self._journal.spec()
             if spec is None or state.opened is None:
                 raise RoundClosed("no round has been opened yet", hint="wait for the first round")
-            accepted = state.accepted(caller_id)
-            if accepted is not None and accepted.statement_digest == upload_id:
-                return upload_id, accepted.payload_bytes
-            admit(statement, spec, state.opened.spec_digest, caller_id=caller_id, is_open=state.phase == Phase.OPEN)
+            accepted = self._accepted(caller_id, upload_id)
             if accepted is not None:
+                return upload_id, accepted.payload_bytes
+            opened, is_open = state.opened, state.phase == Phase.OPEN
+            if self._takes(state, statement.round):  # also for a round that is over, where late deltas count
+                opened, is_open = state.plans[statement.round], True
+                spec = self._journal.plan(statement.round)
+            admit(statement, spec, opened.spec_digest, caller_id=caller_id, is_open=is_open)
+            if state.has_delivered(statement.round, caller_id):
                 raise ConflictingSubmission(
                     f"node {caller_id[:12]} already delivered another delta for round {spec.round}",
                     hint="one delta counts per node and round; wait for the next round",
@@ -115,8 +119,8 @@ class Intake:
 
     def committed_bytes(self, caller_id: str, upload_id: str) -> int:
         """Return the bytes stored of an upload; raise `UnknownUpload` when the caller has none of that id."""
-        accepted = self._journal.state.accepted(caller_id)
-        if accepted is not None and accepted.statement_digest == upload_id:
+        accepted = self._accepted(caller_id, upload_id)
+        if accepted is not None:
             return accepted.payload_bytes
         return self._stored_bytes(self._find(caller_id, upload_id))
 
@@ -142,10 +146,24 @@ class Intake:
             assert receipt is not None
             return receipt
 
-    def forget_all(self) -> None:
-        """Drop the uploads that were not committed when the round was sealed."""
+    def forget_closed(self) -> None:
+        """Drop the uploads for rounds that take no more deltas."""
         for upload in list(self._uploads.values()):
-            self._forget(upload)
+            if not self._takes(self._journal.state, upload.statement.round):
+                self._forget(upload)
+
+    def _takes(self, state: FederationState, round_number: int) -> bool:
+        """Whether deltas for a round are taken, for its own merge or a later one, which must be planned."""
+        staleness = state.staleness(round_number)
+        return staleness is not None and round_number + staleness <= self._journal.plan(round_number).num_rounds
+
+    def _accepted(self, node_id: str, statement_digest: str) -> DeltaAccepted | None:
+        """Return what the node delivered under a statement, if it is yet to be merged."""
+        state = self._journal.state
+        for fact in (state.accepted(node_id), state.late(statement_digest)):
+            if fact is not None and (fact.node_id, fact.statement_digest) == (node_id, statement_digest):
+                return fact
+        return None
 
     def forget_node(self, node_id: str) -> None:
         """Drop the uploads of a node that is trusted no more."""
@@ -157,7 +175,7 @@ class Intake:
         statement = upload.statement
         with self._journal.lock:
             state = self._journal.state
-            if state.phase != Phase.OPEN or state.round != statement.round:
+            if not self._takes(state, statement.round):
                 raise RoundClosed(f"round {statement.round} was sealed before the delta was committed")
             self._blobs.finish_part(upload.upload_id, statement.payload_root)
             self._journal.append(
@@ -174,7 +192,9 @@ class Intake:
                 ends_upload=upload.upload_id,
             )
             del self._uploads[upload.upload_id]
-        log.info("round %d: delta of %s accepted", statement.round, statement.node_id[:12])
+            merged_in = statement.round + (state.staleness(statement.round) or 0)
+        late = f", late: it counts in round {merged_in}" if merged_in > statement.round else ""
+        log.info("round %d: delta of %s accepted%s", statement.round, statement.node_id[:12], late)
 
     def _reject(self, upload: _Upload, err: InvalidDelta) -> None:
         statement = upload.statement

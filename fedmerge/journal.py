@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from fedmerge.events import Event, FederationCreated
+from fedmerge.events import Event, FederationCreated, RoundOpened
 from fedmerge.rounds import FederationState, after, replay
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import MergeRecord, ModelRef, RoundSpec
@@ -48,9 +48,14 @@ class Journal:
 
     def spec(self) -> RoundSpec | None:
         """The current round's spec; None before the first round."""
-        if self.state.opened is None:
-            return None
-        return RoundSpec.open(self.state.opened.spec_envelope.encode(), self.own_key, where="round spec")[0]
+        return None if self.state.opened is None else self._spec_in(self.state.opened)
+
+    def plan(self, round_number: int) -> RoundSpec:
+        """The spec of the current round, or of an earlier one that did not fail."""
+        return self._spec_in(self.state.plans[round_number])
+
+    def _spec_in(self, opened: RoundOpened) -> RoundSpec:
+        return RoundSpec.open(opened.spec_envelope.encode(), self.own_key, where="round spec")[0]
 
     def record(self) -> MergeRecord | None:
         """The newest merge record; None before the first merge."""

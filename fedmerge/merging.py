@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmerge.aggregate import RoundUpdate, open_delta, screen_round, weights_of
+from fedmerge.aggregate import RoundUpdate, delta_key, node_of, open_delta, screen_round, staleness_of, weights_of
 from fedmerge.errors import RoundFailed
 from fedmerge.events import CandidatesProposed, DeltaAccepted, MergeFinished
 from fedmerge.journal import Journal
@@ -62,12 +62,16 @@ class RoundMerge:
         assert spec is not None
         self.spec = spec
         state = journal.state
-        self._facts = {node_id: fact for node_id in state.node_ids if (fact := state.accepted(node_id)) is not None}
+        found = [*map(state.accepted, state.node_ids), *map(state.late, state.carried_in)]
+        facts = [fact for fact in found if fact is not None]
+        self._facts = {delta_key(fact.node_id, spec.round - fact.round): fact for fact in facts}
+        plans = {fact.round: journal.plan(fact.round) for fact in facts}
+        # As the plan has it that the delta was made for: its codec, and the mask of its round.
         self._deltas = {
-            node_id: open_delta(spec, node_id, blobs.path(fact.payload_root), schema)
-            for node_id, fact in self._facts.items()
+            key: open_delta(plans[fact.round], fact.node_id, blobs.path(fact.payload_root), schema)
+            for key, fact in self._facts.items()
         }
-        counts = {node_id: fact.num_examples for node_id, fact in self._facts.items()}
+        counts = {key: fact.num_examples for key, fact in self._facts.items()}
         self.verdicts = screen_round(spec, self._deltas, counts, schema)
         self.node_ids = [verdict.node_id for verdict in self.verdicts if verdict.accepted]
 
@@ -128,11 +132,12 @@ class RoundMerge:
             schema_digest=self.spec.schema_digest,
             contributions=[
                 Contribution(
-                    node_id=verdict.node_id,
+                    node_id=node_of(verdict.node_id),
                     statement_digest=facts[verdict.node_id].statement_digest,
                     payload_root=facts[verdict.node_id].payload_root,
                     payload_bytes=facts[verdict.node_id].payload_bytes,
                     num_examples=verdict.num_examples,
+                    staleness=staleness_of(verdict.node_id),
                     accepted=verdict.accepted,
                     reason=verdict.reason,
                     norm=verdict.norm,

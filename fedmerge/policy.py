@@ -39,8 +39,12 @@ class RoundPolicy:
     the quorum is there, and fails then if it is not. With `grace_s` "auto" it seals once nothing has come for as long
     as `measured_grace_s` says, counted from the newest delta.
 
-    Expected are the trusted nodes, or those of a `sample`: so many of them, or a share of them below 1. There are
-    `num_rounds` rounds. Where merges are searched for, nodes have `scoring_s` for each generation of candidates.
+    With an `async_buffer` it does not wait for anybody in particular: it seals once it has so many deltas, late ones of
+    earlier rounds included, of `min_nodes` different nodes; or at the deadline, if it has that many different nodes.
+
+    Expected are the trusted nodes, or those of a `sample`: so many of them, or a share of them below 1. Deltas that
+    come after their round was sealed count in a later one, up to `max_staleness` rounds on. There are `num_rounds`
+    rounds. Where merges are searched for, nodes have `scoring_s` for each generation of candidates.
     """
 
     num_rounds: int
@@ -49,6 +53,8 @@ class RoundPolicy:
     grace_s: float | Literal["auto"]
     fraction: float = 0.0
     sample: int | float | None = None
+    max_staleness: int = 0
+    async_buffer: int | None = None
     scoring_s: float = 3600.0
 
     def quorum(self, num_expected: int) -> int:
@@ -70,17 +76,22 @@ class RoundPolicy:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where an open round stands: its quorum, its grace (0 before the quorum), and why it is closed, if it is."""
+    """Where an open round stands: its quorum, how many nodes count towards it, and why it is closed, if it is.
+
+    The grace is 0 before the quorum is there.
+    """
 
     quorum: int
+    num_nodes: int
     grace_s: float
-    closed_by: Literal["everyone", "grace", "deadline"] | None
+    closed_by: Literal["everyone", "grace", "deadline", "buffer"] | None
 
-    def action(self, num_deltas: int) -> Action:
-        """Return what is due of a round with so many deltas."""
+    @property
+    def action(self) -> Action:
+        """What is due of the round."""
         if self.closed_by is None:
             return Action.WAIT
-        return Action.SEAL if num_deltas >= self.quorum else Action.FAIL
+        return Action.SEAL if self.num_nodes >= self.quorum else Action.FAIL
 
 
 def next_action(state: FederationState, policy: RoundPolicy, trusted: Collection[str], now_s: float) -> Action:
@@ -99,12 +110,19 @@ def next_action(state: FederationState, policy: RoundPolicy, trusted: Collection
         case Phase.FAILED:
             return Action.FINISH
         case Phase.OPEN:
-            return standing(state, policy, trusted, now_s).action(len(state.deltas))
+            return standing(state, policy, trusted, now_s).action
 
 
 def standing(state: FederationState, policy: RoundPolicy, trusted: Collection[str], now_s: float) -> Standing:
     """Return where the open round stands at `now_s`."""
     assert state.opened is not None
+    is_over = now_s >= state.opened_at_s + policy.deadline_s
+    if policy.async_buffer is not None:
+        late = [event.node_id for digest in state.carried if (event := state.late(digest)) is not None]
+        num_nodes, num_deltas = len({*state.deltas, *late}), len(state.deltas) + len(late)
+        is_full = num_deltas >= policy.async_buffer and num_nodes >= policy.min_nodes
+        return Standing(policy.min_nodes, num_nodes, 0.0, "buffer" if is_full else "deadline" if is_over else None)
+    num_nodes = len(state.deltas)
     expected = set(trusted).intersection(state.opened.sample or trusted)
     quorum = policy.quorum(len(expected))
     arrivals_s = sorted(entry.at_s for entry in state.deltas.values())
@@ -117,10 +135,10 @@ def standing(state: FederationState, policy: RoundPolicy, trusted: Collection[st
             grace_s = policy.grace_s
             until_s = arrivals_s[quorum - 1] + grace_s
         if all(state.accepted(node_id) is not None for node_id in expected):
-            return Standing(quorum, grace_s, "everyone")
+            return Standing(quorum, num_nodes, grace_s, "everyone")
         if now_s >= until_s:
-            return Standing(quorum, grace_s, "grace")
-    return Standing(quorum, grace_s, "deadline" if now_s >= state.opened_at_s + policy.deadline_s else None)
+            return Standing(quorum, num_nodes, grace_s, "grace")
+    return Standing(quorum, num_nodes, grace_s, "deadline" if is_over else None)
 
 
 def measured_grace_s(arrivals_s: Sequence[float], opened_at_s: float) -> float:

@@ -54,9 +54,14 @@ class Phase(StrEnum):
 class FederationState:
     """All that the ledger says, in the form that the coordinator uses it.
 
-    `attempt` counts how often the current round was opened. `proposals` are its generations of candidates, `answers`
-    the metrics statements about them that count, by candidate and node: a judge's first one before the generation was
-    closed. `members` are the keys that are trusted, by id, and `predecessors` has the key that a key replaced.
+    `attempt` counts how often the current round was opened. `plans` are the rounds so far, but for failed attempts.
+    `carried` are late deltas by statement digest, of which those in `carried_in` are part of the sealed round and the
+    others wait for the next; `delivered` has round and node of all that may still be sent twice.
+
+    `proposals` are the round's generations of candidates, `answers` the metrics statements about them that count, by
+    candidate and node: a judge's first one before the generation was closed.
+
+    `members` are the keys that are trusted, by id, and `predecessors` has the key that a key replaced.
     """
 
     created: FederationCreated | None = None
@@ -68,6 +73,10 @@ class FederationState:
     deltas: Mapping[str, LedgerEntry] = field(default_factory=dict)
     sealed_hash: str = ""
     node_ids: tuple[str, ...] = ()
+    plans: Mapping[int, RoundOpened] = field(default_factory=dict)
+    carried: Mapping[str, LedgerEntry] = field(default_factory=dict)
+    carried_in: tuple[str, ...] = ()
+    delivered: frozenset[tuple[int, str]] = frozenset()
     proposals: tuple[LedgerEntry, ...] = ()
     answers: Mapping[tuple[str, str], str] = field(default_factory=dict)
     merges: tuple[MergeFinished, ...] = ()
@@ -91,6 +100,26 @@ class FederationState:
             found.add(node_id)
         return found
 
+    def late(self, statement_digest: str) -> DeltaAccepted | None:
+        """Return a delta that was accepted too late for its round, and is not merged yet."""
+        entry = self.carried.get(statement_digest)
+        return entry.event if entry is not None and isinstance(entry.event, DeltaAccepted) else None
+
+    def has_delivered(self, round_number: int, node_id: str) -> bool:
+        """Whether the node, under this key or one that it replaced, delivered for a round that takes deltas still."""
+        return any((round_number, key_id) in self.delivered for key_id in self.keys_of(node_id))
+
+    def staleness(self, round_number: int) -> int | None:
+        """Return how many rounds late a delta for a round would be now: 0 in time, None when it is not taken."""
+        plan = self.plans.get(round_number)
+        if plan is None:
+            return None
+        if self.phase == Phase.OPEN and round_number == self.round:
+            return 0
+        merged_in = self.round if self.phase in {Phase.OPEN, Phase.FAILED} else self.round + 1
+        late = merged_in - round_number
+        return late if 0 < late <= plan.max_staleness else None
+
     def generations(self) -> list[CandidatesProposed]:
         """Return the round's generations of candidates so far."""
         return [entry.event for entry in self.proposals if isinstance(entry.event, CandidatesProposed)]
@@ -99,7 +128,7 @@ class FederationState:
 _LEGAL: dict[type, set[Phase]] = {
     FederationCreated: {Phase.PLANNED},
     RoundOpened: {Phase.PLANNED, Phase.PUBLISHED, Phase.FAILED},
-    DeltaAccepted: {Phase.OPEN},
+    DeltaAccepted: set(Phase) - {Phase.PLANNED},
     DeltaRejected: {Phase.OPEN},
     RoundSealed: {Phase.OPEN},
     CandidatesProposed: {Phase.SEALED},
@@ -131,20 +160,30 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
                 state,
                 round=event.round,
                 attempt=state.attempt + 1 if event.round == state.round else 1,
+                plans={**state.plans, event.round: event},
                 phase=Phase.OPEN,
                 opened=event,
                 opened_at_s=entry.at_s,
                 deltas={},
                 node_ids=(),
+                carried=_still_carried(state),
+                carried_in=(),
+                delivered=frozenset(pair for pair in state.delivered if pair[0] in _takes_late(state, event.round)),
                 sealed_hash="",
                 proposals=(),
                 answers={},
                 failure="",
             )
         case DeltaAccepted():
-            return replace(state, deltas={**state.deltas, event.node_id: entry})
+            return _with_delta(state, entry, event)
         case RoundSealed():
-            return replace(state, phase=Phase.SEALED, node_ids=tuple(event.node_ids), sealed_hash=entry.hash)
+            return replace(
+                state,
+                phase=Phase.SEALED,
+                node_ids=tuple(event.node_ids),
+                carried_in=tuple(event.carried),
+                sealed_hash=entry.hash,
+            )
         case CandidatesProposed():
             return replace(state, phase=Phase.SEARCHING, proposals=(*state.proposals, entry))
         case CandidatesScored():
@@ -166,7 +205,13 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
         case RoundPublished():
             return replace(state, phase=Phase.PUBLISHED)
         case RoundFailed():
-            return replace(state, phase=Phase.FAILED, failure=event.reason)
+            return replace(
+                state,
+                phase=Phase.FAILED,
+                failure=event.reason,
+                plans={number: plan for number, plan in state.plans.items() if number != state.round},
+                delivered=frozenset(pair for pair in state.delivered if pair[0] != state.round),
+            )
         case DeltaRejected():
             return state
 
@@ -175,12 +220,45 @@ def _without_member(state: FederationState, node_id: str) -> FederationState:
     """Forget a revoked key, with what it delivered under this key or an earlier one to a round that can do without."""
     revoked = state.keys_of(node_id)
     state = replace(state, members={key_id: each for key_id, each in state.members.items() if key_id not in revoked})
+    kept = {
+        digest: entry
+        for digest, entry in state.carried.items()
+        if not (isinstance(entry.event, DeltaAccepted) and entry.event.node_id in revoked)
+    }
     if state.phase == Phase.OPEN:
-        kept = {key_id: entry for key_id, entry in state.deltas.items() if key_id not in revoked}
-        return replace(state, deltas=kept)
+        deltas = {key_id: entry for key_id, entry in state.deltas.items() if key_id not in revoked}
+        return replace(state, deltas=deltas, carried=kept)
     if state.phase == Phase.SEALED and not state.proposals:
-        return replace(state, node_ids=tuple(key_id for key_id in state.node_ids if key_id not in revoked))
-    return state
+        node_ids = tuple(key_id for key_id in state.node_ids if key_id not in revoked)
+        carried_in = tuple(digest for digest in state.carried_in if digest in kept)
+        return replace(state, node_ids=node_ids, carried_in=carried_in, carried=kept)
+    # What is being merged stays in; what waits for the next merge does not.
+    merged = {digest: entry for digest, entry in state.carried.items() if digest in state.carried_in}
+    return replace(state, carried=kept | merged)
+
+
+def _with_delta(state: FederationState, entry: LedgerEntry, event: DeltaAccepted) -> FederationState:
+    staleness = state.staleness(event.round)
+    if staleness is None or state.has_delivered(event.round, event.node_id):
+        raise DigestMismatch(
+            f"ledger event {entry.number}: a delta of round {event.round} is late, or was there before "
+            f"(round {state.round} is {state.phase})"
+        )
+    delivered = state.delivered | {(event.round, event.node_id)}
+    if staleness == 0:
+        return replace(state, delivered=delivered, deltas={**state.deltas, event.node_id: entry})
+    return replace(state, delivered=delivered, carried={**state.carried, event.statement_digest: entry})
+
+
+def _still_carried(state: FederationState) -> dict[str, LedgerEntry]:
+    """Return the late deltas that were not merged: all of them, if the round that they were part of failed."""
+    merged = state.carried_in if state.phase == Phase.PUBLISHED else ()
+    return {digest: entry for digest, entry in state.carried.items() if digest not in merged}
+
+
+def _takes_late(state: FederationState, round_number: int) -> set[int]:
+    """Return the rounds of which deltas may still come when a round opens."""
+    return {number for number, plan in state.plans.items() if number + plan.max_staleness >= round_number}
 
 
 def _with_answer(state: FederationState, event: MetricsReported) -> FederationState:

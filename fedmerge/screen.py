@@ -81,9 +81,9 @@ class ScreenPolicy:
 class Verdict:
     """What became of one node's delta.
 
-    `reason` is UPPER_SNAKE and `detail` one sentence, both empty for accepted deltas. `norm` is the L2 norm of the
-    whole task vector before scaling, None when it has none. The `weight`s of accepted deltas sum to 1; `scale`
-    multiplies the delta before the merge.
+    `node_id` is the key that the delta came under. `reason` is UPPER_SNAKE and `detail` one sentence, both empty for
+    accepted deltas. `norm` is the L2 norm of the whole task vector before scaling, None when it has none. The
+    `weight`s of accepted deltas sum to 1; `scale` multiplies the delta before the merge.
     """
 
     node_id: str

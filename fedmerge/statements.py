@@ -152,7 +152,8 @@ def _first_problem(err: KeyError | ValidationError) -> str:
 class RoundSpec(Statement):
     """What the coordinator promises and asks in a round; a node's delta is bound to its digest.
 
-    `sample` are the nodes that are asked, sorted; when it is empty, every node that the coordinator trusts is.
+    `sample` are the nodes that are asked, sorted; when it is empty, every node that the coordinator trusts is. A delta
+    that comes too late for the round counts in a later merge, up to `max_staleness` rounds on.
     """
 
     kind: ClassVar[str] = "roundspec"
@@ -177,6 +178,7 @@ class RoundSpec(Statement):
     outer: dict[str, Any]
     min_nodes: Annotated[int, Field(ge=1)]
     sample: list[Digest]
+    max_staleness: Count
     deadline_s: float
     max_payload_bytes: Size
 
@@ -393,7 +395,8 @@ class KeyRotation(Statement):
 class Contribution(_Strict):
     """What became of one node's delta: its screening verdict and, by digest, what it signed.
 
-    `weight` is a list where a search found one for each part of the model's depth.
+    `staleness` is how many rounds before the merge's the delta was made for; `scale` has the discount for it. `weight`
+    is a list where a search found one for each part of the model's depth.
     """
 
     node_id: Digest
@@ -401,6 +404,7 @@ class Contribution(_Strict):
     payload_root: Digest
     payload_bytes: Size
     num_examples: Count
+    staleness: Count
     accepted: bool
     reason: str
     norm: float | None

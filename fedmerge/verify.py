@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fedmerge.aggregate import RoundUpdate, open_delta, screen_round
+from fedmerge.aggregate import RoundUpdate, delta_key, open_delta, screen_round
 from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import (
@@ -160,11 +160,16 @@ def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
     with TemporaryDirectory(prefix="fedmerge-replay-") as scratch:
         for record in history.records:
             spec = history.specs[record.spec_digest]
-            deltas = {
-                c.node_id: open_delta(spec, c.node_id, _checked(blobs, c.payload_root), schema)
-                for c in record.contributions
+            statements = {
+                delta_key(c.node_id, c.staleness): history.deltas[c.statement_digest] for c in record.contributions
             }
-            counts = {c.node_id: history.deltas[c.statement_digest].num_examples for c in record.contributions}
+            deltas = {
+                key: open_delta(
+                    history.specs[signed.spec_digest], signed.node_id, _checked(blobs, signed.payload_root), schema
+                )
+                for key, signed in statements.items()
+            }
+            counts = {key: signed.num_examples for key, signed in statements.items()}
             verdicts = screen_round(spec, deltas, counts, schema)
             candidate = None
             if record.search is not None:
@@ -308,6 +313,7 @@ def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lin
 def _require_chain(history: History, lineage: Lineage, path: Path) -> None:
     base = lineage.model.base_digest
     before = ModelRef(digest=base, base_digest=base, updates=[])
+    counted: set[tuple[int, str]] = set()
     for record in history.records:
         spec = history.specs.get(record.spec_digest)
         where = f"{path}: merge record of round {record.round}"
@@ -322,14 +328,22 @@ def _require_chain(history: History, lineage: Lineage, path: Path) -> None:
             raise VerificationError(f"{where}: was not merged as its round spec promised")
         for contribution in record.contributions:
             statement = history.deltas.get(contribution.statement_digest)
+            plan = history.specs.get(statement.spec_digest) if statement else None
             if (
                 statement is None
+                or plan is None
                 or statement.node_id != contribution.node_id
                 or statement.payload_root != contribution.payload_root
-                or statement.spec_digest != record.spec_digest
-                or not spec.asks(statement.node_id)
+                or plan.round + contribution.staleness != record.round
+                or (contribution.staleness == 0 and statement.spec_digest != record.spec_digest)
+                or not plan.asks(statement.node_id)
             ):
                 raise VerificationError(f"{where}: node {contribution.node_id[:12]} signed no such delta")
+            if contribution.staleness > plan.max_staleness or (plan.round, statement.node_id) in counted:
+                raise VerificationError(
+                    f"{where}: the delta of node {contribution.node_id[:12]} came too late, or was merged before"
+                )
+            counted.add((plan.round, statement.node_id))
         before = record.model
     if before != lineage.model or not history.records:
         raise VerificationError(f"{path}: the merge records do not lead to the version in {LINEAGE}")

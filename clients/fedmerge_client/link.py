@@ -47,6 +47,8 @@ Answer = TypeVar("Answer")
 
 CALL_TIMEOUT_S = 60.0
 COMMIT_TIMEOUT_S = 3600.0
+# After this, what is left in a stream of states is old: a new one begins with the present.
+BUSY_S = 0.5
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 10.0
 EXPECTED_BUNDLE = "expected the coordinator.pem that `fedmerge serve` writes"
@@ -137,19 +139,29 @@ class GrpcLink:
         self._channel.close()
 
     def watch(self) -> Iterator[RoundView]:
-        """Yield the federation's state now and after every change, through any number of reconnections."""
+        """Yield the federation's state now and after every change, through any number of reconnections.
+
+        What changed while the caller was busy is skipped: it is told the newest state.
+        """
         backoff = self._backoff()
         while True:
+            busy = False
             try:
-                for answer in self._rounds.WatchRounds(round_pb2.WatchRoundsRequest(), metadata=self._metadata()):
-                    backoff = self._backoff()
+                stream = self._rounds.WatchRounds(round_pb2.WatchRoundsRequest(), metadata=self._metadata())
+                for answer in stream:
+                    backoff, began_s = self._backoff(), time.monotonic()
                     yield _view_of(answer)
                     if answer.finished:
                         return
+                    busy = time.monotonic() > began_s + BUSY_S
+                    if busy:
+                        stream.cancel()
+                        break
             except grpc.RpcError as err:
                 self._wait_or_raise(err, backoff)
             else:
-                self._wait_or_raise(Unreachable("the coordinator ended the call"), backoff)
+                if not busy:
+                    self._wait_or_raise(Unreachable("the coordinator ended the call"), backoff)
 
     def fetch(self, root: str, target: Path) -> None:
         """Fetch a file into `target`, continuing after the bytes that are there."""

@@ -95,8 +95,27 @@ def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[_
     except ValidationError as err:
         problems = [_Problem(error["loc"], _explain(error)) for error in err.errors(include_url=False)]
     merge_problems = _merge_problems(filled["merge"])
-    problems += merge_problems + _delta_problems(config) + _robust_problems(config)
+    problems += merge_problems + _rounds_problems(config) + _delta_problems(config) + _robust_problems(config)
     return config, problems if merge_problems else problems + _search_problems(config)
+
+
+def _rounds_problems(config: Config | None) -> list[_Problem]:
+    """Return what in [rounds] does not go together, or with a search."""
+    if config is None:
+        return []
+    rounds, problems = config.rounds, []
+    if rounds.async_buffer is not None:
+        if rounds.async_buffer < rounds.min_nodes:
+            text = f"should be min_nodes, {rounds.min_nodes}, at least"
+            problems.append(_Problem(("rounds", "async_buffer"), text))
+        for key in ("fraction", "grace_s"):
+            if key in rounds.model_fields_set:
+                problems.append(_Problem(("rounds", key), "has no effect with async_buffer: leave one of them out"))
+    if rounds.staleness_limit and config.search.strategy != "none":
+        # A search has one factor for each node, and asks each for its scores.
+        text = "does not go with late deltas ([rounds] late or async_buffer)"
+        problems.append(_Problem(("search", "strategy"), text))
+    return problems
 
 
 def _delta_problems(config: Config | None) -> list[_Problem]:

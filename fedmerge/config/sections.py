@@ -155,6 +155,19 @@ class Rounds(Section):
     sample: Sample = Field(default=None, examples=[0.5])
     """Asks a part of the nodes in each round, drawn by merge.seed: so many of them, or a share of them below 1, but
     min_nodes at least. Without it every node is asked."""
+    late: Literal["reject", "carry"] = "reject"
+    """What becomes of a delta that comes after its round was closed: it is refused, or counts in the next merge, s
+    rounds late and 1/sqrt(1+s) as much ("carry")."""
+    max_staleness: Positive = 3
+    """Rounds that a delta may be late."""
+    async_buffer: Positive | None = Field(default=None, examples=[4])
+    """Closes a round as soon as so many deltas are there, late ones included, whoever they are of: nodes at their own
+    pace, none of which waits for a slower one."""
+
+    @property
+    def staleness_limit(self) -> int:
+        """Rounds that a delta may be late; 0 where late ones are refused."""
+        return self.max_staleness if self.late == "carry" or self.async_buffer is not None else 0
 
 
 class Train(OpenSection):

@@ -344,6 +344,14 @@ BAD: list[tuple[str, list[str]]] = [
             "7: rounds.sample: should be a number of nodes from 1 up, or a share of them between 0 and 1",
         ],
     ),
+    (
+        MINIMAL + "[rounds]\nasync_buffer = 1\ngrace_s = 1\n[search]\nstrategy = 'greedy_soup'\n",
+        [
+            "6: rounds.async_buffer: should be min_nodes, 2, at least",
+            "7: rounds.grace_s: has no effect with async_buffer: leave one of them out",
+            "9: search.strategy: does not go with late deltas ([rounds] late or async_buffer)",
+        ],
+    ),
     (MINIMAL + "[rounds]\ndeadline_s = 0\n", ["6: rounds.deadline_s: should be above 0, not 0"]),
     (MINIMAL + "[rounds]\ndeadline_s = inf\n", ["6: rounds.deadline_s: should be a number, not inf"]),
     (MINIMAL + "[rounds]\n'deadline.s' = 1\n", ["6: rounds.\"deadline.s\": unknown key; did you mean 'deadline_s'?"]),

@@ -35,8 +35,10 @@ POLICY = RoundPolicy(num_rounds=2, min_nodes=2, deadline_s=100.0, grace_s=10.0)
 CREATED = FederationCreated(federation="f", run="r", base_digest=ZERO, schema_digest=ZERO, coordinator_key="pem")
 
 
-def opened(number: int = 1, sample: list[str] | None = None) -> RoundOpened:
-    return RoundOpened(round=number, spec_digest=ZERO, spec_envelope="{}", sample=sample or [])
+def opened(number: int = 1, sample: list[str] | None = None, max_staleness: int = 0) -> RoundOpened:
+    return RoundOpened(
+        round=number, spec_digest=ZERO, spec_envelope="{}", sample=sample or [], max_staleness=max_staleness
+    )
 
 
 def delta(node_id: str, number: int = 1) -> DeltaAccepted:
@@ -44,7 +46,7 @@ def delta(node_id: str, number: int = 1) -> DeltaAccepted:
         round=number,
         node_id=node_id,
         node_key="pem",
-        statement_digest=ZERO,
+        statement_digest=f"{number:04d}{node_id[4:]}",
         payload_root=ZERO,
         payload_bytes=1,
         num_examples=1,
@@ -159,6 +161,67 @@ def test_samples_are_fair() -> None:
     # 600 each, with a standard deviation of sqrt(2000 x .3 x .7) = 20.5.
     assert all(abs(count - 600) < 5 * 20.5 for count in times.values())
     assert times.total() == 6000
+
+
+def published(number: int, *late: str) -> list[tuple[float, Event]]:
+    """Seal, merge and publish a round."""
+    steps = [
+        sealed([], number).model_copy(update={"carried": list(late)}),
+        MergeStarted(round=number),
+        finished(number),
+        RoundPublished(round=number, version=ZERO),
+    ]
+    return [(0.0, step) for step in steps]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_a_late_delta_waits_for_the_next_merge_but_no_longer_than_its_round_promised(max_staleness: int) -> None:
+    facts: list[tuple[float, Event]] = [(0.0, CREATED), (0.0, opened(1, max_staleness=max_staleness)), *published(1)]
+    for number in (2, 3, 4):
+        late = number - 1
+        if late > max_staleness:
+            assert history(*facts, (0.0, opened(number))).staleness(1) is None
+            with pytest.raises(DigestMismatch, match="late"):
+                history(*facts, (0.0, opened(number)), (0.0, delta(NODES[0])))
+        else:
+            state = history(*facts, (0.0, opened(number)), (0.0, delta(NODES[0])))
+            assert (state.staleness(1), dict(state.deltas), len(state.carried)) == (late, {}, 1)
+            # Merged, it is gone; when the merge fails, it is there for the next attempt.
+            digest = delta(NODES[0]).statement_digest
+            merged = [(0.0, opened(number)), (0.0, delta(NODES[0])), *published(number, digest)]
+            assert not history(*facts, *merged, (0.0, opened(number + 1))).carried
+            failed = [*merged[:4], (0.0, RoundFailed(round=number, reason="x")), (0.0, opened(number))]
+            assert list(history(*facts, *failed).carried) == [digest]
+        facts += [(0.0, opened(number)), *published(number)]
+
+
+def test_no_delta_counts_twice_in_time_and_late() -> None:
+    once = [(0.0, CREATED), (0.0, opened(max_staleness=2)), (1.0, delta(NODES[0])), *published(1)]
+    for later in ([], [(0.0, opened(2, max_staleness=2))]):
+        with pytest.raises(DigestMismatch, match="was there before"):
+            history(*once, *later, (2.0, delta(NODES[0])))
+
+
+def test_a_delta_of_an_attempt_that_failed_is_not_taken_late() -> None:
+    state = history((0, CREATED), (0, opened(max_staleness=3)), (1, RoundFailed(round=1, reason="x")))
+    assert state.staleness(1) is None
+
+
+def test_a_buffer_closes_a_round_once_it_is_full_of_enough_different_nodes() -> None:
+    policy = RoundPolicy(num_rounds=3, min_nodes=2, deadline_s=100.0, grace_s=0.0, max_staleness=2, async_buffer=3)
+    start = [(0.0, CREATED), (0.0, opened(max_staleness=2)), *published(1), (0.0, opened(2, max_staleness=2))]
+    late, fresh = (1.0, delta(NODES[0])), [(2.0, delta(node, 2)) for node in NODES]
+    expected = [
+        ([late, fresh[0]], Action.WAIT, Action.FAIL),  # two deltas, of one node
+        ([late, fresh[1]], Action.WAIT, Action.SEAL),
+        ([late, fresh[0], fresh[1]], Action.SEAL, Action.SEAL),
+        (fresh[:3], Action.SEAL, Action.SEAL),
+    ]
+    for deltas, now, at_the_deadline in expected:
+        for order in (deltas, deltas[::-1]):
+            state = history(*start, *order)
+            assert next_action(state, policy, NODES, 2.0) == now
+            assert next_action(state, policy, NODES, 100.0) == at_the_deadline
 
 
 def proposed(*digests: str, judges: list[str]) -> CandidatesProposed:
