@@ -25,6 +25,7 @@ from fedmerge.events import (
     MergeFinished,
     MergeStarted,
     MetricsReported,
+    RolledBack,
     RoundOpened,
     RoundPublished,
     RoundSealed,
@@ -35,6 +36,7 @@ from fedmerge.journal import Journal
 from fedmerge.members import Members
 from fedmerge.merge import Plan, Recipe
 from fedmerge.merging import RoundMerge, drop_candidates
+from fedmerge.operator import Operator
 from fedmerge.policy import Action, RoundPolicy, Standing, next_action, standing
 from fedmerge.publish import publish
 from fedmerge.rounds import FederationState, Phase, after
@@ -48,6 +50,7 @@ from fedmerge.statements import (
     MergeRecord,
     MetricsStatement,
     Revocation,
+    Rollback,
     RoundSpec,
     UpdateRef,
     digest_of,
@@ -106,6 +109,7 @@ class Coordinator:
             self.blobs = BlobStore(state_dir / "blobs")
             self._create_or_check()
             self.members = Members(self.journal, self.trust)
+            self.operator = Operator(self.journal, self.policy, self._fail)
             self.intake = Intake(
                 self.journal,
                 self.blobs,
@@ -127,10 +131,9 @@ class Coordinator:
         return opened.spec_envelope.encode() if opened else b""
 
     def record_envelope(self) -> bytes:
-        """The signed merge record of the newest published version; empty before the first."""
-        state = self.journal.state
-        published = state.merges[:-1] if state.phase == Phase.PUBLISHING else state.merges
-        return published[-1].record_envelope.encode() if published else b""
+        """The signed merge record of the published version that counts; empty for the base."""
+        published = self.journal.state.published
+        return published.record_envelope.encode() if published else b""
 
     def finished(self) -> bool:
         """Whether no further round will open."""
@@ -176,16 +179,19 @@ class Coordinator:
     def advance(self) -> bool:
         """Do what is due, if anything, and say whether something was done. Never called by two threads at once."""
         self.follow_trust()
-        match self._due():
-            case Action.OPEN:
-                self.open_round()
-            case Action.SEAL:
-                self._seal()
-            case Action.FAIL:
-                found = self._standing()
-                self._fail(
-                    f"{found.num_nodes} of at least {found.quorum} nodes delivered in {self.policy.deadline_s:g} s"
-                )
+        with self.journal.lock:  # what is due must still be when it is done
+            due = self._due()
+            match due:
+                case Action.OPEN:
+                    self._open_round()
+                case Action.SEAL:
+                    self._seal()
+                case Action.FAIL:
+                    found = self._standing()
+                    self._fail(f"{found.num_nodes} of at least {found.quorum} nodes delivered before the deadline")
+                case _:
+                    pass
+        match due:
             case Action.MERGE:
                 try:
                     self._merge()
@@ -198,9 +204,17 @@ class Coordinator:
                 self._publish()
             case Action.WAIT | Action.FINISH:
                 return False
+            case _:
+                pass
         return True
 
-    def open_round(self) -> None:
+    def retry_failed(self) -> None:
+        """Have the last round tried again if it failed: whoever starts a coordinator anew means to go on."""
+        state = self.journal.state
+        if state.phase == Phase.FAILED and not state.is_retried:
+            self.operator.retry("the coordinator was started again")
+
+    def _open_round(self) -> None:
         """Open the next round, or the same one again after a failure."""
         config, state, created = self.config, self.journal.state, self.journal.created
         again = state.phase == Phase.FAILED
@@ -247,21 +261,20 @@ class Coordinator:
         log.info("round %d open%s", spec.round, f" for {len(sample)} nodes" if sample else "")
 
     def _seal(self) -> None:
-        with self.journal.lock:
-            state, found = self.journal.state, self._standing()
-            if found.closed_by is None or found.action != Action.SEAL:
-                return  # a key has ceased to be trusted since
-            self.journal.append(
-                RoundSealed(
-                    round=state.round,
-                    node_ids=sorted(state.deltas),
-                    carried=sorted(state.carried),
-                    closed_by=found.closed_by,
-                    quorum=found.quorum,
-                    grace_s=found.grace_s,
-                )
+        state, found = self.journal.state, self._standing()
+        if found.closed_by is None or found.action != Action.SEAL:
+            return  # a key has ceased to be trusted since
+        self.journal.append(
+            RoundSealed(
+                round=state.round,
+                node_ids=sorted(state.deltas),
+                carried=sorted(state.carried),
+                closed_by=found.closed_by,
+                quorum=found.quorum,
+                grace_s=found.grace_s,
             )
-            self.intake.forget_closed()
+        )
+        self.intake.forget_closed()
 
     def _fail(self, reason: str) -> None:
         drop_candidates(self.journal, self.blobs)
@@ -346,6 +359,8 @@ class Coordinator:
                     kept += [(MetricsStatement.kind, envelope) for envelope in state.answers.values()]
                 case MergeFinished(record_envelope=envelope):
                     kept.append((MergeRecord.kind, envelope))
+                case RolledBack(envelope=envelope):
+                    kept.append((Rollback.kind, envelope))
                 case _:
                     pass
         return kept

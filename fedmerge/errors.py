@@ -14,7 +14,7 @@
     +-- RoundFailed                        5   a round ended without a model
     +-- MissingExtra                       6   an optional dependency is not installed
     +-- Refused                            7   the coordinator will not take this submission
-    |   +-- UnknownRound, UnknownUpload, UnknownVersion, RoundClosed, NotAsked, StaleBase,
+    |   +-- UnknownRound, UnknownUpload, UnknownVersion, RoundClosed, NotAsked, WrongPhase, StaleBase,
     |       ConflictingSubmission, BadOffset, QuotaExceeded, Busy, InvalidDelta, NoSession, InvalidToken
     +-- ResourceError                      8   disk full, port in use, file not writable
 
@@ -165,6 +165,12 @@ class NotAsked(Refused):
     """The round asks a sample of the nodes, and this one is not among them."""
 
     reason = "NOT_ASKED"
+
+
+class WrongPhase(Refused):
+    """An operator's command does not fit where the round stands."""
+
+    reason = "WRONG_PHASE"
 
 
 class StaleBase(Refused):

@@ -78,7 +78,7 @@ class RoundSealed(_Event):
     round: int
     node_ids: list[Digest]
     carried: list[Digest] = []
-    closed_by: Literal["everyone", "grace", "deadline", "buffer"]
+    closed_by: Literal["everyone", "grace", "deadline", "buffer", "operator"]
     quorum: int
     grace_s: float
 
@@ -136,6 +136,56 @@ class RoundFailed(_Event):
     reason: str
 
 
+class RoundsPaused(_Event):
+    """The operator has no round open or close for a while."""
+
+    kind: Literal["rounds_paused"] = "rounds_paused"
+    reason: str
+
+
+class RoundsResumed(_Event):
+    """The operator ends a pause."""
+
+    kind: Literal["rounds_resumed"] = "rounds_resumed"
+    reason: str
+
+
+class RoundCutShort(_Event):
+    """The operator has the open round sealed with the deltas that it has."""
+
+    kind: Literal["round_cut_short"] = "round_cut_short"
+    round: int
+    reason: str
+
+
+class DeadlineExtended(_Event):
+    """The operator moves the open round's deadline."""
+
+    kind: Literal["deadline_extended"] = "deadline_extended"
+    round: int
+    extra_s: Annotated[float, Field(allow_inf_nan=False)]
+    reason: str
+
+
+class RetryOrdered(_Event):
+    """A round that failed is to be opened again."""
+
+    kind: Literal["retry_ordered"] = "retry_ordered"
+    round: int
+    reason: str
+
+
+class RolledBack(_Event):
+    """The next round starts from the version of `to_round`, which is 0 for the base; the envelope says so, signed."""
+
+    kind: Literal["rolled_back"] = "rolled_back"
+    round: int
+    to_round: int
+    version: Digest
+    reason: str
+    envelope: str
+
+
 class MetricsReported(_Event):
     """A node's signed evaluation of a model on its own data; `candidate` is its digest if it is only a candidate."""
 
@@ -185,6 +235,12 @@ Event: TypeAlias = (
     | MergeFinished
     | RoundPublished
     | RoundFailed
+    | RoundsPaused
+    | RoundsResumed
+    | RoundCutShort
+    | DeadlineExtended
+    | RetryOrdered
+    | RolledBack
     | MetricsReported
     | MemberAdmitted
     | MemberRevoked

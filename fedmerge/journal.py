@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from fedmerge.events import Event, FederationCreated, RoundOpened
+from fedmerge.events import Event, FederationCreated, MergeFinished, RoundOpened
 from fedmerge.rounds import FederationState, after, replay
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import MergeRecord, ModelRef, RoundSpec
@@ -58,17 +58,21 @@ class Journal:
         return RoundSpec.open(opened.spec_envelope.encode(), self.own_key, where="round spec")[0]
 
     def record(self) -> MergeRecord | None:
-        """The newest merge record; None before the first merge."""
-        if not self.state.merges:
-            return None
-        envelope = self.state.merges[-1].record_envelope
-        return MergeRecord.open(envelope.encode(), self.own_key, where="merge record")[0]
+        """The record of the merge that made the present version; None for the base."""
+        return None if self.state.current is None else self._record_in(self.state.current)
+
+    def _record_in(self, merge: MergeFinished) -> MergeRecord:
+        return MergeRecord.open(merge.record_envelope.encode(), self.own_key, where="merge record")[0]
 
     def model(self) -> ModelRef:
-        """The newest model version."""
-        record = self.record()
-        if record is not None:
-            return record.model
+        """The model version to go on from."""
+        return self.model_of(self.state.current.round if self.state.current else 0)
+
+    def model_of(self, round_number: int) -> ModelRef:
+        """The model version that a round made; 0 is the base."""
+        for merge in self.state.merges:
+            if merge.round == round_number:
+                return self._record_in(merge).model
         base = self.created.base_digest
         return ModelRef(digest=base, base_digest=base, updates=[])
 

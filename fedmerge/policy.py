@@ -84,7 +84,7 @@ class Standing:
     quorum: int
     num_nodes: int
     grace_s: float
-    closed_by: Literal["everyone", "grace", "deadline", "buffer"] | None
+    closed_by: Literal["everyone", "grace", "deadline", "buffer", "operator"] | None
 
     @property
     def action(self) -> Action:
@@ -96,6 +96,12 @@ class Standing:
 
 def next_action(state: FederationState, policy: RoundPolicy, trusted: Collection[str], now_s: float) -> Action:
     """Return what is due at `now_s`, given the key ids of the nodes that are trusted at present."""
+    due = _due(state, policy, trusted, now_s)
+    is_paused = state.paused_at_s is not None
+    return Action.WAIT if is_paused and due in {Action.OPEN, Action.SEAL, Action.FAIL} else due
+
+
+def _due(state: FederationState, policy: RoundPolicy, trusted: Collection[str], now_s: float) -> Action:
     match state.phase:
         case Phase.PLANNED:
             return Action.OPEN
@@ -108,7 +114,7 @@ def next_action(state: FederationState, policy: RoundPolicy, trusted: Collection
         case Phase.PUBLISHING:
             return Action.PUBLISH
         case Phase.FAILED:
-            return Action.FINISH
+            return Action.OPEN if state.is_retried else Action.FINISH
         case Phase.OPEN:
             return standing(state, policy, trusted, now_s).action
 
@@ -116,13 +122,14 @@ def next_action(state: FederationState, policy: RoundPolicy, trusted: Collection
 def standing(state: FederationState, policy: RoundPolicy, trusted: Collection[str], now_s: float) -> Standing:
     """Return where the open round stands at `now_s`."""
     assert state.opened is not None
-    is_over = now_s >= state.opened_at_s + policy.deadline_s
+    is_over = now_s >= state.opened_at_s + policy.deadline_s + state.extra_s
+    num_nodes = len(nodes_there(state, policy))
+    if state.is_cut_short:
+        return Standing(policy.min_nodes, num_nodes, 0.0, "operator")
     if policy.async_buffer is not None:
-        late = [event.node_id for digest in state.carried if (event := state.late(digest)) is not None]
-        num_nodes, num_deltas = len({*state.deltas, *late}), len(state.deltas) + len(late)
+        num_deltas = len(state.deltas) + len(state.carried)
         is_full = num_deltas >= policy.async_buffer and num_nodes >= policy.min_nodes
         return Standing(policy.min_nodes, num_nodes, 0.0, "buffer" if is_full else "deadline" if is_over else None)
-    num_nodes = len(state.deltas)
     expected = set(trusted).intersection(state.opened.sample or trusted)
     quorum = policy.quorum(len(expected))
     arrivals_s = sorted(entry.at_s for entry in state.deltas.values())
@@ -139,6 +146,12 @@ def standing(state: FederationState, policy: RoundPolicy, trusted: Collection[st
         if now_s >= until_s:
             return Standing(quorum, num_nodes, grace_s, "grace")
     return Standing(quorum, num_nodes, grace_s, "deadline" if is_over else None)
+
+
+def nodes_there(state: FederationState, policy: RoundPolicy) -> set[str]:
+    """Return the nodes whose deltas count towards the open round's quorum: in a buffer, late ones as well."""
+    late = [event.node_id for digest in state.carried if (event := state.late(digest)) is not None]
+    return {*state.deltas, *(late if policy.async_buffer is not None else ())}
 
 
 def measured_grace_s(arrivals_s: Sequence[float], opened_at_s: float) -> float:

@@ -5,7 +5,7 @@
                  |     v    |
                  |   searching (nodes score candidate merges; once for each generation, if the plan has a search)
                  |
-                 \\-> failed -> open (the same round again, when the operator restarts it)
+                 \\-> failed -> open (the same round again, when the operator has it tried again)
 
 Nothing here reads a clock or touches a disk: times come in with the ledger's entries, in seconds.
 """
@@ -20,6 +20,7 @@ from fedmerge.errors import DigestMismatch
 from fedmerge.events import (
     CandidatesProposed,
     CandidatesScored,
+    DeadlineExtended,
     DeltaAccepted,
     DeltaRejected,
     FederationCreated,
@@ -29,10 +30,15 @@ from fedmerge.events import (
     MergeFinished,
     MergeStarted,
     MetricsReported,
+    RetryOrdered,
+    RolledBack,
+    RoundCutShort,
     RoundFailed,
     RoundOpened,
     RoundPublished,
     RoundSealed,
+    RoundsPaused,
+    RoundsResumed,
 )
 from fedmerge.store.ledger import LedgerEntry
 
@@ -61,6 +67,10 @@ class FederationState:
     `proposals` are the round's generations of candidates, `answers` the metrics statements about them that count, by
     candidate and node: a judge's first one before the generation was closed.
 
+    `current` is the merge that made the version to go on from, None for the base, and `published` the one that nodes
+    were told of. By the operator, the rounds are paused since `paused_at_s`, the open round's deadline is `extra_s`
+    later, the open round is cut short, and one that failed is to be tried again.
+
     `members` are the keys that are trusted, by id, and `predecessors` has the key that a key replaced.
     """
 
@@ -80,9 +90,15 @@ class FederationState:
     proposals: tuple[LedgerEntry, ...] = ()
     answers: Mapping[tuple[str, str], str] = field(default_factory=dict)
     merges: tuple[MergeFinished, ...] = ()
+    current: MergeFinished | None = None
+    published: MergeFinished | None = None
     failure: str = ""
     members: Mapping[str, MemberAdmitted] = field(default_factory=dict)
     predecessors: Mapping[str, str] = field(default_factory=dict)
+    paused_at_s: float | None = None
+    extra_s: float = 0.0
+    is_cut_short: bool = False
+    is_retried: bool = False
 
     def accepted(self, node_id: str) -> DeltaAccepted | None:
         """Return what the node delivered in the current round, be it under a key that this one has replaced since."""
@@ -137,6 +153,12 @@ _LEGAL: dict[type, set[Phase]] = {
     MergeFinished: {Phase.MERGING},
     RoundPublished: {Phase.PUBLISHING},
     RoundFailed: {Phase.OPEN, Phase.SEALED, Phase.MERGING},
+    RoundsPaused: set(Phase),
+    RoundsResumed: set(Phase),
+    RoundCutShort: {Phase.OPEN},
+    DeadlineExtended: {Phase.OPEN},
+    RetryOrdered: {Phase.FAILED},
+    RolledBack: {Phase.PUBLISHED, Phase.FAILED},
     MetricsReported: set(Phase),
     MemberAdmitted: set(Phase),
     MemberRevoked: set(Phase),
@@ -173,6 +195,9 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
                 proposals=(),
                 answers={},
                 failure="",
+                extra_s=0.0,
+                is_cut_short=False,
+                is_retried=False,
             )
         case DeltaAccepted():
             return _with_delta(state, entry, event)
@@ -201,9 +226,9 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
         case MergeStarted():
             return replace(state, phase=Phase.MERGING)
         case MergeFinished():
-            return replace(state, phase=Phase.PUBLISHING, merges=(*state.merges, event))
+            return replace(state, phase=Phase.PUBLISHING, merges=(*state.merges, event), current=event)
         case RoundPublished():
-            return replace(state, phase=Phase.PUBLISHED)
+            return replace(state, phase=Phase.PUBLISHED, published=state.current)
         case RoundFailed():
             return replace(
                 state,
@@ -214,6 +239,16 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
             )
         case DeltaRejected():
             return state
+        case RoundsPaused() | RoundsResumed():
+            return _paused(state, entry, event)
+        case RoundCutShort():
+            return replace(state, is_cut_short=True)
+        case DeadlineExtended():
+            return replace(state, extra_s=state.extra_s + event.extra_s)
+        case RetryOrdered():
+            return replace(state, is_retried=True)
+        case RolledBack():
+            return _rolled_back(state, entry, event)
 
 
 def _without_member(state: FederationState, node_id: str) -> FederationState:
@@ -248,6 +283,31 @@ def _with_delta(state: FederationState, entry: LedgerEntry, event: DeltaAccepted
     if staleness == 0:
         return replace(state, delivered=delivered, deltas={**state.deltas, event.node_id: entry})
     return replace(state, delivered=delivered, carried={**state.carried, event.statement_digest: entry})
+
+
+def _paused(state: FederationState, entry: LedgerEntry, event: RoundsPaused | RoundsResumed) -> FederationState:
+    if isinstance(event, RoundsPaused) == (state.paused_at_s is not None):
+        raise DigestMismatch(f"ledger event {entry.number}: the rounds are paused already, or are not paused")
+    if state.paused_at_s is None:
+        return replace(state, paused_at_s=entry.at_s)
+    # A clock that was set back makes no deadline earlier.
+    paused_s = max(0.0, entry.at_s - state.paused_at_s) if state.phase == Phase.OPEN else 0.0
+    return replace(state, paused_at_s=None, extra_s=state.extra_s + paused_s)
+
+
+def _rolled_back(state: FederationState, entry: LedgerEntry, event: RolledBack) -> FederationState:
+    merge = next((merge for merge in state.merges if merge.round == event.to_round), None)
+    if merge is None and event.to_round != 0:
+        raise DigestMismatch(f"ledger event {entry.number}: round {event.to_round} has no version to go back to")
+    return replace(
+        state,
+        current=merge,
+        published=merge,
+        is_retried=state.phase == Phase.FAILED,
+        plans={},
+        carried={},
+        carried_in=(),
+    )
 
 
 def _still_carried(state: FederationState) -> dict[str, LedgerEntry]:

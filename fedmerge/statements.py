@@ -439,6 +439,27 @@ class MergeRecord(Statement):
         return {"model": self.model.digest}
 
 
+class Rollback(Statement):
+    """The coordinator's word that what followed `to_round` is not built upon: the next round starts from its version.
+
+    `round` is the one it was decided in; `to_round` 0 is the base model.
+    """
+
+    kind: ClassVar[str] = "rollback"
+    digest_algorithm: ClassVar[str] = MODEL_DIGEST
+
+    federation: str
+    run: str
+    round: Count
+    to_round: Count
+    version: Digest
+    reason: str
+
+    def subject(self) -> dict[str, str]:
+        """The version that counts again."""
+        return {"model": self.version}
+
+
 class Lineage(Statement):
     """What stands in a published directory as lineage.json: its files by digest, and the merge records behind it."""
 

@@ -44,6 +44,7 @@ from fedmerge.statements import (
     MetricsStatement,
     ModelRef,
     Revocation,
+    Rollback,
     RoundSpec,
     StepRef,
     digest_of,
@@ -70,8 +71,9 @@ class Check:
 class History:
     """A directory's provenance, verified: round specs and delta statements by digest, merge records in order.
 
-    Of rounds that searched for their merge also the candidates by digest, and what nodes reported about them, by round,
-    candidate and node. `enrolments` and `revocations` are by node: what the coordinator says of whose keys these are.
+    The records are those that lead to the version; what `rollbacks` took back is not among them. Of rounds that
+    searched for their merge also the candidates by digest, and what nodes reported about them, by round, candidate and
+    node. `enrolments` and `revocations` are by node: what the coordinator says of whose keys these are.
     """
 
     specs: dict[str, RoundSpec]
@@ -81,6 +83,7 @@ class History:
     metrics: dict[tuple[int, str, str], MetricsStatement]
     enrolments: dict[str, Enrolment]
     revocations: dict[str, Revocation]
+    rollbacks: list[Rollback]
 
 
 def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[Lineage, History, list[Check]]:
@@ -93,9 +96,9 @@ def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple
     _require_version(directory, lineage.model.digest, checks)
     coordinator = {signer.key_id: signer}
     history = _read_history(directory / PROVENANCE, coordinator, lineage)
-    checks.append(
-        Check("history", True, f"{len(history.records)} merge records form a chain from the base to this version")
-    )
+    chain = f"{len(history.records)} merge records form a chain from the base to this version"
+    back = [f"; in round {each.round} rolled back to {each.to_round} ({each.reason})" for each in history.rollbacks]
+    checks.append(Check("history", True, chain + "".join(back)))
     num_nodes = len({statement.node_id for statement in history.deltas.values()})
     checks.append(
         Check("deltas", True, f"{len(history.deltas)} delta statements verify under the keys of {num_nodes} nodes")
@@ -269,7 +272,8 @@ def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lin
         key_id: PublicKey.from_pem(pem, where=f"{LINEAGE}: node key {key_id[:12]}")
         for key_id, pem in lineage.node_keys.items()
     }
-    history = History({}, {}, [], {}, {}, {}, {})
+    history = History({}, {}, [], {}, {}, {}, {}, [])
+    told: list[MergeRecord | Rollback] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         where = f"{path}:{number}"
         try:
@@ -302,24 +306,41 @@ def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lin
             revocation, _ = Revocation.open(envelope, coordinator, where=where)
             history.revocations[revocation.node_id] = revocation
         elif kind == MergeRecord.kind:
-            record, _ = MergeRecord.open(envelope, coordinator, where=where)
-            history.records.append(record)
+            told.append(MergeRecord.open(envelope, coordinator, where=where)[0])
+        elif kind == Rollback.kind:
+            told.append(Rollback.open(envelope, coordinator, where=where)[0])
         else:
             raise BadSignature(f"{where}: unknown kind of statement {kind!r}")
-    _require_chain(history, lineage, path)
+    _require_chain(history, told, lineage, path)
     return history
 
 
-def _require_chain(history: History, lineage: Lineage, path: Path) -> None:
+def _require_chain(history: History, told: list[MergeRecord | Rollback], lineage: Lineage, path: Path) -> None:
     base = lineage.model.base_digest
-    before = ModelRef(digest=base, base_digest=base, updates=[])
+    start = before = ModelRef(digest=base, base_digest=base, updates=[])
     counted: set[tuple[int, str]] = set()
-    for record in history.records:
+    lines: dict[int, list[MergeRecord]] = {0: []}
+    line = lines[0]
+    for record in told:
+        if isinstance(record, Rollback):
+            line = lines.get(record.to_round, [])
+            before = line[-1].model if line else start
+            if record.to_round not in lines or before.digest != record.version:
+                raise VerificationError(
+                    f"{path}: rolled back to a version of round {record.to_round} that is not there"
+                )
+            history.rollbacks.append(record)
+            continue
         spec = history.specs.get(record.spec_digest)
         where = f"{path}: merge record of round {record.round}"
         if spec is None or spec.round != record.round or spec.model != record.before:
             raise VerificationError(f"{where}: does not belong to a signed round spec")
-        if record.before != before or record.model.updates[:-1] != before.updates or not _steps_follow(record):
+        if (
+            record.round in lines
+            or record.before != before
+            or record.model.updates[:-1] != before.updates
+            or not _steps_follow(record)
+        ):
             raise VerificationError(f"{where}: does not follow from the round before")
         merge = _require_search(record, spec, history, where) if spec.search else spec.merge
         promised = (merge, spec.merge_seed, spec.outer, spec.schema_digest)
@@ -345,6 +366,8 @@ def _require_chain(history: History, lineage: Lineage, path: Path) -> None:
                 )
             counted.add((plan.round, statement.node_id))
         before = record.model
+        line = lines[record.round] = [*line, record]
+    history.records.extend(line)
     if before != lineage.model or not history.records:
         raise VerificationError(f"{path}: the merge records do not lead to the version in {LINEAGE}")
 

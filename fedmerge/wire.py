@@ -32,6 +32,7 @@ from fedmerge.errors import (
     UnknownVersion,
     Unreachable,
     UntrustedKey,
+    WrongPhase,
 )
 from fedmerge.v1 import round_pb2
 
@@ -56,6 +57,7 @@ STATUS_CODES: dict[type[FedmergeError], int] = {
     UnknownVersion: code_pb2.NOT_FOUND,
     RoundClosed: code_pb2.FAILED_PRECONDITION,
     NotAsked: code_pb2.FAILED_PRECONDITION,
+    WrongPhase: code_pb2.FAILED_PRECONDITION,
     StaleBase: code_pb2.FAILED_PRECONDITION,
     ConflictingSubmission: code_pb2.ALREADY_EXISTS,
     BadOffset: code_pb2.OUT_OF_RANGE,

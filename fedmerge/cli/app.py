@@ -26,6 +26,7 @@ from cyclopts import (
 )
 
 from fedmerge.cli.output import configure_logging, print_problem, stderr
+from fedmerge.cli.rounds import show as list_rounds
 from fedmerge.errors import FedmergeError, MissingExtra, did_you_mean
 
 TRACEBACK_VARIABLE = "FEDMERGE_TRACEBACK"
@@ -96,6 +97,14 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "report": ("fedmerge.cli.report:report", "Show what merged models keep of the nodes' own."),
     },
 }
+ROUND_COMMANDS: dict[str, tuple[str, str]] = {
+    "pause": ("fedmerge.cli.rounds:pause", "Open and close no rounds for a while."),
+    "resume": ("fedmerge.cli.rounds:resume", "End a pause."),
+    "close": ("fedmerge.cli.rounds:close", "Close the open round with what it has."),
+    "extend": ("fedmerge.cli.rounds:extend", "Move the open round's deadline."),
+    "retry": ("fedmerge.cli.rounds:retry", "Open a round that failed again."),
+    "rollback": ("fedmerge.cli.rounds:rollback", "Go on from an earlier version."),
+}
 KEY_COMMANDS: dict[str, tuple[str, str]] = {
     "new": ("fedmerge.cli.keys:new", "Make a signing key."),
     "show": ("fedmerge.cli.keys:show", "Show the public half of a key."),
@@ -118,6 +127,12 @@ for _position, (_title, _commands) in enumerate(COMMANDS.items()):
     _group = Group(_title, sort_key=_position)
     for _sort_key, (_name, (_path, _help)) in enumerate(_commands.items()):
         app.command(_path, name=_name, help=_help, group=_group, sort_key=_sort_key, help_epilogue="")
+# The group is that of the last commands above, "Run".
+_rounds = App(name="rounds", help="List the rounds, and steer them.", help_epilogue="", group=_group, sort_key=9)
+_rounds.default(list_rounds)
+for _name, (_path, _help) in ROUND_COMMANDS.items():
+    _rounds.command(_path, name=_name, help=_help, help_epilogue="")
+app.command(_rounds)
 _trust = Group("Trust", sort_key=4)
 for _above, (_about, _commands) in TRUST_COMMANDS.items():
     _parent = App(name=_above, help=_about, help_epilogue="", group=_trust)

@@ -14,7 +14,6 @@ from fedmerge.coordinator import Coordinator
 from fedmerge.errors import ConfigError
 from fedmerge.merkle import LEAF_BYTES
 from fedmerge.node import Node, NodeEvent, RoundView
-from fedmerge.rounds import Phase
 from fedmerge.sign import SigningKey
 from fedmerge.sim.results import FederationResult, result_of
 from fedmerge.training import Trainer
@@ -92,8 +91,7 @@ def simulate(
             events = _for_node(on_event, name)
             node = Node(link, trainer, keys[name], coordinator.key.public, home, base=base_dir, on_event=events)
             nodes.append((link, node))
-        if coordinator.journal.state.phase == Phase.FAILED:
-            coordinator.open_round()
+        coordinator.retry_failed()
         while True:
             while coordinator.advance():
                 pass

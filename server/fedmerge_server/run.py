@@ -17,9 +17,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from fedmerge.config import Config
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import FedmergeError, ResourceError
-from fedmerge.rounds import Phase
 from fedmerge.v1 import delta_pb2_grpc, model_pb2_grpc, round_pb2_grpc, session_pb2_grpc
 from fedmerge.wire import MAX_MESSAGE_BYTES
+from fedmerge_server.admin import open_admin
 from fedmerge_server.service import Services
 from fedmerge_server.tls import server_certificate, write_bundle
 
@@ -66,18 +66,20 @@ async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening
             loop.add_signal_handler(number, stop.set)
         healthy = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+        admin = open_admin(coordinator.operator, config.federation.state)
         await server.start()
+        await admin.start()
         await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
         bundle = config.federation.state / "coordinator.pem"
         host = config.server.address[0]
         on_ready(Listening(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", bundle))
-        if coordinator.journal.state.phase == Phase.FAILED:
-            coordinator.open_round()
+        coordinator.retry_failed()
         rounds = asyncio.create_task(_move_rounds(coordinator, services, stop))
         await stop.wait()
         await healthy.enter_graceful_shutdown()
         services.stop()
         await rounds
+        await admin.stop(None)
         await server.stop(GRACE_S)
     finally:
         coordinator.close()

@@ -24,7 +24,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 from safetensors.torch import save_file
 
-from fedmerge.cli.app import COMMANDS, EPILOGUE, EXTRAS, KEY_COMMANDS, NODE_COMMANDS, TRUST_COMMANDS, app
+from fedmerge.cli.app import (
+    COMMANDS,
+    EPILOGUE,
+    EXTRAS,
+    KEY_COMMANDS,
+    NODE_COMMANDS,
+    ROUND_COMMANDS,
+    TRUST_COMMANDS,
+    app,
+)
 from fedmerge.cli.init import template
 from fedmerge.cli.output import JsonFormatter, format_bytes, format_ratio
 from fedmerge.config import Config, load_config, parse_config
@@ -57,6 +66,13 @@ OPTIONS: dict[str, list[str]] = {
         "--name", "--trainer", "--option", "--keep-tuned", "--json",
     ],
     "report": ["CONFIG", "--metric", "--json"],
+    "rounds": ["CONFIG", "--json"],
+    "rounds pause": ["CONFIG", "--reason"],
+    "rounds resume": ["CONFIG", "--reason"],
+    "rounds close": ["CONFIG", "--reason"],
+    "rounds extend": ["SECONDS", "CONFIG", "--reason"],
+    "rounds retry": ["CONFIG", "--reason"],
+    "rounds rollback": ["ROUND", "CONFIG", "--reason"],
     "keys new": ["PATH", "--algorithm", "--passphrase", "--passphrase-file", "--json"],
     "keys show": ["PATH", "--json"],
     "keys trust": ["PUBFILE", "--name", "--org", "--config", "--into"],
@@ -76,12 +92,14 @@ def test_the_command_list_is_deliberate() -> None:
     }
     assert list(KEY_COMMANDS) == ["new", "show", "trust", "rotate"]
     assert list(NODE_COMMANDS) == ["list", "invite", "approve", "revoke"]
-    listed = {name for commands in COMMANDS.values() for name in commands} | set(TRUST_COMMANDS)
+    assert list(ROUND_COMMANDS) == ["pause", "resume", "close", "extend", "retry", "rollback"]
+    listed = {name for commands in COMMANDS.values() for name in commands} | set(TRUST_COMMANDS) | {"rounds"}
     assert {name for name in app if not name.startswith("-")} == listed
 
 
 def command_names() -> list[str]:
     below = [f"{above} {name}" for above, (_, commands) in TRUST_COMMANDS.items() for name in commands]
+    below += ["rounds", *(f"rounds {name}" for name in ROUND_COMMANDS)]
     return [*(name for group in COMMANDS.values() for name in group), *below]
 
 

@@ -66,8 +66,7 @@ def test_a_node_that_is_not_asked_is_refused_and_a_round_that_failed_asks_others
     try:
         asked = set()
         for _ in range(20):
-            if coordinator.journal.state.phase == "failed":
-                coordinator.open_round()
+            coordinator.retry_failed()
             while coordinator.advance():
                 pass
             asked |= set(coordinator.journal.state.opened.sample)  # type: ignore[union-attr]
@@ -75,7 +74,8 @@ def test_a_node_that_is_not_asked_is_refused_and_a_round_that_failed_asks_others
             coordinator.advance()
             assert coordinator.journal.state.phase == "failed"
         assert asked == {key.public.key_id for key in keys.values()}
-        coordinator.open_round()
+        coordinator.retry_failed()
+        coordinator.advance()
         [chosen] = coordinator.journal.state.opened.sample  # type: ignore[union-attr]
         outsider = next(name for name, key in keys.items() if key.public.key_id != chosen)
         node = node_of(coordinator, config, keys, outsider)
