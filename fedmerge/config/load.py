@@ -104,13 +104,9 @@ def _rounds_problems(config: Config | None) -> list[_Problem]:
     if config is None:
         return []
     rounds, problems = config.rounds, []
-    if rounds.async_buffer is not None:
-        if rounds.async_buffer < rounds.min_nodes:
-            text = f"should be min_nodes, {rounds.min_nodes}, at least"
-            problems.append(_Problem(("rounds", "async_buffer"), text))
-        for key in ("fraction", "grace_s"):
-            if key in rounds.model_fields_set:
-                problems.append(_Problem(("rounds", key), "has no effect with async_buffer: leave one of them out"))
+    if rounds.async_buffer is not None and rounds.async_buffer < rounds.min_nodes:
+        text = f"should be min_nodes, {rounds.min_nodes}, at least"
+        problems.append(_Problem(("rounds", "async_buffer"), text))
     if rounds.staleness_limit and config.search.strategy != "none":
         # A search has one factor for each node, and asks each for its scores.
         text = "does not go with late deltas ([rounds] late or async_buffer)"

@@ -162,7 +162,7 @@ class Rounds(Section):
     """Rounds that a delta may be late."""
     async_buffer: Positive | None = Field(default=None, examples=[4])
     """Closes a round as soon as so many deltas are there, late ones included, whoever they are of: nodes at their own
-    pace, none of which waits for a slower one."""
+    pace, none of which waits for a slower one. Then fraction and grace_s have no effect."""
 
     @property
     def staleness_limit(self) -> int:

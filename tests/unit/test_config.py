@@ -345,11 +345,10 @@ BAD: list[tuple[str, list[str]]] = [
         ],
     ),
     (
-        MINIMAL + "[rounds]\nasync_buffer = 1\ngrace_s = 1\n[search]\nstrategy = 'greedy_soup'\n",
+        MINIMAL + "[rounds]\nasync_buffer = 1\n[search]\nstrategy = 'greedy_soup'\n",
         [
             "6: rounds.async_buffer: should be min_nodes, 2, at least",
-            "7: rounds.grace_s: has no effect with async_buffer: leave one of them out",
-            "9: search.strategy: does not go with late deltas ([rounds] late or async_buffer)",
+            "8: search.strategy: does not go with late deltas ([rounds] late or async_buffer)",
         ],
     ),
     (MINIMAL + "[rounds]\ndeadline_s = 0\n", ["6: rounds.deadline_s: should be above 0, not 0"]),
