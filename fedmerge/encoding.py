@@ -117,11 +117,11 @@ def _exact_values(factors: Factors) -> str:
     return next(name for name in EXACT_VALUES if holds(name, factors.left) and holds(name, factors.right))
 
 
-def num_values(encoding: Encoding, spec: TensorSpec, codec: Codec, seed: int) -> int:
+def num_values(encoding: Encoding, spec: TensorSpec, codec: Codec) -> int:
     """Return M, which follows from what both ends know; for factors, the number of elements that both have."""
     if encoding.rank:
         return encoding.rank * sum(spec.shape)
-    return SPARSIFIERS[encoding.sparsifier].num_kept(spec.num_elements, seed, codec.density)
+    return SPARSIFIERS[encoding.sparsifier].num_kept(spec.num_elements, codec.density)
 
 
 def section_bytes(encoding: Encoding, spec: TensorSpec, codec: Codec, num_kept: int) -> dict[str, int]:

@@ -46,8 +46,8 @@ ZERO = "zero"
 SIDE_VALUES: dict[str, str] = {"F32": "fp32", "BF16": "bf16"}
 
 # Values up to here, divided by the density, are finite in every value type and after every rounding: what comes back is
-# at most 2.2 times the largest value (the outermost level of lloyd3).
-MAX_VALUE = 2.0**126
+# at most 2.2 times the largest value (the outermost level of lloyd3), and a stratum up to twice 1 / density.
+MAX_VALUE = 2.0**125
 
 
 class Choice(NamedTuple):
@@ -337,7 +337,7 @@ class DeltaFile(Mapping[str, Tensor]):
         if frame.encoding == ZERO:
             expected: dict[str, int] = {}
         elif (encoding := codec.allowed(spec, frame.encoding)) is not None:
-            num_kept = num_values(encoding, spec, codec, derive_seed(self._seed, name))
+            num_kept = num_values(encoding, spec, codec)
             expected = section_bytes(encoding, spec, codec, num_kept)
             self._encodings[name] = encoding, num_kept
         else:

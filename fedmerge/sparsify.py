@@ -1,10 +1,11 @@
 """Step 2, sparsify, and its inverse, scatter: which elements of a task vector travel.
 
 A sparsifier is a pure function of one flat tensor and of what both ends know already (a seed and a density). `seeded`
-is DARE ("Language models are super Mario", arXiv 2311.03099) put on the wire: both ends draw the same Bernoulli mask,
-so the kept values travel without a byte of index, and dividing them by the density makes the result unbiased. `topk`
-sends the largest elements of every 4096 and where they are (`fedmerge.indices`), `layerwise_topk` those of the whole
-tensor (`fedmerge.layerwise`), which has a lower error; what they leave out is lost, so they are biased.
+is DARE ("Language models are super Mario", arXiv 2311.03099) put on the wire: both ends draw the same mask, one element
+of each stratum (`fedmerge.strata`), so the kept values travel without a byte of index, and multiplying them by the size
+of their stratum, about 1 / density, makes the result unbiased. `topk` sends the largest elements of every 4096 and
+where they are (`fedmerge.indices`), `layerwise_topk` those of the whole tensor (`fedmerge.layerwise`), which has a
+lower error; what they leave out is lost, so they are biased.
 
 Shapes: N elements of the tensor, M of them kept.
 """
@@ -14,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedmerge.indices import Indices, decode_indices, encode_indices, index_bytes, largest_of_chunks, num_indices
 from fedmerge.layerwise import counted_index_bytes, decode_counted, encode_counted, largest_of_tensor, num_largest
 from fedmerge.planes import Sections
-from fedmerge.seeds import bernoulli_mask
+from fedmerge.strata import num_strata, positions, spread
 
 
 class Kept(NamedTuple):
@@ -37,13 +37,13 @@ class Sparsifier(NamedTuple):
     `sparsify(values, seed, density)` returns what is kept of `values` (N,);
     `scatter(kept, num_elements, seed, density)` returns the dense tensor (N,) that stands for it, and raises
     `InvalidDelta` for index sections that no `sparsify` makes;
-    `num_kept(num_elements, seed, density)` and `index_bytes(num_elements, density)` return M and the length of each
+    `num_kept(num_elements, density)` and `index_bytes(num_elements, density)` return M and the length of each
     index section, which follow from what both ends know and are never read from a file. All tensors are fp32.
     """
 
     sparsify: Callable[[Tensor, int, float], Kept]
     scatter: Callable[[Kept, int, int, float], Tensor]
-    num_kept: Callable[[int, int, float], int]
+    num_kept: Callable[[int, float], int]
     index_bytes: Callable[[int, float], dict[str, int]]
 
 
@@ -70,29 +70,22 @@ def scatter_all(kept: Kept, num_elements: int, seed: int, density: float) -> Ten
     return kept.values
 
 
-def count_all(num_elements: int, seed: int, density: float) -> int:
+def count_all(num_elements: int, density: float) -> int:
     """Return N: everything is kept."""
     return num_elements
 
 
 def keep_seeded(values: Tensor, seed: int, density: float) -> Kept:
     """Keep the elements of `values` (N,) under the mask of `seed`, each with probability `density`."""
-    return Kept({}, values[bernoulli_mask(seed, values.numel(), density)])
+    return Kept({}, values[torch.from_numpy(positions(seed, values.numel(), density))])
 
 
 def scatter_seeded(kept: Kept, num_elements: int, seed: int, density: float) -> Tensor:
-    """Return a tensor (N,) with the values of `kept` / `density` under the mask of `seed` and zero elsewhere.
+    """Return a tensor (N,) with the values of `kept` times their stratum's size under the mask of `seed`, else zero.
 
     There is one value for each element that the mask keeps. The expectation over seeds is the tensor it was drawn from.
     """
-    mask = bernoulli_mask(seed, num_elements, density)
-    # Multiplying by the rounded reciprocal gives the same bits on every device; scalar division does not.
-    return torch.zeros(num_elements).masked_scatter_(mask, kept.values * (1.0 / density))
-
-
-def count_seeded(num_elements: int, seed: int, density: float) -> int:
-    """Return the number of elements that the mask of `seed` keeps."""
-    return int(np.count_nonzero(bernoulli_mask(seed, num_elements, density).numpy()))
+    return torch.from_numpy(spread(kept.values.numpy(), seed, num_elements, density))
 
 
 def keep_topk(values: Tensor, seed: int, density: float) -> Kept:
@@ -109,11 +102,6 @@ def scatter_topk(kept: Kept, num_elements: int, seed: int, density: float) -> Te
     return _place(kept.values, decode_indices(kept.indices, num_elements, density), num_elements)
 
 
-def count_topk(num_elements: int, seed: int, density: float) -> int:
-    """Return the number of elements that are kept: `density` of each 4096, at least 1, and of a shorter last chunk."""
-    return num_indices(num_elements, density)
-
-
 def keep_layerwise_topk(values: Tensor, seed: int, density: float) -> Kept:
     """Keep the largest magnitudes of `values` (N,), ties to the lower index."""
     indices = largest_of_tensor(values.numpy(), density)
@@ -128,20 +116,13 @@ def scatter_layerwise_topk(kept: Kept, num_elements: int, seed: int, density: fl
     return _place(kept.values, decode_counted(kept.indices, num_elements, density), num_elements)
 
 
-def count_layerwise_topk(num_elements: int, seed: int, density: float) -> int:
-    """Return the number of elements that are kept: `density` of all, at least 1."""
-    return num_largest(num_elements, density)
-
-
 def _place(values: Tensor, indices: Indices, num_elements: int) -> Tensor:
     return torch.zeros(num_elements).index_copy_(0, torch.from_numpy(indices), values)
 
 
 SPARSIFIERS: dict[str, Sparsifier] = {
     "none": Sparsifier(keep_all, scatter_all, count_all, no_index_bytes),
-    "seeded": Sparsifier(keep_seeded, scatter_seeded, count_seeded, no_index_bytes),
-    "topk": Sparsifier(keep_topk, scatter_topk, count_topk, index_bytes),
-    "layerwise_topk": Sparsifier(
-        keep_layerwise_topk, scatter_layerwise_topk, count_layerwise_topk, counted_index_bytes
-    ),
+    "seeded": Sparsifier(keep_seeded, scatter_seeded, num_strata, no_index_bytes),
+    "topk": Sparsifier(keep_topk, scatter_topk, num_indices, index_bytes),
+    "layerwise_topk": Sparsifier(keep_layerwise_topk, scatter_layerwise_topk, num_largest, counted_index_bytes),
 }
