@@ -1,4 +1,4 @@
-"""How `fuzz.py` damages delta files: the sections of a frame, and JSON; and how tests do."""
+"""How `fuzz.py` damages files: the sections of a frame, and JSON."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ BOMB_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a frame: what the header says of it, and its bytes."""
+    """A section of a frame: its length, and its bytes, coded if they are fewer, or always if the format has it so."""
 
     kind: str
     raw_bytes: int
     coded: bytes
-    coder: str
+    always_coded: bool = False
 
     @property
     def raw(self) -> bytes:
-        return zstandard.ZstdDecompressor().decompress(self.coded) if self.coder == "zstd" else self.coded
+        is_coded = self.always_coded or len(self.coded) < self.raw_bytes
+        return zstandard.ZstdDecompressor().decompress(self.coded) if is_coded else self.coded
 
     def holding(self, raw: bytes, rng: random.Random) -> Section:
         """The section with other content, compressed if that makes it smaller, or not."""
         coded = zstandard.ZstdCompressor(level=1).compress(raw)
-        if len(coded) < self.raw_bytes and rng.random() < 0.5:
-            return dataclasses.replace(self, coded=coded, coder="zstd")
-        return dataclasses.replace(self, coded=raw, coder="raw")
+        if self.always_coded or (len(coded) < self.raw_bytes and rng.random() < 0.5):
+            return dataclasses.replace(self, coded=coded)
+        return dataclasses.replace(self, coded=raw)
 
     def coded_as(self, coded: bytes) -> Section:
         """The section with other zstd bytes, of a length that a header may have."""
-        return dataclasses.replace(self, coded=coded[: self.raw_bytes - 1], coder="zstd")
+        return dataclasses.replace(self, coded=coded if self.always_coded else coded[: self.raw_bytes - 1])
 
 
 def zstd_of_zeros(size: int) -> bytes:

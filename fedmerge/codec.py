@@ -44,6 +44,16 @@ class Encoding:
             return self.values
         return f"{self.sparsifier}{self.rank or ''}+{self.values}"
 
+    @classmethod
+    def parse(cls, name: str) -> Encoding | None:
+        """Return the encoding that is called `name`, or None if there is none."""
+        parts = re.fullmatch(r"(?:([a-z_]+)([1-9][0-9]{0,3})?\+)?([a-z0-9]+)", name, re.ASCII)
+        if parts is None:
+            return None
+        found = cls(parts[1] or "none", parts[3], int(parts[2] or 0))
+        known = found.rank > 0 if found.sparsifier == LOWRANK else found.sparsifier in SPARSIFIERS and not found.rank
+        return found if known and found.values in QUANTIZERS and str(found) == name else None
+
 
 @dataclass(frozen=True, slots=True)
 class Codec:
@@ -141,16 +151,11 @@ class Codec:
         """Return the types of values that factors may have."""
         return EXACT_VALUES if self.factors == EXACT else (self.factors,)
 
-    def allowed(self, spec: TensorSpec, name: str) -> Encoding | None:
-        """Return the encoding that a frame calls `name`, or None unless the plan allows it for this shape."""
-        lowrank = re.fullmatch(rf"{LOWRANK}([1-9][0-9]{{0,3}})\+([a-z0-9]+)", name)
-        if lowrank:
-            rank, values = int(lowrank[1]), lowrank[2]
-            is_allowed = rank <= self.most_rank(spec) and values in self.factor_values()
-            return Encoding(LOWRANK, values, rank) if is_allowed else None
-        return next(
-            (found for found in (self.encoding(spec), self.fallback_encoding(spec)) if str(found) == name), None
-        )
+    def allows(self, spec: TensorSpec, encoding: Encoding) -> bool:
+        """Return whether a tensor of this shape that is not all zero may travel in `encoding`."""
+        if encoding.sparsifier == LOWRANK:
+            return encoding.rank <= self.most_rank(spec) and encoding.values in self.factor_values()
+        return encoding in (self.encoding(spec), self.fallback_encoding(spec))
 
 
 def _require_known(where: str, name: str, known: Iterable[str]) -> None:

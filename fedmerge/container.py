@@ -1,12 +1,11 @@
-"""The container of delta and step files: a safetensors file of byte strings, with JSON under one key of its metadata.
+"""The container of delta and step files: a safetensors file of byte strings, with a text under one key of its metadata.
 
-Any tool opens it, it maps without copying, and nothing in it is executed. Byte strings are made of zstd frames. So is
-the JSON, in base64 (RFC 4648): it repeats itself, and plain it would be half of a file with few bits per parameter.
+Any tool opens it, it maps without copying, and nothing in it is executed. The key is the format and its version. Byte
+strings are made of zstd frames. So is JSON: plain, it would be a good part of a file with few bits per parameter.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -22,25 +21,38 @@ from safetensors import SafetensorError, safe_open
 
 from fedmerge.errors import InputError, InvalidDelta, ResourceError
 
-METADATA_KEY = "fedmerge"
 MAX_HEADER_BYTES = 16 << 20
 MAX_WINDOW_BYTES = 1 << 23
 _COPY_BYTES = 1 << 20
-_HEADER_LEVEL = 12
+_JSON_LEVEL = 19
+
+# What zstd may refer to as if it came before the JSON: what headers of delta files say, and names of common layers.
+JSON_WORDS = (
+    b'"bias":[384],"weight":[384,384]},"lm_head.":{"embed_tokens.":{"model.":{"norm.":{"wte.":{"transformer.":{"h.":{'
+    b'"mlp.":{"gate_proj.":{"up_proj.":{"down_proj.":{"self_attn.":{"q_proj.":{"k_proj.":{"v_proj.":{"o_proj.":{'
+    b'"input_layernorm.":{"post_attention_layernorm.":{"pooler.":{"classifier.":{"embeddings.":{"layers.":{'
+    b'"bert.":{"encoder.":{"layer.":{"0.":{"attention.":{"output.":{"LayerNorm.":{"dense.":{"self.":{"key.":{"query.":{'
+    b'"value.":{"intermediate.":{"zero"],"lloyd3"],"lowrank8+bf16"],"frames":[['
+    b'{"codec":{"sparsify":"topk","density":0.015625,"values":"sign","block_size":64,"small_elements":'
+    b'{"codec":{"sparsify":"seeded","density":0.01,"values":"lloyd2","block_size":256},"tensors":{"'
+)
+_WORDS = zstandard.ZstdCompressionDict(JSON_WORDS, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
 
 @dataclass
 class Container:
-    """A file under construction: byte strings go to `payload`, each one's bytes to `lengths`; `header` is JSON."""
+    """A file under construction: byte strings go to `payload`, each one's bytes to `lengths`; `text` is metadata."""
 
     payload: IO[bytes]
     lengths: dict[str, int] = field(default_factory=dict)
-    header: str = ""
+    text: str = ""
 
 
 @contextmanager
-def writing_container(path: Path, *, where: str) -> Iterator[Container]:
+def writing_container(path: Path, key: str, *, where: str) -> Iterator[Container]:
     """Write what the block puts into a container to `path`, when it has ended; whole or not at all.
+
+    `key` is the metadata's, the format with its version.
 
     Byte strings wait in a nameless file beside `path` for the header, which comes first. The file's owner alone can
     read it. Raises `InputError`, beginning with `where`, for more strings than a reader takes, and `ResourceError` when
@@ -51,7 +63,7 @@ def writing_container(path: Path, *, where: str) -> Iterator[Container]:
         with tempfile.TemporaryFile(dir=path.parent) as payload:
             container = Container(payload)
             yield container
-            table = _safetensors_header(container)
+            table = _safetensors_header(container, key)
             if len(table) > MAX_HEADER_BYTES:
                 raise InputError(f"{where}: {len(container.lengths)} tensors are too many for one file")
             payload.seek(0)
@@ -65,9 +77,9 @@ def writing_container(path: Path, *, where: str) -> Iterator[Container]:
         part.unlink(missing_ok=True)
 
 
-def _safetensors_header(container: Container) -> bytes:
-    """Return the table at the start of a safetensors file: where each byte string is, and the header as metadata."""
-    table: dict[str, Any] = {"__metadata__": {METADATA_KEY: pack_header(container.header)}}
+def _safetensors_header(container: Container, key: str) -> bytes:
+    """Return the table at the start of a safetensors file: where each byte string is, and the text as metadata."""
+    table: dict[str, Any] = {"__metadata__": {key: container.text}}
     end = 0
     for name, num_bytes in container.lengths.items():
         start, end = end, end + num_bytes
@@ -76,25 +88,25 @@ def _safetensors_header(container: Container) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def pack_header(text: str) -> str:
-    """Return JSON as it stands in a file's metadata."""
-    return base64.b64encode(zstandard.ZstdCompressor(level=_HEADER_LEVEL).compress(text.encode())).decode()
+def pack_json(value: Any) -> bytes:
+    """Return a JSON value as one zstd frame."""
+    text = json.dumps(value, separators=(",", ":")).encode()
+    return zstandard.ZstdCompressor(level=_JSON_LEVEL, dict_data=_WORDS).compress(text)
 
 
-def unpack_header(packed: str) -> bytes:
-    """Return the JSON of `pack_header`; raise `InvalidDelta` when it is not that, or too long."""
+def unpack_json(coded: memoryview) -> Any:
+    """Return the value that `pack_json` was given; raise `InvalidDelta` when it is not that, or too long."""
     try:
-        coded = base64.b64decode(packed, validate=True)
         num_bytes = zstandard.frame_content_size(coded)
-    except (ValueError, zstandard.ZstdError) as err:
-        raise InvalidDelta(f"the header is not zstd in base64 ({err})") from err
-    if not 0 <= num_bytes <= MAX_HEADER_BYTES:
-        raise InvalidDelta(f"the header is over the limit of {MAX_HEADER_BYTES} bytes")
-    return unzstd(memoryview(coded), num_bytes)
+        if not 0 <= num_bytes <= MAX_HEADER_BYTES:
+            raise InvalidDelta(f"the header is over the limit of {MAX_HEADER_BYTES} bytes")
+        return json.loads(unzstd(coded, num_bytes, words=_WORDS), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError, zstandard.ZstdError) as err:
+        raise InvalidDelta(f"the header is not JSON in zstd ({err})") from err
 
 
-def open_container(path: Path, max_payload_bytes: int, *, what: str) -> tuple[Any, Any]:
-    """Open what `writing_container` wrote; return its safetensors handle and the JSON value of its header.
+def open_container(path: Path, key: str, max_payload_bytes: int, *, what: str) -> tuple[Any, str]:
+    """Open what `writing_container` wrote with this `key`; return its safetensors handle and its text.
 
     `max_payload_bytes` bounds the byte strings together, `what` names such files in errors. Raises `InvalidDelta` for
     any other file, and `InputError` when there is none to read.
@@ -109,10 +121,10 @@ def open_container(path: Path, max_payload_bytes: int, *, what: str) -> tuple[An
             raise InvalidDelta(f"{file_bytes} bytes are more than this model can need")
         file: Any = safe_open(path, framework="np")  # its methods have no annotations
         metadata = file.metadata() or {}
-        if metadata.keys() != {METADATA_KEY}:
-            raise InvalidDelta(f"not a {what}: metadata keys are {sorted(metadata)[:3]}")
-        return file, json.loads(unpack_header(metadata[METADATA_KEY]), object_pairs_hook=_unique_keys)
-    except (SafetensorError, ValueError, RecursionError) as err:
+        if metadata.keys() != {key}:
+            raise InvalidDelta(f"not a {what} of this version: metadata keys are {sorted(metadata)[:3]}, not {key!r}")
+        return file, str(metadata[key])
+    except SafetensorError as err:
         raise InvalidDelta(f"not a {what} ({err})") from err
     except OSError as err:
         raise InputError(f"{path}: could not read the {what} ({err.strerror})") from err
@@ -125,14 +137,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def unzstd(coded: memoryview, raw_bytes: int) -> bytes:
+def unzstd(coded: memoryview, raw_bytes: int, *, words: zstandard.ZstdCompressionDict | None = None) -> bytes:
     """Return the content of one zstd frame, which must be of `raw_bytes`; raise `InvalidDelta` otherwise."""
     try:
         # The decompressor allocates what the zstd header declares, so that is compared first.
         declared_bytes = zstandard.frame_content_size(coded)
         if declared_bytes != raw_bytes:
             raise InvalidDelta(f"declares {declared_bytes} bytes of content, not {raw_bytes}")
-        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        decompressor = zstandard.ZstdDecompressor(dict_data=words, max_window_size=MAX_WINDOW_BYTES)
         return decompressor.decompress(coded, max_output_size=raw_bytes, allow_extra_data=False)
     except zstandard.ZstdError as err:
         raise InvalidDelta(f"is not one zstd frame ({err})") from err

@@ -124,8 +124,8 @@ def num_values(encoding: Encoding, spec: TensorSpec, codec: Codec) -> int:
     return SPARSIFIERS[encoding.sparsifier].num_kept(spec.num_elements, codec.density)
 
 
-def section_bytes(encoding: Encoding, spec: TensorSpec, codec: Codec, num_kept: int) -> dict[str, int]:
-    """Return the length of each section of a tensor of which `num_kept` values travel."""
+def section_bytes(encoding: Encoding, spec: TensorSpec, codec: Codec) -> dict[str, int]:
+    """Return the length of each section of a tensor of this `spec`."""
     quantizer = QUANTIZERS[encoding.values]
     if encoding.rank:
         sizes = {"scale": 8}
@@ -134,21 +134,19 @@ def section_bytes(encoding: Encoding, spec: TensorSpec, codec: Codec, num_kept: 
             sizes |= {f"{side}_{kind}": num_bytes for kind, num_bytes in parts.items()}
         return sizes
     indices = SPARSIFIERS[encoding.sparsifier].index_bytes(spec.num_elements, codec.density)
-    return indices | quantizer.section_bytes(num_kept, codec.block_size)
+    return indices | quantizer.section_bytes(num_values(encoding, spec, codec), codec.block_size)
 
 
 def most_bytes(spec: TensorSpec, codec: Codec) -> int:
-    """Return how long the sections of a tensor of this `spec` can be, whatever its sender chose and kept."""
+    """Return how long the sections of a tensor of this `spec` can be, whatever its sender chose."""
     candidates = [codec.encoding(spec), codec.fallback_encoding(spec)]
     if rank := codec.most_rank(spec):
         candidates += [Encoding(LOWRANK, values, rank) for values in codec.factor_values()]
-    sizes = [section_bytes(found, spec, codec, spec.num_elements) for found in candidates if found is not None]
+    sizes = [section_bytes(found, spec, codec) for found in candidates if found is not None]
     return max(sum(parts.values()) for parts in sizes)
 
 
-def decode(
-    sections: Sections, encoding: Encoding, spec: TensorSpec, codec: Codec, *, seed: int, num_kept: int
-) -> Tensor:
+def decode(sections: Sections, encoding: Encoding, spec: TensorSpec, codec: Codec, *, seed: int) -> Tensor:
     """Return the tensor of shape `spec`, fp32, that `sections` of the right lengths stand for.
 
     Raises `InvalidDelta` for sections that no sender makes, and for values that are not finite.
@@ -157,7 +155,7 @@ def decode(
     if encoding.rank:
         dense = product(_decode_factors(sections, encoding, spec, codec))
     else:
-        values = quantizer.dequantize(sections, num_kept, codec.block_size)
+        values = quantizer.dequantize(sections, num_values(encoding, spec, codec), codec.block_size)
         sparsifier = SPARSIFIERS[encoding.sparsifier]
         dense = sparsifier.scatter(Kept(sections, values), spec.num_elements, seed, codec.density)
     if dense.numel() and not all(map(torch.isfinite, torch.aminmax(dense))):

@@ -7,36 +7,42 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge.codec import Codec
-from fedmerge.frame import DeltaFile, open_header
-from fedmerge.tensors import Schema, TensorMap, TensorSpec
+from fedmerge.frame import FORMAT, VERSION, DeltaFile, layout_of, open_header, stats_of
+from fedmerge.header import encoding_name
+from fedmerge.tensors import Schema, TensorMap
 
 
 def inspect_delta(path: Path) -> dict[str, Any]:
     """Return what a delta file says of itself, for people: nothing under `claims` was checked against a plan.
 
     Keys: `path`; `file_bytes`, measured; `claims`, with `format`, `version`, `codec`, `totals` and, by name, `tensors`.
+    A tensor's `coded_bytes` are its share of its frame, in which others may be, by the length of its sections.
     Raises `InvalidDelta` when it is not a delta file at all, and `InputError` when there is no file to read.
     """
     _, header = open_header(path, max_frame_bytes=1 << 62)
     file_bytes = path.stat().st_size
-    stats = header.stats(file_bytes)
-    claims = header.model_dump(mode="json", exclude={"frames"})
-    claims["totals"] = {
-        "num_elements": stats.num_elements,
-        "dense_bytes": stats.dense_bytes,
-        "payload_bytes": stats.payload_bytes,
-        "encodings": stats.encodings,
-        "bits_per_parameter": stats.bits_per_parameter,
-    }
-    claims["tensors"] = {
-        name: {
-            "shape": list(frame.shape),
-            "encoding": frame.encoding,
-            "raw_bytes": sum(section.raw_bytes for section in frame.sections),
-            "coded_bytes": frame.coded_bytes,
-            "bits_per_parameter": 8 * frame.coded_bytes / max(1, TensorSpec(frame.shape, "F32").num_elements),
-        }
-        for name, frame in sorted(header.frames.items())
+    layout, stats = layout_of(path, header), stats_of(header, file_bytes)
+    claims = {
+        "format": FORMAT,
+        "version": VERSION,
+        "codec": header.codec.to_dict(),
+        "totals": {
+            "num_elements": stats.num_elements,
+            "dense_bytes": stats.dense_bytes,
+            "payload_bytes": stats.payload_bytes,
+            "encodings": stats.encodings,
+            "bits_per_parameter": stats.bits_per_parameter,
+        },
+        "tensors": {
+            name: {
+                "shape": list(spec.shape),
+                "encoding": encoding_name(encoding),
+                "raw_bytes": layout.parts[name].raw_bytes,
+                "coded_bytes": layout.coded_bytes(name),
+                "bits_per_parameter": 8 * layout.coded_bytes(name) / max(1, spec.num_elements),
+            }
+            for name, (spec, encoding) in header.tensors.items()
+        },
     }
     return {"path": str(path), "file_bytes": file_bytes, "claims": claims}
 

@@ -7,7 +7,6 @@ it has.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +22,9 @@ from fedmerge.errors import InvalidDelta, ModelMismatch
 from fedmerge.tensors import DTYPES, Schema, TensorMap, TensorSpec, tensor_bytes
 from fedmerge.ulp import LAYOUTS, Bits, decode, encode, most_bytes
 
-HEADER: Final = {"format": "fedmerge.steps", "version": 1}
+FORMAT: Final = "fedmerge.steps"
+VERSION: Final = 2
+KEY: Final = f"{FORMAT}.v{VERSION}"
 _HINT = "it is damaged, or leads from another model: fetch it again"
 
 
@@ -34,8 +35,7 @@ def write_steps(path: Path, before: TensorMap, after: TensorMap, schema: Schema)
     the same bytes, under the same library versions. Raises `ModelMismatch` when a tensor does not have the schema's
     shape and dtype, and `ResourceError` when the disk does not take the file.
     """
-    with writing_container(path, where=f"steps for {path}") as out:
-        out.header = json.dumps(HEADER)
+    with writing_container(path, KEY, where=f"steps for {path}") as out:
         for name, spec in delta_schema(schema).items():
             old, new = _bits(before[name], name, spec), _bits(after[name], name, spec)
             if not np.array_equal(old, new):
@@ -91,16 +91,16 @@ def inspect_steps(path: Path) -> dict[str, Any]:
     file = _open(path, 1 << 62)
     sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
     tensors = [{"name": name, "coded_bytes": num_bytes} for name, num_bytes in sizes.items()]
-    return {**HEADER, "file_bytes": path.stat().st_size, "tensors": tensors}
+    return {"format": FORMAT, "version": VERSION, "file_bytes": path.stat().st_size, "tensors": tensors}
 
 
 def _open(path: Path, max_payload_bytes: int) -> Any:
     try:
-        file, header = open_container(path, max_payload_bytes, what="step file")
+        file, text = open_container(path, KEY, max_payload_bytes, what="step file")
     except InvalidDelta as err:
         raise _invalid(path, err.message) from err
-    if header != HEADER:
-        raise _invalid(path, f"the header is {header!r:.100}, not {HEADER}")
+    if text:
+        raise _invalid(path, f"its metadata is {text!r:.100}, and should be empty")
     return file
 
 

@@ -180,8 +180,9 @@ def test_inspect_measures_what_is_lost(
     shown = capsys.readouterr().out
     assert all(text in shown for text in (encoding, "200 x 300", "bits/param", "rel. error"))
     if "seeded" in encoding:
-        with pytest.raises(InputError, match=r"does not fit .*layer\.weight: sections"):
-            app([*command, "--json"], exit_on_error=False, result_action="return_value")
+        app([*command, "--json"], exit_on_error=False, result_action="return_value")
+        found = json.loads(capsys.readouterr().out)
+        assert 1.2 < found["totals"]["relative_error"] < 2  # another mask: the sum of both, not the difference
         payload.with_name("statement.json").unlink()
         with pytest.raises(InputError, match=r"no statement\.json beside it"):
             app([*command, "--json"], exit_on_error=False, result_action="return_value")

@@ -102,8 +102,7 @@ def test_without_a_fallback_it_is_refused_with_the_figures(tmp_path: Path) -> No
 def test_a_reader_takes_the_plans_own_fallback_alone(codec: Codec, tmp_path: Path) -> None:
     _, delta = a_model()
     written = Written(tmp_path / "d", codec, delta)
-    dense = Written(tmp_path / "dense", Codec(values="lloyd3", block_size=64), delta)
-    written.frames["wild"], written.header["frames"]["wild"] = dense.frames["wild"], dense.header["frames"]["wild"]
+    written.header["tensors"]["wild"].append("lloyd3")
     written.rewrite()
     with pytest.raises(InvalidDelta, match=r"wild: encoding is .lloyd3., not .(seeded|topk)\+lloyd2."):
         written.decode()
@@ -112,7 +111,7 @@ def test_a_reader_takes_the_plans_own_fallback_alone(codec: Codec, tmp_path: Pat
 def test_a_small_vector_has_no_fallback(tmp_path: Path) -> None:
     _, delta = a_model()
     written = Written(tmp_path / "d", PLAN, delta)
-    written.header["frames"]["bias"]["encoding"] = "lloyd3"
+    written.header["tensors"]["bias"].append("lloyd3")
     written.rewrite()
     with pytest.raises(InvalidDelta, match="bias: encoding is 'lloyd3', not 'lloyd2'"):
         written.decode()

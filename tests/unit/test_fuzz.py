@@ -1,4 +1,4 @@
-"""Mutants of delta files, as `benchmarks/fuzz.py` makes them, by the thousand; and bugs that they have to find."""
+"""Mutants of delta and step files, by the thousand, as `benchmarks/fuzz.py` makes them; and bugs that they find."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ def fuzz() -> ModuleType:
     return module
 
 
-def test_every_mutant_is_refused_by_name_or_decodes_to_what_the_plan_says(fuzz: ModuleType, tmp_path: Path) -> None:
+def test_every_mutant_is_refused_by_name_or_decodes_to_what_the_plan_says(
+    fuzz: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuzz.small_frames(monkeypatch.setattr)
     fuzzer = fuzz.Fuzzer(tmp_path)
-    num_mutants = sum(fuzzer.run(seed) for seed in range(1_000_000, 1_000_500))
+    num_mutants = sum(fuzzer.run(seed) for seed in range(1_000_000, 1_000_800))
     assert num_mutants > 4_000
     # Both outcomes of most mutations: they reach past every check, and are stopped by some.
     for mutation in ("replace_bytes", "fill", "scramble", "set_float", "exchange"):
@@ -34,10 +37,11 @@ def test_every_mutant_is_refused_by_name_or_decodes_to_what_the_plan_says(fuzz: 
     assert sum(fuzzer.counts[kind, "refused"] for kind, _ in fuzzer.counts if kind.startswith("file")) > 20
 
 
-@pytest.mark.parametrize("bug", ["indices", "expansion"])
+@pytest.mark.parametrize("bug", ["indices", "expansion", "steps"])
 def test_a_check_that_is_missing_is_found(
     bug: str, fuzz: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fuzz.small_frames(monkeypatch.setattr)
     fuzzer = fuzz.Fuzzer(tmp_path)
     fuzz.PLANTED[bug](monkeypatch.setattr)
     with pytest.raises(fuzz.Failure):
