@@ -17,7 +17,7 @@ from torch import Tensor
 from fedmerge.codec import Codec
 from fedmerge.errors import ConfigError, RoundFailed
 from fedmerge.frame import DeltaFile, write_delta
-from fedmerge.merge import Plan, Recipe, merge_deltas
+from fedmerge.merge import Plan, Recipe, Workers, merge_deltas
 from fedmerge.merge.layers import Value, leaves
 from fedmerge.outer import OUTER
 from fedmerge.robust import Inputs, harden
@@ -93,7 +93,7 @@ class RoundUpdate(Mapping[str, Tensor]):
 
     Its tensors, fp32 (or fp64), are what to add to the parameters. They can be read once, in the order of their names,
     since a merge streams; `state` then holds the optimizer state that goes with them. `candidate` says how to merge
-    where a search found it, instead of the spec and the verdicts alone.
+    where a search found it, instead of the spec and the verdicts alone; `workers`, which change no bit, where.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class RoundUpdate(Mapping[str, Tensor]):
         previous_state: Mapping[str, Tensor],
         *,
         candidate: Candidate | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self.spec = spec
         self.state: dict[str, Tensor] = {}
@@ -139,6 +140,7 @@ class RoundUpdate(Mapping[str, Tensor]):
             seed=derive_seed("merge", spec.merge_seed, spec.round),
             scales=inputs.scales,
             statistics=[statistics_of(one, recipe.statistics) for one in sent] if recipe.statistics else None,
+            workers=workers or Workers(),
         )
 
     def __getitem__(self, name: str) -> Tensor:

@@ -290,7 +290,14 @@ class Coordinator:
         """Make the round's model; or, where the plan is to search for it, the next candidates for nodes to score."""
         drop_candidates(self.journal, self.blobs)  # whichever wins is made again, to the same bits
         snapshot_every = self.config.delta.snapshot_every if self.config.takes_steps(self.schema) else None
-        merge = RoundMerge(self.journal, self.blobs, self.base, self.schema, snapshot_every=snapshot_every)
+        merge = RoundMerge(
+            self.journal,
+            self.blobs,
+            self.base,
+            self.schema,
+            snapshot_every=snapshot_every,
+            workers=self.config.merge_workers(),
+        )
         searching = bool(merge.spec.search)
         if self.journal.state.phase == Phase.SEALED:
             generation = merge.next_generation() if searching else None

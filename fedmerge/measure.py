@@ -169,8 +169,11 @@ def layer_group(name: str) -> str:
     return numbered[0] if numbered else name.rpartition(".")[0] or name
 
 
-def advice(found: Interference, *, dtype: str) -> list[str]:
-    """Return what in `found` calls for care, in sentences; `dtype` is the models' own, named as safetensors does.
+def advice(found: Interference, *, dtype: str | None) -> list[str]:
+    """Return what in `found` calls for care, in sentences.
+
+    `dtype` is the models' own, named as safetensors does; None where there are only encoded task vectors, in which
+    entries that are zero need not be unchanged.
 
     Thresholds follow what is known of averaging: task vectors of unrelated tasks are nearly orthogonal (arXiv
     2212.04089), and interference is in signs and lengths (arXiv 2306.01708).

@@ -15,7 +15,7 @@ from fedmerge.aggregate import RoundUpdate, delta_key, node_of, open_delta, scre
 from fedmerge.errors import RoundFailed
 from fedmerge.events import CandidatesProposed, DeltaAccepted, MergeFinished
 from fedmerge.journal import Journal
-from fedmerge.merge import Recipe
+from fedmerge.merge import Recipe, Workers
 from fedmerge.publish import software_versions
 from fedmerge.scoring import candidate_of, outcome, proposed, resume
 from fedmerge.search import Candidate, SearchSettings
@@ -50,13 +50,20 @@ class Made:
 class RoundMerge:
     """A sealed round: its spec, its deltas and their verdicts. Raises `RoundFailed` when too few pass screening.
 
-    `snapshot_every` is in rounds; None where nodes fetch updates and not steps.
+    `snapshot_every` is in rounds; None where nodes fetch updates and not steps. `workers` say where to merge.
     """
 
     def __init__(
-        self, journal: Journal, blobs: BlobStore, base: Checkpoint, schema: Schema, *, snapshot_every: int | None
+        self,
+        journal: Journal,
+        blobs: BlobStore,
+        base: Checkpoint,
+        schema: Schema,
+        *,
+        snapshot_every: int | None,
+        workers: Workers,
     ) -> None:
-        self._snapshot_every = snapshot_every
+        self._snapshot_every, self._workers = snapshot_every, workers
         self._journal, self._blobs, self._base, self._schema = journal, blobs, base, schema
         spec = journal.spec()
         assert spec is not None
@@ -82,7 +89,15 @@ class RoundMerge:
         """
         spec = self.spec
         before = open_model(spec.model, self._base, self._find_update)
-        update = RoundUpdate(spec, self.verdicts, self._deltas, before, self._outer_state(), candidate=candidate)
+        update = RoundUpdate(
+            spec,
+            self.verdicts,
+            self._deltas,
+            before,
+            self._outer_state(),
+            candidate=candidate,
+            workers=self._workers,
+        )
         scratch = self._blobs.part_path(f"update-{spec.round}")
         update.write(scratch, self._schema)
         num_bytes = scratch.stat().st_size

@@ -1,4 +1,8 @@
-"""`fedmerge diff`: show how fine-tunes of one base differ, and what that means for merging them."""
+"""`fedmerge diff`: show how fine-tunes of one base differ, and what that means for merging them.
+
+A fine-tune is a model, an adapter, or a delta file as nodes keep and send them. What a delta file says of itself is
+believed here: nothing is merged, and an encoding that is not what it claims does not decode.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,12 +20,13 @@ from fedmerge.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedmerge.measure import Agreement, Interference
-    from fedmerge.tensors import Schema
+    from fedmerge.tensors import Checkpoint, Schema, TensorMap
 
 
 def diff(
     models: Annotated[
-        tuple[Path, ...], Parameter(name="MODEL", help="Directories of fine-tunes of the base: models or adapters.")
+        tuple[Path, ...],
+        Parameter(name="MODEL", help="Fine-tunes of the base: directories of models or adapters, or delta files."),
     ],
     /,
     *,
@@ -28,21 +34,21 @@ def diff(
     plot: Annotated[
         Path | None, Parameter(help="Write heat maps of cosines and sign conflicts here: FILE.svg or FILE.png.")
     ] = None,
+    seed: Annotated[int, Parameter(help="The plan's [merge] seed, for seeded masks.", validator=Number(gte=0))] = 0,
     json: JsonFlag = False,
 ) -> None:
     """Show how fine-tunes of one base model interfere: angles, sign conflicts and lengths. Nothing is merged."""
     names = _names(models)
     if plot is not None and plot.suffix not in {".svg", ".png"}:
         raise ConfigError(f"--plot {plot}: expected a name that ends in .svg or .png")
-    from fedmerge.adapter import open_tuned
     from fedmerge.files import write_new
     from fedmerge.measure import advice, measure
     from fedmerge.tensors import Checkpoint
 
     origin = Checkpoint(base)
-    opened = {name: open_tuned(path, origin, where=name) for name, path in zip(names, models, strict=True)}
-    found = measure({name: vector for name, (_, vector) in opened.items()})
-    notes = advice(found, dtype=main_dtype(origin.schema))
+    found = measure({name: _open(path, origin, name, seed) for name, path in zip(names, models, strict=True)})
+    sent = any(path.is_file() for path in models)
+    notes = advice(found, dtype=None if sent else main_dtype(origin.schema))
     if plot is not None:
         write_new(plot, _drawn(found, plot.suffix), if_exists="choose another --plot")
     if json:
@@ -63,6 +69,25 @@ def _names(models: tuple[Path, ...]) -> list[str]:
         raise ConfigError(f"{twice}: given twice")
     names = [path.name for path in models]
     return names if len({*names, ""}) > len(names) else [str(path) for path in models]
+
+
+def _open(path: Path, base: Checkpoint, name: str, seed: int) -> TensorMap:
+    """Return the task vector of a fine-tune or of a delta file, without the statistics that came with it."""
+    from fedmerge.adapter import open_tuned
+    from fedmerge.cli.inspect import mask_seed
+    from fedmerge.codec import Codec
+    from fedmerge.frame import DeltaFile, open_header
+    from fedmerge.statistics import SEPARATOR, STATISTICS, statistics_schema, task_vector_of
+
+    if not path.is_file():
+        return open_tuned(path, base, where=name)[1]
+    _, header = open_header(path, max_frame_bytes=1 << 62)
+    codec = Codec.from_dict(header.codec)
+    prefixes = {tensor.partition(SEPARATOR)[0] for tensor in header.frames.keys() - base.schema.keys()}
+    kind = next((kind for kind in STATISTICS if kind in prefixes), None)
+    side = statistics_schema(kind, base.schema)
+    drawn_from = mask_seed(path, seed) if codec.sparsify == "seeded" else 0
+    return task_vector_of(DeltaFile(path, base.schema, codec, seed=drawn_from, side=side), kind)
 
 
 def main_dtype(schema: Schema) -> str:

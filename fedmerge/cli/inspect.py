@@ -83,10 +83,10 @@ def _add_errors(found: dict[str, Any], path: Path, base: Path, tuned: Path, seed
     from fedmerge.tensors import Checkpoint
 
     codec, origin = Codec.from_dict(found["codec"]), Checkpoint(base)
-    mask_seed = _mask_seed(path, seed) if codec.sparsify == "seeded" else 0
+    drawn_from = mask_seed(path, seed) if codec.sparsify == "seeded" else 0
     _, task_vector = open_tuned(tuned, origin, where=str(tuned))
     try:
-        errors, total = relative_errors(path, task_vector, origin.schema, codec, seed=mask_seed)
+        errors, total = relative_errors(path, task_vector, origin.schema, codec, seed=drawn_from)
     except InvalidDelta as err:
         raise InputError(f"{path}: does not fit {base} ({err.message.removeprefix(f'{path.name}: ')})") from err
     for row in found["tensors"]:
@@ -94,7 +94,7 @@ def _add_errors(found: dict[str, Any], path: Path, base: Path, tuned: Path, seed
     found["totals"]["relative_error"] = total
 
 
-def _mask_seed(path: Path, seed: int) -> int:
+def mask_seed(path: Path, seed: int) -> int:
     """Return the seed of a node's mask; its statement, which lies beside the delta, says which node and round."""
     from fedmerge.seeds import derive_seed
 

@@ -12,7 +12,8 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from fedmerge.cli.output import JsonFlag, parse_bytes, print_json, printable, stderr
-from fedmerge.cli.resources import num_cores, require_device
+from fedmerge.cli.resources import require_device
+from fedmerge.config.values import num_cores
 from fedmerge.errors import ConfigError, ResourceError, did_you_mean, reporting_os_errors
 from fedmerge.sign import SigningKey
 

@@ -1,15 +1,8 @@
-"""What this machine has for a command to use: cores and devices."""
+"""What this machine has for a command to use: devices to compute on."""
 
 from __future__ import annotations
 
-import os
-
 from fedmerge.errors import ConfigError
-
-
-def num_cores() -> int:
-    """Return how many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def require_device(name: str | None) -> str | None:

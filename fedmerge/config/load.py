@@ -30,6 +30,9 @@ SECTIONS: dict[str, type[Section]] = {
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
 
+# What [merge] holds beside a method or steps, and parameters.
+MERGE_KEYS = SECTIONS["merge"].model_fields.keys() - {"method", "steps"}
+
 
 class _Problem(NamedTuple):
     path: KeyPath
@@ -127,6 +130,13 @@ def _delta_problems(config: Config | None) -> list[_Problem]:
     if delta.error_feedback and outer != "sgd":
         text = f'does not go with [outer] name = "{outer}": residuals on top of momentum diverge; '
         return [_Problem(("delta", "error_feedback"), f'{text}take "sgd", or leave it 0')]
+    if delta.error_feedback and config.merge.steps:
+        from fedmerge.merge.methods import IN_TIME
+
+        for step in config.merge.steps:
+            if step.method in IN_TIME:
+                text = f"does not go with {step.method} over rounds, which carries the past on as momentum does; "
+                return [_Problem(("delta", "error_feedback"), f"{text}leave out that step, or leave it 0")]
     return []
 
 
@@ -176,12 +186,12 @@ def _huge_numbers(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
 def _merge_problems(section: Any) -> list[_Problem]:
     """Check the merge method, or the steps, and their parameters against their signatures."""
     default = SECTIONS["merge"].model_fields["method"].default
-    if not isinstance(section, dict) or section.keys() <= {"seed"}:
+    if not isinstance(section, dict) or section.keys() <= MERGE_KEYS:
         return []  # nothing to look up, which would load torch
     if section.get("steps"):
         return _step_problems(section)
     method = section.get("method", default)
-    if not isinstance(method, str) or not method or (method == default and section.keys() <= {"method", "seed"}):
+    if not isinstance(method, str) or not method or (method == default and section.keys() <= {"method"} | MERGE_KEYS):
         return []
     from fedmerge.merge import METHODS, parameters
     from fedmerge.merge.methods import IN_TIME
@@ -199,7 +209,7 @@ def _merge_problems(section: Any) -> list[_Problem]:
 
 def _step_problems(section: dict[str, Any]) -> list[_Problem]:
     default = SECTIONS["merge"].model_fields["method"].default
-    stray = [key for key in section if key not in {"steps", "seed"} and (key, section[key]) != ("method", default)]
+    stray = [key for key in section if key not in {"steps"} | MERGE_KEYS and (key, section[key]) != ("method", default)]
     problems = [_Problem(("merge", key), "belongs in one of merge.steps, which stand instead") for key in stray]
     steps = section["steps"]
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):

@@ -24,13 +24,14 @@ from fedmerge.config.values import (
     Size,
     ValueType,
     is_private,
+    num_cores,
     parse_address,
 )
 from fedmerge.errors import InputError
 
 if TYPE_CHECKING:
     from fedmerge.codec import Codec
-    from fedmerge.merge import Recipe
+    from fedmerge.merge import Recipe, Workers
     from fedmerge.regime import Uplink
     from fedmerge.screen import ScreenPolicy
     from fedmerge.search import SearchSettings
@@ -279,6 +280,10 @@ class Merge(_WithParameters):
     """Several steps instead of one method: what thins each task vector out, a method, and what averages over rounds."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of methods that draw random numbers; the same seed gives the same model, bit for bit."""
+    threads: int = Field(default=0, ge=0, le=1024)
+    """Tensors that are merged at once; 0 is one per core. The model has the same bits whatever it is."""
+    memory_budget: Size = Field(default=2 << 30, examples=["2GiB"])
+    """About how much memory the tensors that are merged at once may share, in bytes or as "500MB", "2GiB"."""
 
 
 class Screen(Section):
@@ -471,6 +476,12 @@ class Config(Section):
         if self.merge.steps:
             return Recipe.from_steps([(step.method, step.extras) for step in self.merge.steps])
         return Recipe(self.merge.method, self.merge.extras)
+
+    def merge_workers(self) -> Workers:
+        """Return on how many threads and in how much memory rounds are merged, which is not part of their plan."""
+        from fedmerge.merge import Workers
+
+        return Workers(self.merge.threads or num_cores(), self.merge.memory_budget)
 
     def search_settings(self) -> SearchSettings | None:
         """Return how to search for the merge; None without a search. Raises `ConfigError` when it can't be done."""

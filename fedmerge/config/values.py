@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, TypeGuard
@@ -35,6 +36,11 @@ def parse_address(value: object) -> tuple[str, int]:
     if match is None or int(match[3]) > 65535:
         raise ValueError('should be "host:port", with IPv6 in brackets: "[::1]:8700"')
     return match[1] or match[2], int(match[3])
+
+
+def num_cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_private(host: str) -> bool:

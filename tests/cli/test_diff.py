@@ -13,6 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedmerge.codec import Codec
+from fedmerge.delta import subtract
+from fedmerge.frame import write_delta
+from fedmerge.tensors import Checkpoint
+
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -33,6 +38,29 @@ def models(tmp_path: Path) -> Path:
     write_model(tmp_path / "south", base | {"head.w": torch.tensor([3.0, 4.0])})
     write_model(tmp_path / "other/south", base | {"head.w": torch.tensor([0.0, -1.0])})
     return tmp_path
+
+
+def test_delta_files_are_measured_as_the_models_that_they_came_from(run: Run, models: Path) -> None:
+    base = Checkpoint(models / "base")
+    for name in ("north", "south"):
+        vector = subtract(Checkpoint(models / name), base)
+        write_delta(models / f"{name}.delta", vector, base.schema, Codec(values="fp32"), seed=0)
+        write_delta(models / f"{name}.seeded", vector, base.schema, Codec(sparsify="seeded", density=0.5), seed=0)
+    of_models = run("diff", "north", "south", "--base", "base", "--json")
+    result = run("diff", "north.delta", "south.delta", "--base", "base", "--json", "--plot", "map.png")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.replace(".delta", "") == of_models.stdout
+    assert (models / "map.png").read_bytes().startswith(b"\x89PNG")
+    mixed = run("diff", "north", "south.delta", "--base", "base", "--json")
+    assert json.loads(mixed.stdout)["cosine"] == json.loads(of_models.stdout)["cosine"]
+
+    whose = run("diff", "north.seeded", "south", "--base", "base")
+    assert whose.returncode != 0
+    assert "no statement.json beside it says whose" in whose.stderr
+    (models / "noise.delta").write_bytes(b"\x07" * 100)
+    noise = run("diff", "noise.delta", "south", "--base", "base")
+    assert noise.returncode != 0
+    assert "Traceback" not in noise.stderr
 
 
 def test_reports_pairs_layers_and_warnings(run: Run, models: Path) -> None:

@@ -56,7 +56,7 @@ OPTIONS: dict[str, list[str]] = {
         "--max-shard-size", "--threads", "--memory", "--device", "--force", "--json",
     ],
     "statistics": ["MODEL", "--method", "--data", "--out", "--trainer", "--option", "--json"],
-    "diff": ["MODEL", "--base", "--plot", "--json"],
+    "diff": ["MODEL", "--base", "--plot", "--seed", "--json"],
     "inspect": ["FILE", "--base", "--tuned", "--seed", "--json"],
     "verify": ["DIRECTORY", "--key", "--trusted", "--replay", "--base", "--json"],
     "simulate": ["CONFIG", "--processes", "--json"],

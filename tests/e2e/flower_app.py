@@ -73,6 +73,13 @@ RUNS = {
     "flower": (FedAvg(fraction_evaluate=0.0), {}, 1),
     "fedavg": (MergeStrategy("fedavg", screen=UNCAPPED, fraction_evaluate=0.0), {}, 1),
     "ties": (MergeStrategy(Recipe("ties", {"density": 0.3}), fraction_evaluate=0.0), {}, 1),
+    "lawa": (
+        MergeStrategy(
+            Recipe.from_steps([("fedavg", {}), ("lawa", {"latest": 2})]), screen=UNCAPPED, fraction_evaluate=0.0
+        ),
+        {},
+        3,
+    ),
     "nesterov": (
         MergeStrategy(outer={"name": "nesterov", "lr": 0.7, "momentum": 0.9}, screen=UNCAPPED, fraction_evaluate=0.0),
         {},

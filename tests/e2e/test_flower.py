@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedmerge.codec import Codec
 from fedmerge.config import parse_config
 from fedmerge.errors import ConfigError, InputError
 from fedmerge.interop.flower import MergeStrategy
-from fedmerge.merge import METHODS
+from fedmerge.merge import METHODS, Recipe
 from fedmerge.sim import simulate
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainTask, load_trainer
@@ -89,6 +90,13 @@ class TestMergeStrategy:
                 optimizer.step()
             torch.testing.assert_close(arrived(results, "nesterov")[name], parameter.detach(), rtol=1e-5, atol=1e-6)
 
+    def test_lawa_publishes_the_mean_of_the_latest(self, results: Path) -> None:
+        # Three rounds that each add one step to what was published, which is the mean of the latest two rounds' models.
+        for name in ("matrix", "bias"):
+            torch.testing.assert_close(
+                arrived(results, "lawa")[name], start()[name] + 2.5 * mean_step(name), rtol=1e-5, atol=1e-6
+            )
+
     def test_the_mod_sends_few_bytes_and_changes_little(self, results: Path) -> None:
         dense_bytes = NUM_CLIENTS * 4 * (SHAPE[0] * SHAPE[1] + SHAPE[0])
         assert metrics(results, "int8")["1"]["fedmerge-payload-bytes"] < dense_bytes / 3
@@ -120,6 +128,15 @@ class TestArguments:
     def test_unknown_optimizer(self) -> None:
         with pytest.raises(ConfigError, match="no outer optimizer 'adm'"):
             MergeStrategy(outer={"name": "adm"})
+
+    def test_time_is_not_an_order_of_clients(self) -> None:
+        with pytest.raises(ConfigError, match="clients have no order"):
+            MergeStrategy("swa")
+
+    def test_feedback_under_an_average_over_rounds(self) -> None:
+        recipe = Recipe.from_steps([("fedavg", {}), ("ema", {})])
+        with pytest.raises(ConfigError, match="does not go with ema"):
+            MergeStrategy(recipe, codec=Codec(sparsify="topk", density=0.1), error_feedback=0.9)
 
     def test_feedback_without_topk(self) -> None:
         with pytest.raises(ConfigError, match="topk"):

@@ -73,6 +73,16 @@ def test_steps_with_state_over_rounds_replay_bit_for_bit(tmp_path: Path) -> None
         assert record.outer_state_root is not None
 
 
+@pytest.mark.parametrize("method", ["dare_ties", "karcher", "tsv", "trimmed_mean"])
+def test_threads_and_memory_change_no_bit_of_what_is_published(method: str, tmp_path: Path) -> None:
+    digests = set()
+    for index, workers in enumerate(("threads = 1", "threads = 3\nmemory_budget = '1GiB'", "memory_budget = 1")):
+        _, history = run(tmp_path / f"{index}", 2, f"[merge]\nmethod = '{method}'\n{workers}\n")
+        digests.add(history.records[-1].model.digest)
+        assert "threads" not in str(history.records[-1].merge)
+    assert len(digests) == 1
+
+
 def test_what_is_published_after_each_round_is_the_average_so_far(tmp_path: Path) -> None:
     recipe = "[[merge.steps]]\nmethod = 'fedavg'\n[[merge.steps]]\nmethod = 'ema'\ndecay = 0.5\n"
     result, _ = run(tmp_path, 3, recipe)

@@ -396,6 +396,21 @@ BAD: list[tuple[str, list[str]]] = [
         ],
     ),
     (
+        MINIMAL + "[delta]\nsparsify = 'topk'\ndensity = 0.1\nerror_feedback = 0.95\n"
+        "[[merge.steps]]\nmethod = 'fedavg'\n[[merge.steps]]\nmethod = 'ema'\n",
+        [
+            "8: delta.error_feedback: does not go with ema over rounds, which carries the past on as momentum does; "
+            "leave out that step, or leave it 0"
+        ],
+    ),
+    (
+        MINIMAL + "[merge]\nthreads = -1\nmemory_budget = 'much'\n",
+        [
+            "6: merge.threads: should be at least 0, not -1",
+            '7: merge.memory_budget: should be a number of bytes, or a text like "500MB" or "2GiB", not \'much\'',
+        ],
+    ),
+    (
         MINIMAL + "[delta]\nsparsify = 'topk'\nerror_feedback = 1.5\n",
         ["7: delta.error_feedback: should be at most 1, not 1.5"],
     ),

@@ -19,7 +19,9 @@ from fedmerge.errors import ConfigError, FedmergeError, InvalidDelta
 from fedmerge.frame import DeltaFile
 from fedmerge.interop.flower.arrays import DELTA_KEY, PLAN_KEY, Plan, is_delta, num_bytes, to_record, to_tensors
 from fedmerge.interop.flower.mod import only_arrays
+from fedmerge.merge import Plan as MergePlan
 from fedmerge.merge import Recipe, merge_deltas
+from fedmerge.merge.methods import IN_TIME
 from fedmerge.merge.parameters import resolve
 from fedmerge.outer import OUTER, parameters
 from fedmerge.screen import ScreenPolicy, screen
@@ -32,14 +34,14 @@ log = logging.getLogger(__name__)
 class MergeStrategy(FedAvg):
     """FedAvg's sampling and evaluation, with fedmerge's screening, merging and outer optimizer in place of its mean.
 
-    `recipe` is what merges the clients' task vectors (`fedmerge.merge`), `outer` the optimizer that steps with the
-    merged one, as `{"name": "nesterov", "lr": 0.7, "momentum": 0.9}` (`fedmerge.outer`), `screen` what a task vector
-    must be and then weighs. With a `codec`, clients that have the mod `fedmerge_delta` reply with encoded task
-    vectors, with `error_feedback` above 0 at that decay; clients without it go on replying with whole models.
-    `options` are FedAvg's own. A reply that can't be merged is left out and logged, and the round goes on. Integer
-    arrays stay as the server has them. The same replies give the same bits, in whatever order they arrive.
+    `recipe` is what merges the clients' task vectors (`fedmerge.merge`), its steps over rounds included, `outer` the
+    optimizer that steps with the merged one, as `{"name": "nesterov", "lr": 0.7, "momentum": 0.9}` (`fedmerge.outer`),
+    `screen` what a task vector must be and then weighs. With a `codec`, clients that have the mod `fedmerge_delta`
+    reply with encoded task vectors, with `error_feedback` above 0 at that decay; clients without it go on replying with
+    whole models. `options` are FedAvg's own. A reply that can't be merged is left out and logged, and the round goes
+    on. Integer arrays stay as the server has them. The same replies give the same bits, in whatever order they arrive.
 
-    Raises `ConfigError` for a recipe, outer optimizer or codec that does not exist.
+    Raises `ConfigError` for a recipe, outer optimizer or codec that does not exist, or that do not go together.
     """
 
     def __init__(
@@ -55,6 +57,11 @@ class MergeStrategy(FedAvg):
     ) -> None:
         super().__init__(**options)
         self.recipe = Recipe(recipe) if isinstance(recipe, str) else recipe
+        if self.recipe.method in IN_TIME:
+            raise ConfigError(
+                f"{self.recipe.method} averages over time, and clients have no order",
+                hint=f'put it behind a method: Recipe.from_steps([("fedavg", {{}}), ("{self.recipe.method}", {{}})])',
+            )
         settings = dict(outer or {"name": "sgd"})
         self.outer_name = str(settings.pop("name"))
         self.outer_params = resolve(f"outer optimizer {self.outer_name}", parameters(self.outer_name), settings)
@@ -65,12 +72,18 @@ class MergeStrategy(FedAvg):
                 "error_feedback needs a topk codec and the outer optimizer sgd",
                 hint="residuals on top of momentum diverge; without topk little is left unsent",
             )
+        averages = [step.name for step in self.recipe.after if step.name in IN_TIME]
+        if error_feedback and averages:
+            raise ConfigError(
+                f"error_feedback does not go with {averages[0]} over rounds",
+                hint="residuals on top of momentum diverge, and an average over rounds carries the past on as it does",
+            )
         self.screen_policy = screen or ScreenPolicy()
         self.codec = codec
         self.error_feedback = error_feedback
         self.seed = seed
         self._before: dict[str, Tensor] = {}
-        self._outer_state: dict[str, dict[str, Tensor]] = {}
+        self._state: dict[str, dict[str, Tensor]] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -99,7 +112,8 @@ class MergeStrategy(FedAvg):
                     deltas[node_id] = self._open(reply, server_round, Path(folder) / f"{node_id}.safetensors")
                 except FedmergeError as err:
                     log.warning("round %d: node %s is left out: %s", server_round, node_id, err.message)
-            verdicts = screen(deltas, counts, schema_of(self._before), self.screen_policy)
+            schema = schema_of(self._before)
+            verdicts = screen(deltas, counts, schema, self.screen_policy)
             for verdict in verdicts:
                 if not verdict.accepted:
                     log.warning("round %d: node %s is left out: %s", server_round, verdict.node_id, verdict.detail)
@@ -114,7 +128,8 @@ class MergeStrategy(FedAvg):
                 seed=derive_seed("merge", self.seed, server_round),
                 scales=[verdict.scale for verdict in accepted],
             )
-            after = {**self._before, **{name: self._step(name, task_vector) for name, task_vector in merged}}
+            plan = MergePlan(self.recipe, [verdict.weight for verdict in accepted], delta_schema(schema))
+            after = {**self._before, **{name: self._step(plan, name, task_vector) for name, task_vector in merged}}
         merged_contents = [contents[verdict.node_id].content for verdict in accepted]
         metrics = self.train_metrics_aggr_fn(merged_contents, self.weighted_by_key)
         metrics["fedmerge-payload-bytes"] = sum(num_bytes(only_arrays(content)[1]) for content in merged_contents)
@@ -148,8 +163,12 @@ class MergeStrategy(FedAvg):
         seed = derive_seed("flower", self._plan(self.codec, server_round).seed, reply.metadata.src_node_id)
         return DeltaFile(path, schema_of(self._before), self.codec, seed=seed)
 
-    def _step(self, name: str, task_vector: Tensor) -> Tensor:
-        optimizer = OUTER[self.outer_name]
-        state = self._outer_state.get(name) or optimizer.init(task_vector)
-        step, self._outer_state[name] = optimizer.update(-task_vector, state, **self.outer_params)
+    def _step(self, plan: MergePlan, name: str, task_vector: Tensor) -> Tensor:
+        """Return the parameter after the outer optimizer's step and the recipe's steps over rounds."""
+        optimizer, recorded = OUTER[self.outer_name], self._state.get(name, {})
+        # Steps over rounds keep theirs apart: their kinds hold a dot, an optimizer's do not.
+        previous = {kind: tensor for kind, tensor in recorded.items() if "." not in kind} or optimizer.init(task_vector)
+        step, state = optimizer.update(-task_vector, previous, **self.outer_params)
+        step, further = plan.follow(name, step, recorded)
+        self._state[name] = state | further
         return apply_one(self._before[name], step)
