@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from torch import Tensor
 
+from fedmerge.delta import subtract
 from fedmerge.errors import InputError
-from fedmerge.merge import METHODS, parameters
+from fedmerge.merge import METHODS, Recipe, merge_deltas, parameters
 from fedmerge.merge.methods import NEEDS_STATISTICS, PAIRWISE
 from fedmerge.merge.stack import BLOCK_ELEMENTS
 from fedmerge.seeds import bernoulli_mask, derive_seed
 
-SHAPES = [(), (1,), (0,), (7,), (3, 4), (2, 3, 4), (5, 0)]
+SHAPES = [(), (1,), (0,), (7,), (3, 4), (2, 3, 4), (2, 3, 2, 2), (5, 0)]
 DARE = {"dare_linear", "dare_ties"}
 RANDOM = DARE | {"della", "della_linear"}
 # Parameters with which a method drops nothing: those of any method, and those of one.
@@ -37,6 +38,8 @@ NOT_HOMOGENEOUS = {"pcb"}
 
 # These change the singular values of one node's matrix too, as they are meant to; vectors have none.
 RESHAPES_THE_SPECTRUM = {"iso_c", "iso_cts", "subspace_boosting"}
+# Nobody keeps what another one kept; entries compete; each node has its share of the directions; flat spectra.
+DIFFERS_FOR_DUPLICATES = {"cabs", "pcb", "tsv", *RESHAPES_THE_SPECTRUM}
 # These take one node's matrix apart and put it together again, which rounds.
 RECOMPOSES = {"knots"}
 
@@ -97,6 +100,47 @@ def test_sixteen_bit_deltas_are_merged_in_fp32(name: str) -> None:
 def test_one_node_that_drops_nothing_gets_its_delta_back(name: str, dtype: torch.dtype) -> None:
     delta = normal(1, 231, dtype=dtype) if name in RESHAPES_THE_SPECTRUM | RECOMPOSES else normal(1, 33, 7, dtype=dtype)
     assert torch.equal(METHODS[name](delta, torch.ones(1), **dense(name)), delta[0])
+
+
+@each_method
+def test_duplicates_merge_to_what_they_are(name: str) -> None:
+    delta = normal(33, 7)
+    deltas = taken(name, delta.expand(3, 33, 7).contiguous())
+    merged = METHODS[name](deltas, torch.full((len(deltas),), 1 / len(deltas)), **dense(name))
+    assert merged.isfinite().all()
+    if name not in DIFFERS_FOR_DUPLICATES:
+        torch.testing.assert_close(merged, delta, rtol=1e-5, atol=1e-9)
+
+
+def engine_options(name: str, *shape: int) -> dict[str, Any]:
+    """Return what the engine needs beside the task vectors of "w"."""
+    kind = NEEDS_STATISTICS.get(name)
+    found = {"fisher": torch.ones(shape), "gram": torch.eye(shape[-1]), None: torch.empty(0)}[kind]
+    return {"statistics": [{"w": found, "v": found}] * 2} if kind else {}
+
+
+@each_method
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_partner_whose_model_is_not_finite_is_named(name: str, bad: float) -> None:
+    base = {"w": torch.zeros(6, 5, dtype=torch.bfloat16)}
+    broken = {"w": base["w"].clone()}
+    broken["w"][3, 2] = bad
+    deltas = [subtract({"w": base["w"] + 1}, base, where="north"), subtract(broken, base, where="south")]
+    with pytest.raises(InputError, match=r"south: w holds 1 NaN or infinite values"):
+        list(merge_deltas(deltas, [0.5, 0.5], Recipe(name), base=base, **engine_options(name, 6, 5)))
+
+
+@each_method
+def test_the_order_in_which_tensors_come_changes_no_bit(name: str) -> None:
+    deltas = [{"w": normal(9, 5, seed=node), "v": normal(9, 5, seed=node + 9)} for node in range(2)]
+    turned = [dict(reversed(delta.items())) for delta in deltas]
+    base = {"w": normal(9, 5, seed=7) * 50, "v": normal(9, 5, seed=8) * 50}
+    merged, again = (
+        list(merge_deltas(maps, [0.6, 0.4], Recipe(name), base=base, seed=3, **engine_options(name, 9, 5)))
+        for maps in (deltas, turned)
+    )
+    assert [key for key, _ in merged] == [key for key, _ in again] == ["v", "w"]
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(merged, again, strict=True))
 
 
 @each_method
