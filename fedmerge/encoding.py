@@ -29,7 +29,7 @@ from fedmerge.errors import InputError, InvalidDelta
 from fedmerge.lowrank import Factors, product, truncate
 from fedmerge.planes import Bytes, Sections
 from fedmerge.quantize import QUANTIZERS
-from fedmerge.sparsify import SPARSIFIERS, Kept
+from fedmerge.sparsify import SPARSIFIERS, Kept, Sparse
 from fedmerge.tensors import TensorSpec
 
 
@@ -158,9 +158,23 @@ def decode(sections: Sections, encoding: Encoding, spec: TensorSpec, codec: Code
         values = quantizer.dequantize(sections, num_values(encoding, spec, codec), codec.block_size)
         sparsifier = SPARSIFIERS[encoding.sparsifier]
         dense = sparsifier.scatter(Kept(sections, values), spec.num_elements, seed, codec.density)
-    if dense.numel() and not all(map(torch.isfinite, torch.aminmax(dense))):
-        raise InvalidDelta(f"{int((~torch.isfinite(dense)).sum())} values are NaN or infinite")
+    _require_finite(dense)
     return dense.reshape(spec.shape)
+
+
+def decode_sparse(
+    sections: Sections, encoding: Encoding, spec: TensorSpec, codec: Codec, *, seed: int, num_kept: int
+) -> Sparse:
+    """Return the entries that `decode` puts into zeros, where a sparsifier left some out. Raises as `decode`."""
+    values = QUANTIZERS[encoding.values].dequantize(sections, num_kept, codec.block_size)
+    found = SPARSIFIERS[encoding.sparsifier].locate(Kept(sections, values), spec.num_elements, seed, codec.density)
+    _require_finite(found.values)
+    return found
+
+
+def _require_finite(values: Tensor) -> None:
+    if values.numel() and not all(map(torch.isfinite, torch.aminmax(values))):
+        raise InvalidDelta(f"{int((~torch.isfinite(values)).sum())} values are NaN or infinite")
 
 
 def _decode_factors(sections: Mapping[str, Bytes], encoding: Encoding, spec: TensorSpec, codec: Codec) -> Factors:

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from fedmerge.container import (
     writing_container,
 )
 from fedmerge.delta import delta_schema
-from fedmerge.encoding import decode, encode, most_bytes
+from fedmerge.encoding import decode, decode_sparse, encode, most_bytes
 from fedmerge.errors import InputError, InvalidDelta
 from fedmerge.header import (
     FRAME_BYTES,
@@ -58,12 +58,15 @@ from fedmerge.header import (
 from fedmerge.lowrank import LowRankDelta
 from fedmerge.planes import Bytes
 from fedmerge.seeds import derive_seed
+from fedmerge.sparsify import Sparse
 from fedmerge.tensors import Schema, TensorMap, TensorSpec, require_same_schema, schema_of
 
 FORMAT: Final = "fedmerge.delta"
 VERSION: Final = 2
 KEY: Final = f"{FORMAT}.v{VERSION}"
 PAYLOAD: Final = "payload"
+
+Decoded = TypeVar("Decoded")
 
 # The number format that a side tensor of each dtype travels in.
 SIDE_VALUES: dict[str, str] = {"F32": "fp32", "BF16": "bf16"}
@@ -157,9 +160,9 @@ def write_delta(
     out); `seed` is the round's seed for this sender, from which each tensor's mask is derived; `base` is the model that
     the task vector is to be added to, against which the noise of a mask is judged: without it, it is not. A
     `LowRankDelta` travels by its factors where the codec allows. `side` are further tensors, fp32 or bf16, that travel
-    whole. Tensors are read one at a time, and none is kept but small ones until their frame is full. The file appears
-    whole or not at all, and its owner alone can read it. The same delta, codec, seed and library versions give the same
-    bytes.
+    whole. Tensors are read one at a time, and none is kept: frames wait in a nameless file beside `path` for the
+    header, which comes first. The file appears whole or not at all, and its owner alone can read it. The same delta,
+    codec, seed and library versions give the same bytes.
 
     Raises `ModelMismatch` when names or shapes differ from `schema`, `InputError` for NaN or infinite values and for a
     mask that would make too much noise, and `ResourceError` when the disk does not take the file.
@@ -296,14 +299,27 @@ class DeltaFile(Mapping[str, Tensor]):
         self._last: tuple[int, dict[str, Bytes]] = -1, {}  # the last small frame and its sections
 
     def __getitem__(self, name: str) -> Tensor:
-        (_, encoding), spec = self._header.tensors[name], self.schema[name]
+        _, encoding = self._header.tensors[name]
+        return torch.zeros(self.schema[name].shape) if encoding is None else self._decode(name, encoding, decode)
+
+    def sparse(self, name: str) -> Sparse | None:
+        """Return the entries of one tensor, flat, that a sparsifier kept; None where it was not thinned.
+
+        Raises as decoding it does.
+        """
+        _, encoding = self._header.tensors[name]
         if encoding is None:
-            return torch.zeros(spec.shape)
+            return Sparse(torch.empty(0, dtype=torch.int64), torch.empty(0))
+        if encoding.rank or encoding.sparsifier == "none":
+            return None
+        return self._decode(name, encoding, decode_sparse)
+
+    def _decode(self, name: str, encoding: Encoding, how: Callable[..., Decoded]) -> Decoded:
         part, codec, seed = self._layout.parts[name], self._codec_of(name), derive_seed(self._seed, name)
         try:
             pools = self._frame(part.frame)
             sections = {kind.partition(" ")[2]: pools[kind][own] for kind, own in part.slices.items()}
-            return decode(sections, encoding, spec, codec, seed=seed)
+            return how(sections, encoding, self.schema[name], codec, seed=seed)
         except InvalidDelta as err:
             raise _invalid(self.path, f"{name}: {err.message}") from err
 

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmerge.indices import Indices, decode_indices, encode_indices, index_bytes, largest_of_chunks, num_indices
+from fedmerge.indices import decode_indices, encode_indices, index_bytes, largest_of_chunks, num_indices
 from fedmerge.layerwise import counted_index_bytes, decode_counted, encode_counted, largest_of_tensor, num_largest
 from fedmerge.planes import Sections
-from fedmerge.strata import num_strata, positions, spread
+from fedmerge.strata import located, num_strata, positions, spread
 
 
 class Kept(NamedTuple):
@@ -31,18 +31,27 @@ class Kept(NamedTuple):
     values: Tensor
 
 
+class Sparse(NamedTuple):
+    """A flat tensor of which most is zero: its other `values` (M,), fp32, and their `indices` (M,), increasing."""
+
+    indices: Tensor
+    values: Tensor
+
+
 class Sparsifier(NamedTuple):
     """A way to choose elements.
 
     `sparsify(values, seed, density)` returns what is kept of `values` (N,);
-    `scatter(kept, num_elements, seed, density)` returns the dense tensor (N,) that stands for it, and raises
-    `InvalidDelta` for index sections that no `sparsify` makes;
+    `scatter(kept, num_elements, seed, density)` returns the dense tensor (N,) that stands for it, and
+    `locate(kept, num_elements, seed, density)` what of it is not zero; both raise `InvalidDelta` for index sections
+    that no `sparsify` makes;
     `num_kept(num_elements, density)` and `index_bytes(num_elements, density)` return M and the length of each
     index section, which follow from what both ends know and are never read from a file. All tensors are fp32.
     """
 
     sparsify: Callable[[Tensor, int, float], Kept]
     scatter: Callable[[Kept, int, int, float], Tensor]
+    locate: Callable[[Kept, int, int, float], Sparse]
     num_kept: Callable[[int, float], int]
     index_bytes: Callable[[int, float], dict[str, int]]
 
@@ -70,6 +79,11 @@ def scatter_all(kept: Kept, num_elements: int, seed: int, density: float) -> Ten
     return kept.values
 
 
+def locate_all(kept: Kept, num_elements: int, seed: int, density: float) -> Sparse:
+    """Return the values of `kept` (N,) at all indices."""
+    return Sparse(torch.arange(num_elements), kept.values)
+
+
 def count_all(num_elements: int, density: float) -> int:
     """Return N: everything is kept."""
     return num_elements
@@ -88,6 +102,11 @@ def scatter_seeded(kept: Kept, num_elements: int, seed: int, density: float) -> 
     return torch.from_numpy(spread(kept.values.numpy(), seed, num_elements, density))
 
 
+def locate_seeded(kept: Kept, num_elements: int, seed: int, density: float) -> Sparse:
+    """Return the values of `kept`, each times the size of its stratum, and where the mask of `seed` is."""
+    return Sparse(*map(torch.from_numpy, located(kept.values.numpy(), seed, num_elements, density)))
+
+
 def keep_topk(values: Tensor, seed: int, density: float) -> Kept:
     """Keep the largest magnitudes of each 4096 elements of `values` (N,), ties to the lower index."""
     indices = largest_of_chunks(values.numpy(), density)
@@ -99,7 +118,12 @@ def scatter_topk(kept: Kept, num_elements: int, seed: int, density: float) -> Te
 
     Raises `InvalidDelta` for indices outside of their chunk.
     """
-    return _place(kept.values, decode_indices(kept.indices, num_elements, density), num_elements)
+    return _place(locate_topk(kept, num_elements, seed, density), num_elements)
+
+
+def locate_topk(kept: Kept, num_elements: int, seed: int, density: float) -> Sparse:
+    """Return the values of `kept` and their indices; raises as `scatter_topk` does."""
+    return Sparse(torch.from_numpy(decode_indices(kept.indices, num_elements, density)), kept.values)
 
 
 def keep_layerwise_topk(values: Tensor, seed: int, density: float) -> Kept:
@@ -113,16 +137,23 @@ def scatter_layerwise_topk(kept: Kept, num_elements: int, seed: int, density: fl
 
     Raises `InvalidDelta` for counts that do not sum to M, and for indices outside of their chunk.
     """
-    return _place(kept.values, decode_counted(kept.indices, num_elements, density), num_elements)
+    return _place(locate_layerwise_topk(kept, num_elements, seed, density), num_elements)
 
 
-def _place(values: Tensor, indices: Indices, num_elements: int) -> Tensor:
-    return torch.zeros(num_elements).index_copy_(0, torch.from_numpy(indices), values)
+def locate_layerwise_topk(kept: Kept, num_elements: int, seed: int, density: float) -> Sparse:
+    """Return the values of `kept` and their indices; raises as `scatter_layerwise_topk` does."""
+    return Sparse(torch.from_numpy(decode_counted(kept.indices, num_elements, density)), kept.values)
+
+
+def _place(sparse: Sparse, num_elements: int) -> Tensor:
+    return torch.zeros(num_elements).index_copy_(0, *sparse)
 
 
 SPARSIFIERS: dict[str, Sparsifier] = {
-    "none": Sparsifier(keep_all, scatter_all, count_all, no_index_bytes),
-    "seeded": Sparsifier(keep_seeded, scatter_seeded, num_strata, no_index_bytes),
-    "topk": Sparsifier(keep_topk, scatter_topk, num_indices, index_bytes),
-    "layerwise_topk": Sparsifier(keep_layerwise_topk, scatter_layerwise_topk, num_largest, counted_index_bytes),
+    "none": Sparsifier(keep_all, scatter_all, locate_all, count_all, no_index_bytes),
+    "seeded": Sparsifier(keep_seeded, scatter_seeded, locate_seeded, num_strata, no_index_bytes),
+    "topk": Sparsifier(keep_topk, scatter_topk, locate_topk, num_indices, index_bytes),
+    "layerwise_topk": Sparsifier(
+        keep_layerwise_topk, scatter_layerwise_topk, locate_layerwise_topk, num_largest, counted_index_bytes
+    ),
 }

@@ -15,6 +15,7 @@ from fedmerge.delta import working_dtype
 from fedmerge.errors import InputError
 from fedmerge.merge.parameters import Lambda, Normalize
 from fedmerge.merge.stack import BLOCK_ELEMENTS, as_rows, blocks, require_floats, row_weights, shares
+from fedmerge.sparsify import Sparse
 
 
 def fedavg(deltas: Tensor, weights: Tensor, *, base: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -82,8 +83,16 @@ def contributor_mean(deltas: Tensor, weights: Tensor, *, base: Tensor | None = N
     return merged.view(deltas.shape[1:])
 
 
-def fold(deltas: Iterable[Tensor], coefficients: Callable[[torch.dtype], Sequence[float]]) -> Tensor:
+def fold(
+    deltas: Iterable[Tensor | Sparse],
+    coefficients: Callable[[torch.dtype], Sequence[float]],
+    *,
+    shape: torch.Size | None = None,
+) -> Tensor:
     """Return the sum of coefficient * delta over `deltas`, in their order, holding one delta at a time.
+
+    A sparse delta is added where it has entries, and `shape` is then needed. That gives the bits that its zeros would
+    have given: a sum that begins with +0 is never -0, so that zeros of either sign leave it alone.
 
     The deltas have one shape and any floating dtype. `coefficients` is told the dtype that the merge runs in: fp32, or
     fp64 if the first delta is fp64; the result is fp64 if any is. Raises `InputError` when there are no deltas or one
@@ -92,14 +101,19 @@ def fold(deltas: Iterable[Tensor], coefficients: Callable[[torch.dtype], Sequenc
     total: Tensor | None = None
     factors: Sequence[float] = ()
     for index, delta in enumerate(deltas):
-        require_floats(delta)
-        dtype, row = working_dtype(delta), delta.detach().reshape(-1)
+        row = delta.values if isinstance(delta, Sparse) else delta.detach().reshape(-1)
+        require_floats(row)
+        dtype = working_dtype(row)
         if total is None:
             factors = coefficients(dtype)
-            total = torch.empty(delta.shape, dtype=dtype, device=delta.device)
-            _scale(row, factors[index], out=total.view(-1))
+            whole = delta.shape if isinstance(delta, Tensor) else shape
+            assert whole is not None
+            total = torch.zeros(whole, dtype=dtype, device=row.device)
+        total = total.to(torch.promote_types(total.dtype, dtype))
+        if isinstance(delta, Sparse):
+            product = _scale(row, factors[index], out=torch.empty(row.shape, dtype=total.dtype))
+            total.view(-1).index_add_(0, delta.indices, product)
         else:
-            total = total.to(torch.promote_types(total.dtype, dtype))
             _add_scaled(row, factors[index], out=total.view(-1))
     if total is None:
         raise InputError("nothing to merge: no task vectors")

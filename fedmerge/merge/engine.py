@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedmerge.delta import TaskVector, apply_one, working_dtype
 from fedmerge.errors import InputError, ModelMismatch
+from fedmerge.frame import DeltaFile
 from fedmerge.merge.average import fold
 from fedmerge.merge.flight import Workers, in_order
 from fedmerge.merge.fused import BY_LINE, FUSED, MergeBlock, is_compiled
@@ -26,6 +27,7 @@ from fedmerge.merge.recipe import Plan, Recipe
 from fedmerge.merge.rows import NotFinite, Operand, Rows, Update
 from fedmerge.merge.stack import require_floats, row_weights
 from fedmerge.seeds import derive_seed
+from fedmerge.sparsify import Sparse
 from fedmerge.tensors import Schema, TensorMap, is_resident
 
 # write(name, start, values) takes the elements of a merged tensor from index `start` on, in the base's dtype, flat. The
@@ -218,8 +220,9 @@ class _Merge:
         method, params, weights = self.recipe.method, self.plan.params(name), self._weights(name)
         if method in LINEAR:
             return fold(
-                self._thinned(name),
+                self._terms(name),
                 lambda dtype: LINEAR[method](row_weights(weights, len(self.deltas), dtype), **params),
+                shape=self._shape(name),
             )
         base = self.base[name].to(self.device) if self.base is not None and method in NEEDS_BASE else None
         seed = self.plan.method_seed(derive_seed(self.seed, name))
@@ -235,6 +238,28 @@ class _Merge:
             self._local.stack = _Stack(len(self.deltas), self.device)
         stack: Tensor = self._local.stack.fill(self._thinned(name))
         return stack
+
+    def _shape(self, name: str) -> torch.Size | None:
+        """Return the shape of a tensor that all deltas are files of; None where one is something else."""
+        shapes = [delta.schema[name].shape for delta in self.deltas if isinstance(delta, DeltaFile)]
+        if len(shapes) < len(self.deltas):
+            return None
+        for index, shape in enumerate(shapes):
+            if shape != shapes[0]:
+                raise _other_shape(name, index, torch.Size(shape), torch.Size(shapes[0]))
+        return torch.Size(shapes[0])
+
+    def _terms(self, name: str) -> Iterator[Tensor | Sparse]:
+        """Yield the tensor called `name` of each delta, those that a sparsifier thinned without their zeros."""
+        if self.recipe.before or self.device.type != "cpu" or self._shape(name) is None:
+            yield from self._thinned(name)
+            return
+        for delta, scale in zip(self.deltas, self.scales, strict=True):
+            sparse = delta.sparse(name) if isinstance(delta, DeltaFile) else None
+            if sparse is not None:
+                yield sparse if scale == 1 else sparse._replace(values=sparse.values * scale)
+            else:
+                yield delta[name] if scale == 1 else delta[name] * scale
 
     def _thinned(self, name: str) -> Iterator[Tensor]:
         """Yield the tensor called `name` of each delta as the steps before the method leave it."""

@@ -66,7 +66,7 @@ def add_scaled(stored: Array, before: Array | None, coefficient: np.float32, fir
             if before is not None:
                 value = value - fp32_of(before[j])
             largest = np.uint32(max(largest, _magnitude(value)))
-            out[j] = coefficient * value
+            out[j] = np.float32(0) + coefficient * value  # never -0, as in `average.fold`
     else:
         for j in range(out.size):
             value = fp32_of(stored[j])
