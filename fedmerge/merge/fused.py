@@ -119,6 +119,7 @@ def by_angles(make: MakeAngles, rows: Rows, weights: list[float], *, seed: int, 
 
 FUSED: dict[str, FusedMethod] = {
     "fedavg": fedavg,
+    "linear": fedavg,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
     "dare_linear": dare_linear,

@@ -56,6 +56,7 @@ MergeMethod: TypeAlias = Callable[Concatenate[Tensor, Tensor, ...], Tensor]
 
 METHODS: dict[str, MergeMethod] = {
     "fedavg": fedavg,
+    "linear": fedavg,
     "contributor_mean": contributor_mean,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
@@ -108,6 +109,7 @@ PAIRWISE: frozenset[str] = frozenset({"slerp", "nuslerp"})
 # Methods that are sum_i c_i * delta_i, with the function from weights to c_i: the engine folds these delta by delta.
 LINEAR: dict[str, Callable[Concatenate[list[float], ...], list[float]]] = {
     "fedavg": fedavg_coefficients,
+    "linear": fedavg_coefficients,
     "task_arithmetic": task_arithmetic_coefficients,
     "ema": ema_coefficients,
     "lawa": lawa_coefficients,
