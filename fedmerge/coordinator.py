@@ -114,7 +114,6 @@ class Coordinator:
                 self.journal,
                 self.blobs,
                 self.trust,
-                max_uploads=config.server.max_uploads,
                 decode=self._require_decodable,
             )
             self._opened = opened.pop_all()

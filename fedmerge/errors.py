@@ -198,9 +198,13 @@ class QuotaExceeded(Refused):
 
 
 class Busy(Refused):
-    """As many uploads are under way as the coordinator takes; a node waits and tries again."""
+    """The coordinator has its hands full; a node waits `retry_after_s` at least, if it is told, and tries again."""
 
     reason = "BUSY"
+
+    def __init__(self, message: str, *, hint: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
 class InvalidDelta(Refused):

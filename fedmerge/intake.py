@@ -15,7 +15,6 @@ from pathlib import Path
 from fedmerge.admit import admit
 from fedmerge.errors import (
     BadOffset,
-    Busy,
     ConflictingSubmission,
     InvalidDelta,
     RoundClosed,
@@ -57,13 +56,11 @@ class Intake:
         blobs: BlobStore,
         trust: TrustStore,
         *,
-        max_uploads: int,
         decode: Callable[[DeltaStatement, Path], None],
     ) -> None:
         self._journal = journal
         self._blobs = blobs
         self._trust = trust
-        self._max_uploads = max_uploads
         self._decode = decode
         self._commit_lock = threading.Lock()
         self._uploads: dict[str, _Upload] = {}
@@ -74,7 +71,7 @@ class Intake:
     def begin(self, caller_id: str, envelope: bytes, leaf_hashes: bytes) -> tuple[str, int]:
         """Verify a delta statement and return its upload id and how many bytes of the payload are stored already.
 
-        Raises what `admit` raises, `BadSignature`, `UntrustedKey`, `DigestMismatch`, `ConflictingSubmission` or `Busy`.
+        Raises what `admit` raises, `BadSignature`, `UntrustedKey`, `DigestMismatch` or `ConflictingSubmission`.
         """
         statement, signed = DeltaStatement.open(envelope, self._trust.keys(), where="delta statement")
         upload_id = digest_of(signed.payload)
@@ -100,8 +97,6 @@ class Intake:
                 # A node that lost its outbox trains again; its earlier, unfinished upload gives way.
                 for other in [other for other in self._uploads.values() if other.row.node_id == caller_id]:
                     self._forget(other)
-                if len(self._uploads) >= self._max_uploads:
-                    raise Busy("as many uploads are under way as this coordinator takes", hint="try again in a minute")
                 row = UploadRow(upload_id, spec.round, caller_id, envelope, leaf_hashes)
                 self._blobs.begin_part(upload_id)
                 self._journal.ledger.begin_upload(row)

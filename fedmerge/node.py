@@ -77,6 +77,10 @@ class RoundView:
 class Link(Protocol):
     """What a node asks of a coordinator. Errors are those of `fedmerge.errors`, whatever lies between."""
 
+    def keep_trying(self, patience_s: float) -> None:
+        """Be told how long it is worth trying to reach a coordinator that does not answer."""
+        ...
+
     def watch(self) -> Iterator[RoundView]:
         """Yield the state now and after every change, until the last round has ended."""
         ...
@@ -153,6 +157,7 @@ class Node:
             return None
         spec, signed = RoundSpec.open(view.spec_envelope, self._coordinator, where="round spec")
         spec_digest = digest_of(signed.payload)
+        self.link.keep_trying(spec.deadline_s * (1 + spec.max_staleness))
         if view.phase == "open" and spec_digest not in self._taken:
             self._taken.add(spec_digest)
             if spec.asks(self.node_id):

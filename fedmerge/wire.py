@@ -7,7 +7,7 @@ without its text.
 
 from __future__ import annotations
 
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from fedmerge.errors import (
@@ -86,18 +86,30 @@ def status_of(err: BaseException) -> status_pb2.Status:
     if not isinstance(err, FedmergeError):
         return status_pb2.Status(code=code_pb2.INTERNAL, message="the coordinator met an internal error; see its log")
     info = error_details_pb2.ErrorInfo(reason=err.reason, domain=ERROR_DOMAIN, metadata={"hint": err.hint or ""})
-    detail = any_pb2.Any()
-    detail.Pack(info)
+    details = [any_pb2.Any()]
+    details[0].Pack(info)
+    if isinstance(err, Busy) and err.retry_after_s is not None:
+        details.append(any_pb2.Any())
+        delay = duration_pb2.Duration(nanos=round(err.retry_after_s % 1 * 1e9), seconds=int(err.retry_after_s))
+        details[1].Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     code = next((STATUS_CODES[kind] for kind in type(err).__mro__ if kind in STATUS_CODES), code_pb2.INTERNAL)
-    return status_pb2.Status(code=code, message=err.message, details=[detail])
+    return status_pb2.Status(code=code, message=err.message, details=details)
 
 
 def error_of(status: status_pb2.Status) -> FedmergeError:
     """Return the error that `status` carries; a `FedmergeError` when it carries none of ours."""
+    retry_after_s: float | None = None
+    for detail in status.details:
+        retry = error_details_pb2.RetryInfo()
+        if detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
+            retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
     for detail in status.details:
         info = error_details_pb2.ErrorInfo()
         if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == ERROR_DOMAIN:
-            return BY_REASON.get(info.reason, FedmergeError)(status.message, hint=info.metadata.get("hint") or None)
+            error = BY_REASON.get(info.reason, FedmergeError)(status.message, hint=info.metadata.get("hint") or None)
+            if isinstance(error, Busy):
+                error.retry_after_s = retry_after_s
+            return error
     if status.code in (code_pb2.UNAVAILABLE, code_pb2.DEADLINE_EXCEEDED):
         return Unreachable(status.message)
     return FedmergeError(status.message)

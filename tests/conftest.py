@@ -74,6 +74,7 @@ name = "test"
 base = "base"
 [server]
 listen = "127.0.0.1:0"
+{server}
 [rounds]
 num_rounds = {num_rounds}
 min_nodes = {min_nodes}
@@ -85,15 +86,21 @@ trainer = "text-classification"
 
 
 def make_config(
-    folder: Path, *, num_rounds: int = 1, min_nodes: int = 2, rounds: str = "grace_s = 60", extra: str = ""
+    folder: Path,
+    *,
+    num_rounds: int = 1,
+    min_nodes: int = 2,
+    rounds: str = "grace_s = 60",
+    server: str = "",
+    extra: str = "",
 ) -> tuple[Config, Path]:
     """Write a fedmerge.toml beside a base model and return it, loaded, with its path.
 
-    `rounds` are further lines of its section on rounds, `extra` further sections.
+    `rounds` and `server` are further lines of these sections, `extra` further sections.
     """
     if not (folder / "base").exists():
         make_base(folder / "base")
-    text = TOML.format(num_rounds=num_rounds, min_nodes=min_nodes, rounds=rounds, extra=extra)
+    text = TOML.format(num_rounds=num_rounds, min_nodes=min_nodes, rounds=rounds, server=server, extra=extra)
     path = folder / "fedmerge.toml"
     path.write_text(text)
     return parse_config(text, folder=folder, where="fedmerge.toml"), path

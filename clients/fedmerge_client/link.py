@@ -1,12 +1,12 @@
 """The gRPC end of a node: sessions, retries with back-off, and transfers that go on from where they stood.
 
 Errors come out as the classes that the coordinator raised. A call that finds nobody is tried again, with full jitter,
-until `patience_s` has passed without an answer; a transfer that breaks asks how far it got and continues there.
+until `patience_s` has passed without an answer (or as long as a round's plan allows); a transfer that breaks asks how
+far it got and continues there.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +42,7 @@ from fedmerge.v1 import (
     session_pb2_grpc,
 )
 from fedmerge.wire import CHUNK_BYTES, MAX_MESSAGE_BYTES, PHASE_NAMES, SESSION_HEADER, TLS_NAME, error_of
+from fedmerge_client.backoff import Backoff
 
 Answer = TypeVar("Answer")
 
@@ -49,8 +50,6 @@ CALL_TIMEOUT_S = 60.0
 COMMIT_TIMEOUT_S = 3600.0
 # After this, what is left in a stream of states is old: a new one begins with the present.
 BUSY_S = 0.5
-FIRST_DELAY_S = 0.1
-LONGEST_DELAY_S = 10.0
 EXPECTED_BUNDLE = "expected the coordinator.pem that `fedmerge serve` writes"
 # The slowest link a transfer may have before it is cut and resumed.
 MIN_BYTES_PER_S = 256 * 1024
@@ -60,6 +59,7 @@ CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
     # Two links of one process must not share a connection: a node's session belongs to its own.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_reconnect_backoff_ms", 5_000),
@@ -100,6 +100,10 @@ class GrpcLink:
         self._rounds = round_pb2_grpc.RoundServiceStub(self._channel)
         self._deltas = delta_pb2_grpc.DeltaServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+
+    def keep_trying(self, patience_s: float) -> None:
+        """Go on for so long without an answer from here on, if that is longer than before."""
+        self._patience_s = max(self._patience_s, patience_s)
 
     def connect(self) -> None:
         """Open a session now. Raises `UntrustedKey` when the coordinator does not trust the key, or `Unreachable`."""
@@ -237,20 +241,13 @@ class GrpcLink:
     def _nonce(self) -> str:
         return bytes(self._sessions.BeginSession(session_pb2.BeginSessionRequest(), timeout=CALL_TIMEOUT_S).nonce).hex()
 
-    def _backoff(self) -> Iterator[None]:
-        """Sleep between tries, with full jitter; stop when there is no patience left."""
-        patience_s = self._patience_s if self._reached else self._connect_patience_s
-        give_up_s = time.monotonic() + patience_s
-        delay_s = FIRST_DELAY_S
-        while time.monotonic() < give_up_s:
-            time.sleep(random.uniform(0, delay_s))
-            delay_s = min(2 * delay_s, LONGEST_DELAY_S)
-            yield
+    def _backoff(self) -> Backoff:
+        return Backoff(self._patience_s if self._reached else self._connect_patience_s)
 
     def _wait_or_raise(
         self,
         err: grpc.RpcError | FedmergeError,
-        backoff: Iterator[None],
+        backoff: Backoff,
         *,
         retried: tuple[type[FedmergeError], ...] = (),
     ) -> type[FedmergeError]:
@@ -260,7 +257,8 @@ class GrpcLink:
             self._token = None
         elif not isinstance(error, (Unreachable, *retried)):
             raise error from None
-        if next(backoff, backoff) is backoff:
+        asked_s = error.retry_after_s if isinstance(error, Busy) else None
+        if not backoff.wait(at_least_s=asked_s or 0.0):
             if not isinstance(error, Unreachable):
                 raise error from None
             raise Unreachable(

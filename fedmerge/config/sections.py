@@ -111,7 +111,12 @@ class Server(Section):
     max_payload_bytes: Size = Field(default=2 << 30, examples=["2GiB"])
     """Largest delta a node may upload, in bytes or as "500MB", "2GiB"."""
     max_uploads: Positive = 32
-    """Uploads that may be open at once."""
+    """Deltas that may stream in at once, one of each node; who finds no place is told to come back. Each takes about
+    8 MiB of memory."""
+    max_bytes_per_s: Size | None = Field(default=None, examples=["20MB"])
+    """Bytes per second that a node may send; a faster one is slowed down."""
+    idle_s: float = Field(default=60.0, gt=0)
+    """Seconds for 1 MiB of a delta to arrive; a slower or silent sender loses its place, and resumes where it stood."""
 
     @field_validator("tls_key")
     @classmethod

@@ -41,6 +41,9 @@ class LocalLink:
             failure=state.failure,
         )
 
+    def keep_trying(self, patience_s: float) -> None:
+        """Do nothing: this coordinator always answers."""
+
     def watch(self) -> Iterator[RoundView]:
         """Yield the state now; a simulation asks again itself."""
         yield self.view()

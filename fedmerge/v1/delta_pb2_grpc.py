@@ -72,7 +72,7 @@ class DeltaServiceServicer:
 
         Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
         UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE`, `ROUND_CLOSED` or `NOT_ASKED`, NOT_FOUND `UNKNOWN_ROUND`,
-        ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
+        ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`,
         INVALID_ARGUMENT `INVALID_DELTA`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -83,6 +83,8 @@ class DeltaServiceServicer:
         """Send chunks in order. May end anywhere; returns how far the payload got.
 
         OUT_OF_RANGE `BAD_OFFSET`: a chunk does not continue at `committed_bytes`.
+        RESOURCE_EXHAUSTED `BUSY`: as many uploads are under way as may be; RetryInfo says when to try again.
+        UNAVAILABLE: no chunk came for too long, or the node began another stream; earlier chunks are kept.
         DATA_LOSS `DIGEST_MISMATCH`: a chunk does not have the hash its leaf promised; earlier chunks are kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -42,13 +42,15 @@ class DeltaServiceStub:
 
     Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
     UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE`, `ROUND_CLOSED` or `NOT_ASKED`, NOT_FOUND `UNKNOWN_ROUND`,
-    ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
+    ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`,
     INVALID_ARGUMENT `INVALID_DELTA`.
     """
     UploadDelta: _grpc.StreamUnaryMultiCallable[_delta_pb2.UploadDeltaRequest, _delta_pb2.UploadDeltaResponse]
     """Send chunks in order. May end anywhere; returns how far the payload got.
 
     OUT_OF_RANGE `BAD_OFFSET`: a chunk does not continue at `committed_bytes`.
+    RESOURCE_EXHAUSTED `BUSY`: as many uploads are under way as may be; RetryInfo says when to try again.
+    UNAVAILABLE: no chunk came for too long, or the node began another stream; earlier chunks are kept.
     DATA_LOSS `DIGEST_MISMATCH`: a chunk does not have the hash its leaf promised; earlier chunks are kept.
     """
     GetUpload: _grpc.UnaryUnaryMultiCallable[_delta_pb2.GetUploadRequest, _delta_pb2.GetUploadResponse]
@@ -77,13 +79,15 @@ class DeltaServiceAsyncStub(DeltaServiceStub):
 
     Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
     UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE`, `ROUND_CLOSED` or `NOT_ASKED`, NOT_FOUND `UNKNOWN_ROUND`,
-    ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
+    ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`,
     INVALID_ARGUMENT `INVALID_DELTA`.
     """
     UploadDelta: _aio.StreamUnaryMultiCallable[_delta_pb2.UploadDeltaRequest, _delta_pb2.UploadDeltaResponse]  # type: ignore[assignment]
     """Send chunks in order. May end anywhere; returns how far the payload got.
 
     OUT_OF_RANGE `BAD_OFFSET`: a chunk does not continue at `committed_bytes`.
+    RESOURCE_EXHAUSTED `BUSY`: as many uploads are under way as may be; RetryInfo says when to try again.
+    UNAVAILABLE: no chunk came for too long, or the node began another stream; earlier chunks are kept.
     DATA_LOSS `DIGEST_MISMATCH`: a chunk does not have the hash its leaf promised; earlier chunks are kept.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_delta_pb2.GetUploadRequest, _delta_pb2.GetUploadResponse]  # type: ignore[assignment]
@@ -115,7 +119,7 @@ class DeltaServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Idempotent: the same statement gives the same upload. An upload of a delta that is committed already starts complete.
         UNAUTHENTICATED `BAD_SIGNATURE`, FAILED_PRECONDITION `STALE_BASE`, `ROUND_CLOSED` or `NOT_ASKED`, NOT_FOUND `UNKNOWN_ROUND`,
-        ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` or `BUSY` (try again later),
+        ALREADY_EXISTS `CONFLICTING_SUBMISSION`, RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`,
         INVALID_ARGUMENT `INVALID_DELTA`.
         """
 
@@ -128,6 +132,8 @@ class DeltaServiceServicer(metaclass=_abc_1.ABCMeta):
         """Send chunks in order. May end anywhere; returns how far the payload got.
 
         OUT_OF_RANGE `BAD_OFFSET`: a chunk does not continue at `committed_bytes`.
+        RESOURCE_EXHAUSTED `BUSY`: as many uploads are under way as may be; RetryInfo says when to try again.
+        UNAVAILABLE: no chunk came for too long, or the node began another stream; earlier chunks are kept.
         DATA_LOSS `DIGEST_MISMATCH`: a chunk does not have the hash its leaf promised; earlier chunks are kept.
         """
 

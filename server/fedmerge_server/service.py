@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
@@ -27,14 +28,12 @@ from fedmerge.v1 import (
     session_pb2_grpc,
 )
 from fedmerge.wire import CHUNK_BYTES, PHASES, SESSION_HEADER, STATUS_DETAILS_HEADER, status_of
+from fedmerge_server.limits import Uploads
 from fedmerge_server.sessions import Sessions
 
 log = logging.getLogger(__name__)
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-
-# A sender that is silent for longer gives its place up; it resumes where it stood.
-CHUNK_IDLE_S = 30.0
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -76,6 +75,11 @@ class Services(
         self._intake = coordinator.intake
         self._sessions = Sessions(coordinator.key.public, coordinator.trust)
         self._changed = asyncio.Event()
+        server = coordinator.config.server
+        self._uploads = Uploads(server.max_uploads, server.max_bytes_per_s)
+        self._idle_s = server.idle_s
+        # Deltas are decoded one after the other; those that wait must not take the threads that chunks and files need.
+        self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._stopping = False
         loop = asyncio.get_running_loop()
 
@@ -193,19 +197,21 @@ class Services(
         """Store chunks as they come."""
         stored, upload_id = 0, ""
         async with answering(context):
-            while True:
-                try:
-                    request = await asyncio.wait_for(anext(request_iterator), CHUNK_IDLE_S)
-                except StopAsyncIteration:
-                    break
-                except TimeoutError:
-                    raise Unreachable(f"no chunk came in {CHUNK_IDLE_S:g} s; {stored} bytes are stored") from None
-                # Checked for every chunk: a key that stops being trusted is cut off in the middle of an upload.
-                caller = self._caller(context)
-                upload_id = upload_id or request.upload_id
-                stored = await asyncio.to_thread(
-                    self._intake.write_chunk, caller, upload_id, request.offset, request.data
-                )
+            with self._uploads.place(self._caller(context)):
+                while True:
+                    try:
+                        request = await asyncio.wait_for(anext(request_iterator), self._idle_s)
+                    except StopAsyncIteration:
+                        break
+                    except TimeoutError:
+                        raise Unreachable(f"no chunk came in {self._idle_s:g} s; {stored} bytes are stored") from None
+                    # Checked for every chunk: a key that stops being trusted is cut off in the middle of an upload.
+                    caller = self._caller(context)
+                    upload_id = upload_id or request.upload_id
+                    stored = await asyncio.to_thread(
+                        self._intake.write_chunk, caller, upload_id, request.offset, request.data
+                    )
+                    await self._uploads.pace(caller, len(request.data))
         return delta_pb2.UploadDeltaResponse(committed_bytes=stored)
 
     async def GetUpload(  # noqa: N802
@@ -223,7 +229,8 @@ class Services(
         """Make a delta count."""
         async with answering(context):
             caller = self._caller(context)
-            receipt = await asyncio.to_thread(self._intake.commit, caller, request.upload_id)
+            loop = asyncio.get_running_loop()
+            receipt = await loop.run_in_executor(self._committing, self._intake.commit, caller, request.upload_id)
         return delta_pb2.CommitDeltaResponse(receipt_envelope=receipt)
 
     # ModelService

@@ -103,6 +103,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
                     "listen": st.builds("{}:{}".format, hosts, st.integers(0, 65535)),
                     "max_payload_bytes": sizes,
                     "max_uploads": counts,
+                    "max_bytes_per_s": sizes,
+                    "idle_s": positive,
                 },
             ),
         ),

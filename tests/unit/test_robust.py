@@ -174,7 +174,7 @@ def test_too_few_nodes_are_refused(tmp_path: Path, rule: str, least: int) -> Non
     make_base(tmp_path / "base")
     for num_nodes, refused in ((least - 1, True), (least, False)):
         extra = f'[screen]\nrobust = ["{rule}"]\nmax_bad = 2\n'
-        text = TOML.format(num_rounds=1, min_nodes=num_nodes, rounds="", extra=extra)
+        text = TOML.format(num_rounds=1, min_nodes=num_nodes, rounds="", server="", extra=extra)
         if refused:
             with pytest.raises(ConfigError, match=f"screen.robust: {rule} against 2 bad nodes needs at least {least}"):
                 parse_config(text, folder=tmp_path, where="fedmerge.toml")
@@ -186,7 +186,7 @@ def test_a_federation_with_a_liar(tmp_path: Path) -> None:
     """The liar is not so long that its norm alone gives it away, and still does not show in the model."""
     make_base(tmp_path / "base")
     rules = '[screen]\nrobust = ["arc", "nnm"]\n[merge]\nmethod = "trimmed_mean"\ntrimmed = 0.2\n'
-    text = TOML.format(num_rounds=1, min_nodes=5, rounds="", extra=rules)
+    text = TOML.format(num_rounds=1, min_nodes=5, rounds="", server="", extra=rules)
     config = parse_config(text, folder=tmp_path, where="fedmerge.toml")
     trainers = {f"good-{seed}": StepTrainer(seed=7, scale=0.01) for seed in range(4)}
     trainers["liar"] = StepTrainer(seed=8, scale=-0.08)
