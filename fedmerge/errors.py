@@ -17,6 +17,7 @@
     |   +-- UnknownRound, UnknownUpload, UnknownVersion, RoundClosed, NotAsked, WrongPhase, StaleBase,
     |       ConflictingSubmission, BadOffset, QuotaExceeded, Busy, InvalidDelta, NoSession, InvalidToken
     +-- ResourceError                      8   disk full, port in use, file not writable
+    +-- NothingDue                         9   `fedmerge join --once` found nothing to do
 
 Each class has a `reason` (UPPER_SNAKE; it travels in google.rpc.ErrorInfo, so that the same class comes
 out at the other end of a call), a `hint` (what to do about it) and an `exit_code` for the command line.
@@ -230,6 +231,13 @@ class ResourceError(FedmergeError):
 
     reason = "RESOURCE"
     exit_code = 8
+
+
+class NothingDue(FedmergeError):
+    """The round asks nothing of this node at present."""
+
+    reason = "NOTHING_DUE"
+    exit_code = 9
 
 
 def _tree(cls: type[FedmergeError]) -> dict[str, type[FedmergeError]]:

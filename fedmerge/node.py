@@ -25,6 +25,7 @@ from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import (
     ConflictingSubmission,
     DigestMismatch,
+    NothingDue,
     RoundClosed,
     RoundFailed,
     StaleBase,
@@ -138,6 +139,7 @@ class Node:
         self._keep_tuned = keep_tuned
         self._on_event = on_event
         self._taken: set[str] = set()
+        self._num_done = 0
 
     def run(self) -> Path:
         """Take part until the last round has ended; return the final model's directory.
@@ -150,6 +152,20 @@ class Node:
             if final is not None:
                 return final
         raise RoundFailed("the coordinator ended the watch before the last round", hint="join again")
+
+    def run_once(self) -> Path | None:
+        """Do what is due of this site now, and no more; return the final model's directory once there is one.
+
+        Raises `NothingDue` when that is nothing, or what was due was refused, and `RoundFailed` as `run` does.
+        """
+        self.trainer.check()
+        view = next(iter(self.link.watch()))
+        final = self.react(view)
+        if final is None and not self._num_done:
+            raise NothingDue(
+                f"nothing is due of this node: round {view.round} is {view.phase}", hint="run it again later"
+            )
+        return final
 
     def react(self, view: RoundView) -> Path | None:
         """Do what a state of the federation asks of this site; return the final model's directory at the end."""
@@ -299,6 +315,7 @@ class Node:
         if signed_for.statement_digest != digest_of(statement.to_payload()):
             raise DigestMismatch("the coordinator's receipt is for another delta than the one that was sent")
         (outbox / "receipt.json").write_bytes(receipt)
+        self._num_done += 1
         self._emit("delivered", spec.round, payload_bytes=num_bytes, event=signed_for.event)
 
     # Where the plan searches for the merge: score candidates
@@ -326,6 +343,7 @@ class Node:
                 model_dir = self._chain.materialise(ref, spec, scratch)
                 self._report("candidate", model_dir, candidate.digest, spec, round_number=spec.round, done=reported)
                 self._chain.drop_update(candidate.update)
+                self._num_done += 1
         except UnknownVersion as err:
             # The search went on without this site's scores.
             log.warning("round %d: %s", spec.round, err.message)

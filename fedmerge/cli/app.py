@@ -52,7 +52,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 EPILOGUE = """\
 Exit codes: 0 ok, 1 bug, 2 usage or configuration, 3 verification failed,
 4 coordinator unreachable, 5 round failed, 6 extra not installed,
-7 refused by the coordinator, 8 disk, port or file, 130 interrupted.
+7 refused by the coordinator, 8 disk, port or file, 9 nothing was due,
+130 interrupted.
 Environment: FEDMERGE_<SECTION>__<KEY> overrides fedmerge.toml,
 FEDMERGE_LOG_LEVEL=DEBUG says more, FEDMERGE_TRACEBACK=1 shows tracebacks."""
 

@@ -51,6 +51,9 @@ def join(
         Parameter(help="A setting of the trainer, KEY=VALUE or TABLE.KEY=VALUE, such as text_column=body. Repeatable."),
     ] = (),
     keep_tuned: Annotated[bool, Parameter(negative=(), help="Keep each round's own fine-tune in HOME/rounds.")] = False,
+    once: Annotated[
+        bool, Parameter(negative=(), help="Do what is due now and end, for batch schedulers; 9 if nothing was due.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Train here, send signed deltas, and end with the merged model; started again, it goes on where it was."""
@@ -86,11 +89,13 @@ def join(
                 keep_tuned=keep_tuned,
                 on_event=lambda event: show(shown_as, event),
             )
-            model_dir = node.run()
+            model_dir = node.run_once() if once else node.run()
     finally:
         link.close()
     if json:
-        print_json({"model_dir": str(model_dir), "key_id": signing_key.public.key_id})
+        print_json({"model_dir": str(model_dir) if model_dir else None, "key_id": signing_key.public.key_id})
+    elif model_dir is None:
+        stderr.print("done for now; run it again for the next round")
     else:
         stderr.print("[bold]the merged model is here[/]")
         sys.stdout.write(f"{model_dir}\n")

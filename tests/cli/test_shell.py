@@ -63,7 +63,7 @@ OPTIONS: dict[str, list[str]] = {
     "serve": ["CONFIG", "--json"],
     "join": [
         "--coordinator", "--trust", "--token", "--data", "--test", "--key", "--passphrase-file", "--home", "--base",
-        "--name", "--trainer", "--option", "--keep-tuned", "--json",
+        "--name", "--trainer", "--option", "--keep-tuned", "--once", "--json",
     ],
     "report": ["CONFIG", "--metric", "--json"],
     "rounds": ["CONFIG", "--json"],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -129,6 +130,30 @@ def test_training_learns_and_evaluate_agrees_with_transformers(
     log_likelihood = logits.log_softmax(-1)[torch.arange(len(rows)), answers]
     assert after["loss"] == pytest.approx(-log_likelihood.mean().item(), rel=1e-4)
     assert after["accuracy"] == pytest.approx((logits.argmax(-1) == answers).float().mean().item())
+
+
+@pytest.mark.parametrize("adapter", [{}, {"lora_rank": 2, "lora_dropout": 0.5}])
+def test_a_round_that_was_interrupted_goes_on_at_its_checkpoint_to_the_same_bits(
+    base: Path, trainer: TextClassification, tmp_path: Path, adapter: dict[str, Any]
+) -> None:
+    def digest_of(work: TrainTask) -> bytes:
+        folder = trainer.train(work).model_dir
+        return next(folder.glob("*.safetensors")).read_bytes()
+
+    undisturbed = digest_of(task(base, tmp_path / "undisturbed", steps=12, **adapter))
+    trainer = trainer.model_copy(update={"checkpoint_steps": 3})
+    steps: list[int] = []
+
+    def stop(step: int, num_steps: int, loss: float) -> None:
+        steps.append(step)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+
+    work = dataclasses.replace(task(base, tmp_path / "stopped", steps=12, **adapter), progress=stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(work)
+    assert digest_of(work) == undisturbed
+    assert steps == [*range(1, 9), *range(7, 13)]
 
 
 def test_same_task_same_weights_and_the_global_generator_is_left_alone(

@@ -9,7 +9,6 @@ adapters' own.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -26,6 +25,7 @@ from fedmerge.seeds import derive_seed
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import STATE, TrainResult, TrainTask, validated
 from fedmerge_client.train.adamw_state import Place, load_state, save_state
+from fedmerge_client.train.checkpoints import STATE_FILE, Checkpoints
 from fedmerge_client.train.datasets import read_texts
 from fedmerge_client.train.huggingface import (
     Device,
@@ -41,8 +41,6 @@ from fedmerge_client.train.own_code import seeded
 from fedmerge_client.train.statistics import collect, spread
 from fedmerge_client.train.token_stream import TokenStream, shuffled, token_stream
 
-STATE_FILE = "adamw.safetensors"
-CHECKPOINT = "checkpoint"
 EVAL_BATCH_SIZE = 16
 
 
@@ -85,8 +83,9 @@ class CausalLM(BaseModel):
     """The `causal-lm` trainer; its fields are a node's own options.
 
     `data` and `test` are texts (see `datasets.read_texts`). A batch goes through the model `micro_batch_size` windows
-    at a time (0: all at once) and its gradients are accumulated. With `checkpoint_steps` training is written to disk
-    every so many steps, and goes on from there when it was interrupted in the middle of a round. `evaluate` cuts the
+    at a time (0: all at once) and its gradients are accumulated. Training is written to disk
+    every `checkpoint_steps` (0: every five minutes) and goes on from there when it was interrupted in the middle of a
+    round. `evaluate` cuts the
     test texts into windows of `eval_context_length` tokens and takes `eval_windows` of them, evenly spread (0: all);
     so does `statistics` with the training texts and `statistics_windows`. `max_lora_rank` is for a site that can't
     train adapters of the plan's rank (0: it can). `device` "auto" takes a CUDA device when there is one.
@@ -128,9 +127,9 @@ class CausalLM(BaseModel):
         model, parameters = trained_part(bare, settings, settings.freeze, most_rank=self.max_lora_rank, seed=seed)
         optimizer = _adamw(parameters, settings)
         place = Place(0, 0, derive_seed(task.seed, task.round, "windows"))
-        checkpoint = task.workspace / CHECKPOINT / STATE_FILE
-        if checkpoint.exists():
-            place = load_state(checkpoint, optimizer, parameters)
+        checkpoints = Checkpoints(task.workspace, self.checkpoint_steps)
+        if resumed := checkpoints.resume(optimizer, parameters):
+            place = resumed
         elif task.previous_state is not None:
             place = load_state(task.previous_state / STATE_FILE, optimizer, parameters)
         order = shuffled(len(windows), place.order_seed, place.num_taken)
@@ -152,15 +151,15 @@ class CausalLM(BaseModel):
                     torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
                 optimizer.step()
                 place = Place(step + 1, place.num_taken + settings.batch_size, place.order_seed)
-                if self.checkpoint_steps and place.step % self.checkpoint_steps == 0 and place.step < settings.steps:
-                    save_state(checkpoint, place, optimizer, parameters, with_parameters=True)
+                if place.step < settings.steps:
+                    checkpoints.keep(place, optimizer, parameters)
                 if task.progress is not None:
                     task.progress(place.step, settings.steps, losses[-1])
         between_rounds = Place(0, place.num_taken, place.order_seed)
         kept = {} if settings.lora_rank and not settings.lora_freeze_a else parameters
         save_state(task.workspace / STATE / STATE_FILE, between_rounds, optimizer, kept, with_parameters=False)
         tuned_dir = save_tuned(model, tokenizer, settings, task.workspace / "tuned")
-        shutil.rmtree(checkpoint.parent, ignore_errors=True)
+        checkpoints.drop()
         last = losses[-max(1, len(losses) // 10) :]
         return TrainResult(tuned_dir, len(windows), {"loss": sum(last) / len(last)})
 

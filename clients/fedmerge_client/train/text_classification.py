@@ -21,6 +21,8 @@ from fedmerge.errors import InputError
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask, validated
+from fedmerge_client.train.adamw_state import Place
+from fedmerge_client.train.checkpoints import Checkpoints
 from fedmerge_client.train.datasets import label_ids, read_rows
 from fedmerge_client.train.huggingface import (
     Device,
@@ -76,6 +78,8 @@ class TextClassification(BaseModel):
 
     `data` and `test` are JSON Lines or CSV files (see `datasets.read_rows`) whose labels are labels of the model. A
     batch goes through the model `micro_batch_size` texts at a time (0: all at once) and its gradients are accumulated.
+    Training is written to disk every `checkpoint_steps` (0: every five minutes) and goes on from there when it was
+    interrupted in the middle of a round.
     `max_lora_rank` is for a site that can't train adapters of the plan's rank (0: it can).
     `eval_max_length` (tokens) bounds the texts of `evaluate` and `statistics`; the latter looks at no more than
     `statistics_examples` of the training texts. `device` "auto" takes a CUDA device when there is one.
@@ -88,6 +92,7 @@ class TextClassification(BaseModel):
     text_column: str = "text"
     label_column: str = "label"
     micro_batch_size: Annotated[int, Field(ge=0)] = 0
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     max_lora_rank: Annotated[int, Field(ge=0)] = 0
     eval_max_length: Annotated[int, Field(ge=4)] = 128
     statistics_examples: Annotated[int, Field(ge=1)] = 256
@@ -113,19 +118,26 @@ class TextClassification(BaseModel):
         seed = derive_seed(task.seed, task.round, "adapter")
         model, parameters = trained_part(bare, settings, settings.freeze, most_rank=self.max_lora_rank, seed=seed)
         optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-        batches = _batches(
-            [len(row) for row in tokens], settings.batch_size, derive_seed(task.seed, task.round, "batches")
-        )
+        order_seed = derive_seed(task.seed, task.round, "batches")
+        batches = _batches([len(row) for row in tokens], settings.batch_size, order_seed)
+        checkpoints = Checkpoints(task.workspace, self.checkpoint_steps)
+        resumed = checkpoints.resume(optimizer, parameters)
         losses = []
-        with limited_threads(settings.num_threads), seeded(seed):
+        with limited_threads(settings.num_threads):
             for step, chosen in zip(range(settings.steps), batches, strict=False):
+                if resumed and step < resumed.step:
+                    continue
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr_at(step, task.round, task.num_rounds)
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(0.0)
-                for part in _parts(chosen, self.micro_batch_size):
+                for number, part in enumerate(_parts(chosen, self.micro_batch_size)):
                     inputs = _pad(tokenizer, [tokens[i] for i in part], model.device)
-                    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                    # Dropout in adapters, the same when a round is resumed.
+                    with (
+                        seeded(derive_seed(seed, step, number)),
+                        torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
+                    ):
                         logits = model(**inputs).logits.float()
                     targets = labels[part].to(model.device)
                     loss = cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
@@ -135,9 +147,12 @@ class TextClassification(BaseModel):
                 if not math.isfinite(losses[-1]):
                     raise InputError(f"training diverged at step {step + 1} (loss {losses[-1]})", hint="lower the lr")
                 optimizer.step()
+                if step + 1 < settings.steps:
+                    checkpoints.keep(Place(step + 1, 0, order_seed), optimizer, parameters)
                 if task.progress is not None:
                     task.progress(step + 1, settings.steps, losses[-1])
         tuned_dir = save_tuned(model, tokenizer, settings, task.workspace / "tuned")
+        checkpoints.drop()
         last = losses[-max(1, len(losses) // 10) :]
         return TrainResult(tuned_dir, len(texts), {"loss": sum(last) / len(last)})
 
