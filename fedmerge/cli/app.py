@@ -45,6 +45,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "demo": ("sklearn",),
     "flower": ("flwr",),
     "plots": ("matplotlib",),
+    "parquet": ("pyarrow",),
     "rebasin": ("scipy",),
     "search": ("cmaes",),
 }

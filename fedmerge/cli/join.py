@@ -34,7 +34,9 @@ def join(
     coordinator: Annotated[str, Parameter(help="The coordinator's address, HOST:PORT.")],
     trust: Annotated[Path, Parameter(help="The coordinator.pem that the operator gave you.")],
     token: Annotated[str | None, Parameter(help="The join token that the operator gave you, the first time.")] = None,
-    data: Annotated[Path | None, Parameter(help="Training data that stays here: JSON Lines, CSV or text.")] = None,
+    data: Annotated[
+        Path | None, Parameter(help="Training data, which stays here: JSON Lines, CSV, Parquet, text.")
+    ] = None,
     test: Annotated[Path | None, Parameter(help="Held-out data; models are scored on it, and the scores sent.")] = None,
     key: Annotated[
         Path | None, Parameter(help="This site's private key. [default: HOME/node.key, made if missing]")

@@ -27,7 +27,8 @@ SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 4, "context_length": 16, "
 def make_llama(directory: Path, *, vocab_size: int = 256, **settings: Any) -> Path:
     """Write a Llama of two layers of 16, random but the same each time."""
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    config = LlamaConfig(vocab_size=vocab_size, num_attention_heads=2, max_position_embeddings=32, **(sizes | settings))
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 32, **settings}
+    config = LlamaConfig(vocab_size=vocab_size, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(5)
         LlamaForCausalLM(config).save_pretrained(directory)
@@ -350,7 +351,7 @@ def test_models_and_data_that_do_not_fit(base: Path, data: Path, tmp_path: Path)
     with pytest.raises(InputError, match=r"train\.txt:1: .* is empty"):
         trainer.check()
     with pytest.raises(InputError, match="don't know how to read"):
-        CausalLM(data=tmp_path / "x.parquet").check()
+        CausalLM(data=tmp_path / "x.feather").check()
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "other"])

@@ -4,10 +4,12 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from fedmerge.errors import InputError
-from fedmerge_client.train.datasets import label_ids, read_rows, read_texts
+from fedmerge_client.train.datasets import label_ids, read_conversations, read_rows, read_texts
 
 RECORDS = [{"text": "one two", "label": "a"}, {"text": 'say "three, four"\nfive', "label": "b"}]
 
@@ -77,7 +79,8 @@ def test_labels_are_not_looked_for_in_plain_text(tmp_path: Path) -> None:
         ("rows.csv", "text,label\nx,a,b\n", r"rows\.csv:2: more fields"),
         ("rows.csv", "text,kind\nx,a\n", r"rows\.csv:2: no column 'label'; there are 'text', 'kind'"),
         ("rows.csv", 'text,label\n"x"y,a\n', r"rows\.csv:2: not CSV"),
-        ("rows.parquet", "PAR1", "don't know how to read"),
+        ("rows.parquet", "PAR1", "can't be read as Parquet"),
+        ("rows.feather", "x", "don't know how to read"),
     ],
 )
 def test_mistakes_are_reported_with_file_and_line(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -105,3 +108,57 @@ def test_labels_become_the_models_class_indices(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"rows\.jsonl:2: the model has no label 'han'; did you mean 'ham'") as caught:
         label_ids(path, rows, {"ham": 0, "spam": 1})
     assert "ham, spam" in (caught.value.hint or "")
+
+
+def test_parquet_has_rows_for_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    texts = [f"text {number}" for number in range(7)]
+    table = pa.table({"text": texts, "label": list(range(7)), "more": [None] * 7})
+    parquet.write_table(table, path, row_group_size=3)
+    rows = read_rows(path)
+    assert [(row.text, row.label, row.line) for row in rows] == [
+        (text, str(number), number + 1) for number, text in enumerate(texts)
+    ]
+    assert read_texts(path) == texts
+    with pytest.raises(InputError, match=r"rows\.parquet:1: no column 'body'; there are 'text', 'label', 'more'"):
+        read_texts(path, text_column="body")
+    with pytest.raises(InputError, match=r"rows\.parquet:1: column 'more' is empty"):
+        read_texts(path, text_column="more")
+    parquet.write_table(table.slice(0, 0), path)
+    with pytest.raises(InputError, match="no rows"):
+        read_texts(path)
+
+
+def test_conversations_from_json_lines_and_parquet(tmp_path: Path) -> None:
+    said = [
+        [{"role": "user", "content": "hi", "name": "x"}, {"role": "assistant", "content": "hello"}],
+        [{"role": role, "content": text} for role, text in (("system", ""), ("user", "a"), ("assistant", "b"))],
+    ]
+    lines = write(tmp_path / "said.jsonl", "\n\n".join(json.dumps({"messages": one, "id": 3}) for one in said))
+    found = read_conversations(lines)
+    assert [conversation.line for conversation in found] == [1, 3]
+    assert found[0].messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    parquet.write_table(pa.table({"talk": said}), tmp_path / "said.parquet")
+    again = read_conversations(tmp_path / "said.parquet", messages_column="talk")
+    assert [conversation.messages for conversation in again] == [conversation.messages for conversation in found]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hi", "column 'messages' is not a list of messages"),
+        ([], "column 'messages' is not a list of messages"),
+        (["hi"], "message 1 has no role and content"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant"}], "message 2 has no role and content"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has no role and content"),
+        ([{"role": "tool", "content": "a"}], "message 1 is of role 'tool'"),
+        ([{"role": "user", "content": "a"}], "needs a reply"),
+        ([{"role": "assistant", "content": "a"}], "needs a reply"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(tmp_path: Path, messages: object, message: str) -> None:
+    path = write(tmp_path / "said.jsonl", "\n" + json.dumps({"messages": messages}))
+    with pytest.raises(InputError, match=rf"said\.jsonl:2: {message}"):
+        read_conversations(path)
+    with pytest.raises(InputError, match=r"said\.jsonl:2: no column 'talk'; there are 'messages'"):
+        read_conversations(path, messages_column="talk")

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
@@ -26,7 +26,9 @@ from fedmerge.tensors import Checkpoint
 from fedmerge.training import STATE, TrainResult, TrainTask, validated
 from fedmerge_client.train.adamw_state import Place, load_state, save_state
 from fedmerge_client.train.checkpoints import STATE_FILE, Checkpoints
-from fedmerge_client.train.datasets import read_texts
+from fedmerge_client.train.conversations import conversation_stream
+from fedmerge_client.train.datasets import Conversation, read_conversations, read_texts
+from fedmerge_client.train.drift import Proximal, ProximalSettings, require_whole_models
 from fedmerge_client.train.huggingface import (
     Device,
     find_device,
@@ -39,13 +41,13 @@ from fedmerge_client.train.huggingface import (
 from fedmerge_client.train.lora import LoraSettings, save_tuned, trained_part
 from fedmerge_client.train.own_code import seeded
 from fedmerge_client.train.statistics import collect, spread
-from fedmerge_client.train.token_stream import TokenStream, shuffled, token_stream
+from fedmerge_client.train.token_stream import NO_TARGET, TokenStream, shuffled, token_stream
 
 EVAL_BATCH_SIZE = 16
 
 
-class Settings(LoraSettings):
-    """What a plan may ask for under `[train]`, beside `LoraSettings`.
+class Settings(LoraSettings, ProximalSettings):
+    """What a plan may ask for under `[train]`, beside `LoraSettings` and `ProximalSettings`.
 
     A round is `steps` updates, each from `batch_size` windows of `context_length` tokens. `lr` is AdamW's peak learning
     rate, and `warmup` the share of all rounds' steps that it rises for before it falls by `schedule`, to `final_lr`
@@ -82,13 +84,14 @@ class Settings(LoraSettings):
 class CausalLM(BaseModel):
     """The `causal-lm` trainer; its fields are a node's own options.
 
-    `data` and `test` are texts (see `datasets.read_texts`). A batch goes through the model `micro_batch_size` windows
-    at a time (0: all at once) and its gradients are accumulated. Training is written to disk
+    `data` and `test` are texts (see `datasets.read_texts`), or with a `messages_column` conversations (see
+    `datasets.read_conversations`), of which only the assistant's replies are learnt. A batch goes through the model
+    `micro_batch_size` windows at a time (0: all at once) and its gradients are accumulated. Training is written to disk
     every `checkpoint_steps` (0: every five minutes) and goes on from there when it was interrupted in the middle of a
-    round. `evaluate` cuts the
-    test texts into windows of `eval_context_length` tokens and takes `eval_windows` of them, evenly spread (0: all);
-    so does `statistics` with the training texts and `statistics_windows`. `max_lora_rank` is for a site that can't
-    train adapters of the plan's rank (0: it can). `device` "auto" takes a CUDA device when there is one.
+    round. `evaluate` cuts the test texts into windows of `eval_context_length` tokens and takes `eval_windows` of them,
+    evenly spread (0: all); so does `statistics` with the training texts and `statistics_windows`. `max_lora_rank` is
+    for a site that can't train adapters of the plan's rank (0: it can). `device` "auto" takes a CUDA device when there
+    is one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -96,6 +99,7 @@ class CausalLM(BaseModel):
     data: Path
     test: Path | None = None
     text_column: str = "text"
+    messages_column: str | None = None
     micro_batch_size: Annotated[int, Field(ge=0)] = 0
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     eval_context_length: Annotated[int, Field(ge=2)] = 512
@@ -108,7 +112,7 @@ class CausalLM(BaseModel):
         """Raise `InputError` unless the training and test files can be read, `ConfigError` if the device is missing."""
         for path in (self.data, self.test):
             if path is not None:
-                read_texts(path, text_column=self.text_column)
+                self._read(path)
         find_device(self.device)
 
     def train(self, task: TrainTask) -> TrainResult:
@@ -119,12 +123,17 @@ class CausalLM(BaseModel):
         data, a state that can't be read, or when training diverges.
         """
         settings = validated(Settings, task.settings, where="[train]")
+        require_whole_models(settings.lora_rank, fedprox_mu=settings.fedprox_mu)
         bare, tokenizer = self._open(task.model_dir, as_stored=settings.lora_rank > 0 and settings.precision == "bf16")
         stream = self._stream(self.data, bare, tokenizer)
         windows = stream.windows(min(settings.context_length, num_positions(bare)))
-        windows = [one for one in windows if one.stop - one.start == windows[0].stop]  # the last may be shorter
+        full = windows[0].stop  # the last may be shorter
+        windows = [one for one in windows if one.stop - one.start == full and stream.num_targets(one)]
+        if not windows:
+            raise InputError(f"{self.data}: no window has anything to learn", hint="raise the context_length")
         seed = derive_seed(task.seed, task.round, "adapter")
         model, parameters = trained_part(bare, settings, settings.freeze, most_rank=self.max_lora_rank, seed=seed)
+        proximal = Proximal(parameters, settings.fedprox_mu)
         optimizer = _adamw(parameters, settings)
         place = Place(0, 0, derive_seed(task.seed, task.round, "windows"))
         checkpoints = Checkpoints(task.workspace, self.checkpoint_steps)
@@ -141,12 +150,13 @@ class CausalLM(BaseModel):
                     group["lr"] = settings.lr_at(
                         (task.round - 1) * settings.steps + step, task.num_rounds * settings.steps
                     )
-                batch = torch.stack([stream.tokens[windows[i]] for i in islice(order, settings.batch_size)])
+                batch = _batch(stream, [windows[i] for i in islice(order, settings.batch_size)])
                 optimizer.zero_grad(set_to_none=True)
                 with seeded(derive_seed(seed, step)):  # dropout in adapters, the same when a round is resumed
                     losses.append(self._accumulate_gradients(model, batch, settings.precision))
                 if not math.isfinite(losses[-1]):
                     raise InputError(f"training diverged at step {step + 1} (loss {losses[-1]})", hint="lower the lr")
+                proximal.correct()
                 if settings.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
                 optimizer.step()
@@ -166,27 +176,41 @@ class CausalLM(BaseModel):
     def evaluate(self, model_dir: Path) -> dict[str, float]:
         """Return the `loss` (nats per token), `perplexity` and `byte_loss` (nats per byte) on the test texts.
 
-        Every window begins without context, so longer windows give lower losses. Empty without test texts.
+        Every window begins without context, so longer windows give lower losses. Of conversations only replies count,
+        and `exact_match` is the share of those within one window that the likeliest token each time gives, to the last.
+        Empty without test texts.
         """
         if self.test is None:
             return {}
         model, tokenizer = self._open(model_dir)
         stream = self._stream(self.test, model, tokenizer)
-        windows = stream.windows(min(self.eval_context_length, num_positions(model)))
+        windows = stream.document_windows(min(self.eval_context_length, num_positions(model)))
         num_all = len(windows)
         if 0 < self.eval_windows < num_all:
             windows = [windows[i * num_all // self.eval_windows] for i in range(self.eval_windows)]
         total_loss, num_targets = 0.0, 0
+        said: dict[int, tuple[int, bool]] = {}  # of conversations, by place: in which window, and whether it is right
         with torch.inference_mode():
             for chosen in _batches_of_equal_length(windows):
-                batch = torch.stack([stream.tokens[window] for window in chosen])
-                num_targets += batch[:, 1:].numel()
-                total_loss += float(_loss(model, batch, "fp32", reduction="sum"))
+                batch = _batch(stream, chosen)
+                logits = _logits(model, batch, "fp32")
+                num_targets += batch.num_targets
+                total_loss += float(_loss(logits, batch, reduction="sum"))
+                if stream.replies:
+                    right = logits.argmax(-1).cpu() == batch.targets
+                    for window, row in zip(chosen, right.tolist(), strict=True):
+                        said |= {window.start + 1 + place: (window.start, hit) for place, hit in enumerate(row)}
+        if not num_targets:
+            raise InputError(f"{self.test}: no window has anything to predict", hint="raise the eval_context_length")
         loss = total_loss / num_targets
-        # Of the bytes, the windows that were taken have their share of the tokens.
-        bytes_per_token = stream.num_bytes / (stream.tokens.numel() - 1)
-        perplexity = math.exp(min(loss, 700.0))
-        return {"loss": loss, "perplexity": perplexity, "byte_loss": loss / bytes_per_token}
+        # Of the bytes, the windows that were taken have their share of the targets.
+        bytes_per_token = stream.num_bytes / stream.num_targets(slice(None))
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "byte_loss": loss / bytes_per_token}
+        replies = [[said.get(place, (-1, False)) for place in range(one.start, one.stop)] for one in stream.replies]
+        whole = [reply for reply in replies if reply[0][0] >= 0 and len({window for window, _ in reply}) == 1]
+        if whole:
+            found["exact_match"] = sum(all(hit for _, hit in reply) for reply in whole) / len(whole)
+        return found
 
     def statistics(self, model_dir: Path, kind: str) -> dict[str, Tensor]:
         """Return statistics of one `kind` (see `statistics.collect`) on windows spread evenly over the texts."""
@@ -210,17 +234,51 @@ class CausalLM(BaseModel):
         )
         return model, open_tokenizer(model_dir) if has_tokenizer(model_dir) else None
 
+    def _read(self, path: Path) -> list[str] | list[Conversation]:
+        if self.messages_column is not None:
+            return read_conversations(path, messages_column=self.messages_column)
+        return read_texts(path, text_column=self.text_column)
+
     def _stream(self, path: Path, model: Any, tokenizer: Any | None) -> TokenStream:
+        if self.messages_column is not None:
+            conversations = read_conversations(path, messages_column=self.messages_column)
+            return conversation_stream(path, conversations, tokenizer, model.config.vocab_size)
         return token_stream(path, read_texts(path, text_column=self.text_column), tokenizer, model.config.vocab_size)
 
-    def _accumulate_gradients(self, model: Any, batch: Tensor, precision: str) -> float:
-        """Add the gradient of the mean loss of `batch` (windows, tokens) to the parameters'; return that loss."""
+    def _accumulate_gradients(self, model: Any, batch: Batch, precision: str) -> float:
+        """Add the gradient of the mean loss of `batch` to the parameters'; return that loss."""
         total = 0.0
-        for part in torch.split(batch, self.micro_batch_size or len(batch)):
-            loss = _loss(model, part, precision) * (len(part) / len(batch))
+        for part in batch.split(self.micro_batch_size):
+            loss = _loss(_logits(model, part, precision), part) * (part.num_targets / batch.num_targets)
             torch.autograd.backward(loss)
             total += loss.item()
         return total
+
+
+class Batch(NamedTuple):
+    """Windows of equal length: what goes into the model, and what should come out of it: each (windows, tokens)."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens are to be predicted."""
+        return int((self.targets != NO_TARGET).sum())
+
+    def split(self, size: int) -> list[Batch]:
+        """Return parts of `size` windows; 0 for all in one."""
+        size = size or len(self.inputs)
+        return [
+            Batch(*parts) for parts in zip(torch.split(self.inputs, size), torch.split(self.targets, size), strict=True)
+        ]
+
+
+def _batch(stream: TokenStream, windows: list[slice]) -> Batch:
+    return Batch(
+        torch.stack([stream.tokens[window][:-1] for window in windows]).long(),
+        torch.stack([stream.targets[window][1:] for window in windows]).long(),
+    )
 
 
 def _adamw(parameters: Mapping[str, torch.nn.Parameter], settings: Settings) -> torch.optim.AdamW:
@@ -232,12 +290,15 @@ def _adamw(parameters: Mapping[str, torch.nn.Parameter], settings: Settings) -> 
     )
 
 
-def _loss(model: Any, windows: Tensor, precision: str, *, reduction: str = "mean") -> Tensor:
-    """Return the cross-entropy of each token of `windows` (windows, tokens) but the first, given those before it."""
-    tokens = windows.to(model.device, torch.long)
+def _logits(model: Any, batch: Batch, precision: str) -> Tensor:
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits: Tensor = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)
+        logits: Tensor = model(input_ids=batch.inputs.to(model.device), use_cache=False).logits
+    return logits.float()
+
+
+def _loss(logits: Tensor, batch: Batch, *, reduction: str = "mean") -> Tensor:
+    """Return the cross-entropy of the targets of `batch`, of which there are some if it is their mean."""
+    return cross_entropy(logits.flatten(0, 1), batch.targets.to(logits.device).flatten(), reduction=reduction)
 
 
 def _batches_of_equal_length(windows: list[slice]) -> Iterator[list[slice]]:

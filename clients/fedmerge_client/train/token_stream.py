@@ -21,14 +21,22 @@ from fedmerge_client.train.huggingface import quiet_transformers
 
 NUM_BYTE_TOKENS = 256
 NEWLINE = 10
+NO_TARGET = -100  # what torch's cross-entropy leaves out
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """The tokens of a file's documents (T,) int32, and the bytes of UTF-8 that they stand for, separators left out."""
+    """The tokens of a file's documents (T,) int32, and the bytes of UTF-8 that its targets stand for, but separators.
+
+    `targets` (T,) are the tokens that are to be predicted, and `NO_TARGET` in place of others. Conversations have each
+    document's place in `documents`, and those of the targets of each reply in `replies`.
+    """
 
     tokens: Tensor
     num_bytes: int
+    targets: Tensor
+    documents: tuple[slice, ...] = ()
+    replies: tuple[slice, ...] = ()
 
     def windows(self, length: int) -> list[slice]:
         """Return where to cut into windows of `length` + 1 tokens, the last of which may be shorter.
@@ -36,8 +44,22 @@ class TokenStream:
         Each window begins with the token that the one before ends with. Taking all but the last token of each as inputs
         and all but the first as targets, every token but the first of all is a target once.
         """
-        last = self.tokens.numel() - 1
-        return [slice(start, min(start + length, last) + 1) for start in range(0, last, length)]
+        return _cut(slice(0, self.tokens.numel()), length)
+
+    def document_windows(self, length: int) -> list[slice]:
+        """Return where to cut so that a window begins with each document, if they are known; else as `windows`."""
+        if not self.documents:
+            return self.windows(length)
+        return [window for document in self.documents for window in _cut(document, length)]
+
+    def num_targets(self, window: slice) -> int:
+        """Return how many tokens are to be predicted in a window, whose first is given."""
+        return int((self.targets[window][1:] != NO_TARGET).sum())
+
+
+def _cut(whole: slice, length: int) -> list[slice]:
+    last = whole.stop - 1
+    return [slice(start, min(start + length, last) + 1) for start in range(whole.start, last, length)]
 
 
 def token_stream(path: Path, texts: Sequence[str], tokenizer: Any | None, vocab_size: int) -> TokenStream:
@@ -63,11 +85,16 @@ def token_stream(path: Path, texts: Sequence[str], tokenizer: Any | None, vocab_
             documents = [np.asarray(row) for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     parts = [part for document in documents for part in (separator, document) if len(part)]
     tokens = torch.from_numpy(np.concatenate([np.asarray(part, np.int32) for part in parts] or [np.zeros(0, np.int32)]))
+    require_vocabulary(path, tokens, vocab_size)
+    return TokenStream(tokens, sum(map(len, encoded)), tokens)
+
+
+def require_vocabulary(path: Path, tokens: Tensor, vocab_size: int) -> None:
+    """Raise `InputError` when there are fewer than two tokens, or any that the model does not have."""
     if tokens.numel() < 2:
         raise InputError(f"{path}: has fewer than two tokens of text")
     if int(tokens.max()) >= vocab_size:
         raise InputError(f"{path}: the tokenizer makes token {int(tokens.max())}, and the model has {vocab_size}")
-    return TokenStream(tokens, sum(map(len, encoded)))
 
 
 def shuffled(num_windows: int, seed: int, start: int) -> Iterator[int]:
