@@ -98,7 +98,8 @@ def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[_
     except ValidationError as err:
         problems = [_Problem(error["loc"], _explain(error)) for error in err.errors(include_url=False)]
     merge_problems = _merge_problems(filled["merge"])
-    problems += merge_problems + _rounds_problems(config) + _delta_problems(config) + _robust_problems(config)
+    problems += merge_problems + _rounds_problems(config) + _delta_problems(config)
+    problems += _scaffold_problems(config) + _robust_problems(config)
     return config, problems if merge_problems else problems + _search_problems(config)
 
 
@@ -138,6 +139,16 @@ def _delta_problems(config: Config | None) -> list[_Problem]:
                 text = f"does not go with {step.method} over rounds, which carries the past on as momentum does; "
                 return [_Problem(("delta", "error_feedback"), f"{text}leave out that step, or leave it 0")]
     return []
+
+
+def _scaffold_problems(config: Config | None) -> list[_Problem]:
+    """Refuse merges from whose step nodes can't tell the mean of their control variates."""
+    if config is None or not config.train.extras.get("scaffold"):
+        return []
+    outer = config.outer
+    if (config.merge.method, outer.name, outer.lr) == ("fedavg", "sgd", 1.0) and not config.merge.steps:
+        return []
+    return [_Problem(("train", "scaffold"), 'needs the plain mean: [merge] method = "fedavg", [outer] "sgd" with lr 1')]
 
 
 def _robust_problems(config: Config | None) -> list[_Problem]:

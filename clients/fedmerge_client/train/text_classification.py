@@ -1,4 +1,4 @@
-"""Fine-tune a Hugging Face sequence classifier on labelled texts: AdamW, a warm-up and a linear decay.
+"""Fine-tune a Hugging Face sequence classifier on labelled texts: AdamW or SGD, a warm-up and a linear decay.
 
 Deliberately plain: a federated round is a short fine-tune of a good model, and what it needs is to be quick, to
 repeat exactly and to leave frozen weights untouched to the bit. Dropout stays off for all three, but for adapters' own.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
@@ -20,10 +20,11 @@ from transformers import AutoModelForSequenceClassification
 from fedmerge.errors import InputError
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import Checkpoint
-from fedmerge.training import TrainResult, TrainTask, validated
+from fedmerge.training import STATE, TrainResult, TrainTask, validated
 from fedmerge_client.train.adamw_state import Place
 from fedmerge_client.train.checkpoints import Checkpoints
 from fedmerge_client.train.datasets import label_ids, read_rows
+from fedmerge_client.train.drift import Proximal, ProximalSettings, Scaffold, require_whole_models
 from fedmerge_client.train.huggingface import (
     Device,
     find_device,
@@ -41,17 +42,20 @@ EVAL_BATCH_SIZE = 64
 POOL_BATCHES = 8  # batches are cut from this many batches' worth of shuffled examples, sorted by length
 
 
-class Settings(LoraSettings):
-    """What a plan may ask for under `[train]`, beside `LoraSettings`.
+class Settings(LoraSettings, ProximalSettings):
+    """What a plan may ask for under `[train]`, beside `LoraSettings` and `ProximalSettings`.
 
-    `lr` is AdamW's peak learning rate, `warmup` the share of the `steps` that it rises for before it falls linearly
-    to 0, in each round or, with `schedule` "federation", over all rounds. `max_length` is in tokens, `freeze` has name
-    prefixes of tensors to leave alone, such as "bert.embeddings". `precision` "bf16" multiplies in bf16; weights that
-    are trained, gradients and moments are fp32 all the same. `num_threads` of 0 leaves torch's own choice.
+    `lr` is the peak learning rate of the `optimizer`, AdamW or plain SGD without decay, `warmup` the share of the
+    `steps` that it rises for before it falls linearly to 0, in each round or, with `schedule` "federation", over all
+    rounds. `max_length` is in tokens, `freeze` has name prefixes of tensors to leave alone, such as "bert.embeddings".
+    `precision` "bf16" multiplies in bf16; weights that are trained, gradients and moments are fp32 all the same.
+    `scaffold` corrects steps of SGD by control variates (see `drift.Scaffold`). `num_threads` of 0 leaves torch's own
+    choice.
     """
 
     steps: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[int, Field(ge=1)] = 16
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[FiniteFloat, Field(gt=0)] = 1e-4
     max_length: Annotated[int, Field(ge=4)] = 128
     warmup: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.1
@@ -59,8 +63,16 @@ class Settings(LoraSettings):
     weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.01
     label_smoothing: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    scaffold: bool = False
     freeze: tuple[str, ...] = ()
     num_threads: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("scaffold")
+    @classmethod
+    def _is_of_sgd(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("optimizer") != "sgd":
+            raise ValueError('goes with optimizer = "sgd" alone: control variates are of plain gradients')
+        return value
 
     def lr_at(self, step: int, round_number: int, num_rounds: int) -> float:
         """Return the learning rate of the 0-based `step` of a 1-based round."""
@@ -112,12 +124,18 @@ class TextClassification(BaseModel):
         `ConfigError` for settings that can't be, `InputError` for unusable data or when training diverges.
         """
         settings = validated(Settings, task.settings, where="[train]")
+        require_whole_models(settings.lora_rank, fedprox_mu=settings.fedprox_mu, scaffold=settings.scaffold)
         bare, tokenizer = self._open(task.model_dir, as_stored=settings.lora_rank > 0 and settings.precision == "bf16")
         texts, labels = self._examples(self.data, bare)
         tokens = _tokenize(tokenizer, texts, min(settings.max_length, num_positions(bare)))
         seed = derive_seed(task.seed, task.round, "adapter")
         model, parameters = trained_part(bare, settings, settings.freeze, most_rank=self.max_lora_rank, seed=seed)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+        # Both start from the global model, and a resumed round from what was tuned of it so far.
+        proximal = Proximal(parameters, settings.fedprox_mu)
+        scaffold = Scaffold(parameters, task.round, task.previous_state) if settings.scaffold else None
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters.values(), weight_decay=settings.weight_decay)
+        if settings.optimizer == "sgd":
+            optimizer = torch.optim.SGD(parameters.values())
         order_seed = derive_seed(task.seed, task.round, "batches")
         batches = _batches([len(row) for row in tokens], settings.batch_size, order_seed)
         checkpoints = Checkpoints(task.workspace, self.checkpoint_steps)
@@ -125,10 +143,13 @@ class TextClassification(BaseModel):
         losses = []
         with limited_threads(settings.num_threads):
             for step, chosen in zip(range(settings.steps), batches, strict=False):
+                lr = settings.lr_at(step, task.round, task.num_rounds)
                 if resumed and step < resumed.step:
+                    if scaffold is not None:
+                        scaffold.skip(lr)
                     continue
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.lr_at(step, task.round, task.num_rounds)
+                    group["lr"] = lr
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(0.0)
                 for number, part in enumerate(_parts(chosen, self.micro_batch_size)):
@@ -146,11 +167,16 @@ class TextClassification(BaseModel):
                     losses[-1] += loss.item()
                 if not math.isfinite(losses[-1]):
                     raise InputError(f"training diverged at step {step + 1} (loss {losses[-1]})", hint="lower the lr")
+                proximal.correct()
+                if scaffold is not None:
+                    scaffold.correct(lr)
                 optimizer.step()
                 if step + 1 < settings.steps:
                     checkpoints.keep(Place(step + 1, 0, order_seed), optimizer, parameters)
                 if task.progress is not None:
                     task.progress(step + 1, settings.steps, losses[-1])
+        if scaffold is not None:
+            scaffold.save(task.workspace / STATE)
         tuned_dir = save_tuned(model, tokenizer, settings, task.workspace / "tuned")
         checkpoints.drop()
         last = losses[-max(1, len(losses) // 10) :]
