@@ -59,12 +59,12 @@ fedmerge verify . --key coordinator.pem
 def _adapter(summary: AdapterSummary | None) -> str:
     if summary is None:
         return ""
-    least = f", at the least {summary.least[1]:.4%} (`{summary.least[0]}`)" if summary.least[0] else ""
+    least = f" Of `{summary.least[0]}` it keeps least, {summary.least[1]:.4%}." if summary.energy < 0.9999 else ""
     return f"""
 ## As an adapter
 
 `adapter/` is the change of the base as a LoRA adapter for PEFT, of rank {summary.rank}: it keeps {summary.energy:.4%}
-of the change's energy, which is the sum of squares{least}.
+of the change's energy, which is the sum of squares.{least}
 """
 
 

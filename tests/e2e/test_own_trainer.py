@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from fedmerge.errors import ConfigError, InputError, UntrustedKey
+from fedmerge.report import read_report
 from fedmerge.sign import SigningKey
 from fedmerge.tensors import Checkpoint
 from fedmerge.verify import verify_directory
@@ -102,7 +103,13 @@ def test_of_a_model_wrapped_by_peft_the_adapter_is_sent(tmp_path: Path) -> None:
     made.keys["site"].save(tmp_path / "home/node.key")
     server = made.serve()
     try:
-        callback = FedMergeCallback(server.address, server.bundle, tmp_path / "home", num_examples=5)
+        callback = FedMergeCallback(
+            server.address,
+            server.bundle,
+            tmp_path / "home",
+            num_examples=5,
+            evaluate=lambda model_dir: {"norm": float(Checkpoint(model_dir)["lm_head.weight"].norm())},
+        )
         trainer = trainer_of(tmp_path, callback, base)
         adapted: Any = get_peft_model(trainer.model, LoraConfig(r=3, target_modules=["up_proj", "v_proj"]))
         with torch.no_grad():  # what it begins with is not what it is given
@@ -122,6 +129,10 @@ def test_of_a_model_wrapped_by_peft_the_adapter_is_sent(tmp_path: Path) -> None:
     changed = {name for name in final if not torch.equal(final[name], before[name])}
     assert changed == {name for name in final if "up_proj" in name or "v_proj" in name}
     assert float((final["model.layers.0.mlp.up_proj.weight"] - before["model.layers.0.mlp.up_proj.weight"]).norm()) < 1
+    said = read_report(made.config, "norm").retention
+    assert said is not None
+    norm = float(before["lm_head.weight"].norm())
+    assert [said.tasks[0].base, *said.tasks[0].own, *said.tasks[0].merged] == pytest.approx([norm] * 3)
     payload = next((tmp_path / "home/rounds").glob("*/delta.safetensors"))
     assert payload.stat().st_size < 20_000
 
