@@ -39,8 +39,7 @@ from fedmerge.errors import RoundClosed
 from fedmerge.feedback import RESIDUAL, write_residual
 from fedmerge.frame import DeltaFile
 from fedmerge.seeds import derive_seed
-from fedmerge.sim import simulate
-from fedmerge.sim.inline import LocalLink
+from fedmerge.sim import LocalLink, simulate
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainTask
 from fedmerge_client.train.causal_lm import CausalLM
@@ -226,7 +225,6 @@ def run(rule: Rule, lr: float, seed: int, texts: Texts, *, num_points: int = 4) 
             config,
             texts.base,
             {domain: texts.trainer(domain) for domain in DOMAINS},
-            clock=time.time,
             connect=lambda coordinator, node_id: RefusingLink(coordinator, node_id, rule, seed),
         )
         models = config.federation.state / "models"

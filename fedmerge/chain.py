@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from fedmerge.delta import delta_schema
 from fedmerge.errors import DigestMismatch, InputError, InvalidDelta, reporting_os_errors
@@ -18,6 +19,10 @@ from fedmerge.tensors import Checkpoint, TensorMap, model_digest, schema_digest
 from fedmerge.versions import cheapest_route, follow, open_model, require_digest, write_model
 
 log = logging.getLogger(__name__)
+
+Fetch: TypeAlias = Callable[[str, Path], None]
+Announce: TypeAlias = Callable[[int, str, int], None]
+ChainMaker: TypeAlias = Callable[[Path, Fetch, Announce, Path | None], "ModelChain"]
 
 
 class ModelChain:
@@ -30,8 +35,8 @@ class ModelChain:
     def __init__(
         self,
         home: Path,
-        fetch: Callable[[str, Path], None],
-        announce: Callable[[int, str, int], None],
+        fetch: Fetch,
+        announce: Announce,
         base: Path | None = None,
     ) -> None:
         self.home = home

@@ -71,14 +71,17 @@ class Coordinator:
     """One federation: its journal, its blobs, and the round under way.
 
     `base_dir` is the base model's directory, `clock` returns the wall clock in seconds. Opening it replays the ledger,
-    so a coordinator that was killed at any moment goes on where it was. Raises `ConfigError` when the state folder
+    so a coordinator that was killed at any moment goes on where it was. `trust` has the nodes' keys, by default those
+    in the configuration's folder. Raises `ConfigError` when the state folder
     belongs to another federation or base model, and `ResourceError` while another coordinator runs on it.
     """
 
-    def __init__(self, config: Config, base_dir: Path, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, config: Config, base_dir: Path, *, clock: Callable[[], float], trust: TrustStore | None = None
+    ) -> None:
         self.config = config
         self.key = SigningKey.load_or_create(config.federation.key)
-        self.trust = TrustStore(config.federation.trusted)
+        self.trust = trust or TrustStore(config.federation.trusted)
         self.trust.keys()  # a file that is no key is reported now, not to every caller
         self.policy = RoundPolicy(
             num_rounds=config.rounds.num_rounds,
@@ -137,6 +140,10 @@ class Coordinator:
     def finished(self) -> bool:
         """Whether no further round will open."""
         return self._due() == Action.FINISH
+
+    def idle_at(self, at_s: float) -> bool:
+        """Whether nothing is due at a time, if nothing happens until then."""
+        return self._due(at_s) in {Action.WAIT, Action.FINISH}
 
     def candidates_envelope(self) -> bytes:
         """The signed candidates that nodes are to score now; empty at other times."""
@@ -377,9 +384,10 @@ class Coordinator:
 
     # Helpers
 
-    def _due(self) -> Action:
+    def _due(self, at_s: float | None = None) -> Action:
         with self.journal.lock:
-            return next_action(self.journal.state, self.policy, self.trust.keys(), self.journal.clock())
+            now_s = self.journal.clock() if at_s is None else at_s
+            return next_action(self.journal.state, self.policy, self.trust.keys(), now_s)
 
     def _standing(self) -> Standing:
         with self.journal.lock:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedmerge.adapter import open_tuned
-from fedmerge.chain import ModelChain
+from fedmerge.chain import ChainMaker, ModelChain
 from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import (
@@ -114,7 +114,7 @@ class Node:
 
     `home` is the node's folder, `base` a directory with the base model (fetched from the coordinator when None),
     `coordinator` the key that round specs must be signed with. A round's own fine-tune is deleted once its delta is
-    signed, unless `keep_tuned`.
+    signed, unless `keep_tuned`. `make_chain` makes the node's models where they are not copies of its own.
     """
 
     def __init__(
@@ -128,6 +128,7 @@ class Node:
         base: Path | None = None,
         keep_tuned: bool = False,
         on_event: Callable[[NodeEvent], None] = lambda event: None,
+        make_chain: ChainMaker = ModelChain,
     ) -> None:
         self.link = link
         self.trainer = trainer
@@ -135,7 +136,7 @@ class Node:
         self.node_id = key.public.key_id
         self.home = home
         self._coordinator = {coordinator.key_id: coordinator}
-        self._chain = ModelChain(home, link.fetch, self._announce_fetch, base)
+        self._chain = make_chain(home, link.fetch, self._announce_fetch, base)
         self._keep_tuned = keep_tuned
         self._on_event = on_event
         self._taken: set[str] = set()

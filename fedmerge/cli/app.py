@@ -40,11 +40,11 @@ EXIT_TERMINATED = 143
 # Import name of each package that an extra brings. Some extras share packages.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "client": ("transformers", "peft", "sklearn", "google.rpc", "grpc_status"),
-    "server": ("sqlalchemy", "alembic", "google.rpc", "grpc_status", "grpc_health"),
+    "server": ("sqlalchemy", "alembic", "greenlet", "google.rpc", "grpc_status", "grpc_health"),
     "postgres": ("psycopg",),
     "demo": ("sklearn",),
     "flower": ("flwr",),
-    "plots": ("matplotlib",),
+    "plots": ("matplotlib", "pandas"),
     "parquet": ("pyarrow",),
     "rebasin": ("scipy",),
     "search": ("cmaes",),

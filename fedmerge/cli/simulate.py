@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +15,9 @@ from rich.table import Table
 from fedmerge.cli.base import prepare_base
 from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json, stdout
 from fedmerge.cli.progress import node_progress
-from fedmerge.config import load_config
+from fedmerge.config import Config, load_config
 from fedmerge.errors import ConfigError
-from fedmerge.sim import FederationResult, simulate_processes
+from fedmerge.sim import ENGINES, FederationResult, World, simulate_processes, with_virtual_nodes
 from fedmerge.sim import simulate as simulate_inline
 from fedmerge.training import check_plan, load_trainer
 
@@ -30,9 +32,10 @@ def simulate(
     json: JsonFlag = False,
 ) -> None:
     """Run coordinator and nodes here, to the last round; started again, it goes on where it was."""
-    settings = load_config(config)
+    settings = with_virtual_nodes(load_config(config))
     if not settings.nodes:
-        raise ConfigError(f"{config}: there are no nodes to simulate", hint="add a [[nodes]] section for each")
+        hint = "add a [[nodes]] section for each, or set simulate.nodes and simulate.data"
+        raise ConfigError(f"{config}: there are no nodes to simulate", hint=hint)
     if len(settings.nodes) < settings.rounds.min_nodes:
         raise ConfigError(f"{config}: rounds.min_nodes is more than the {len(settings.nodes)} nodes there are")
     check_plan(settings.train.trainer, settings.train.extras)
@@ -47,12 +50,23 @@ def simulate(
         if processes:
             result = simulate_processes(settings, config, on_event=show)
         else:
-            result = simulate_inline(settings, base_dir, trainers, clock=time.time, on_event=show)
+            with closing(ENGINES[settings.simulate.engine](settings.simulate)) as engine:
+                world = World(time.time())
+                result = simulate_inline(settings, base_dir, trainers, world=world, engine=engine, on_event=show)
     if json:
         print_json(result.to_dict())
         return
     print_result(result)
+    if not processes:
+        stdout.print(_took(settings, result))
     sys.stdout.write(f"{result.model_dir}\n")
+
+
+def _took(settings: Config, result: FederationResult) -> str:
+    took = dt.timedelta(seconds=round(result.rounds[-1].published_s))
+    num_deltas = sum(each.num_deltas for each in result.rounds)
+    sent = format_bytes(sum(each.sent_bytes for each in result.rounds))
+    return f"{num_deltas} deltas of {len(settings.nodes)} nodes, {sent} in all, in {took} of virtual time"
 
 
 def print_result(result: FederationResult) -> None:

@@ -1,7 +1,9 @@
 """fedmerge.toml: what may stand in it, and reading it with errors that say file, line, key and what to do."""
 
 from fedmerge.config.load import json_schema, load_config, parse_config
-from fedmerge.config.sections import Config, OpenSection, Search, Section, SimulatedNode
+from fedmerge.config.section import OpenSection, Section
+from fedmerge.config.sections import Config, Search
+from fedmerge.config.simulate import Simulate, SimulatedNode
 from fedmerge.config.values import parse_address, parse_size
 
 __all__ = [
@@ -9,6 +11,7 @@ __all__ = [
     "OpenSection",
     "Search",
     "Section",
+    "Simulate",
     "SimulatedNode",
     "json_schema",
     "load_config",

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fedmerge.config.locate import KeyPath, key_lines, line_of
-from fedmerge.config.sections import Config, Section
+from fedmerge.config.section import Section
+from fedmerge.config.sections import Config
 from fedmerge.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:

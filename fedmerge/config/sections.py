@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
+from fedmerge.config.section import OpenSection, Section
+from fedmerge.config.simulate import Simulate, SimulatedNode
 from fedmerge.config.values import (
     Address,
     DatabaseUrl,
@@ -36,30 +38,6 @@ if TYPE_CHECKING:
     from fedmerge.screen import ScreenPolicy
     from fedmerge.search import SearchSettings
     from fedmerge.tensors import Schema
-
-
-class Section(BaseModel):
-    """What all sections have in common."""
-
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-
-class OpenSection(Section):
-    """A section that takes further keys, checked by whoever they are for."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @property
-    def extras(self) -> dict[str, Any]:
-        """The further keys and their values, as they stand in the file."""
-        return dict(self.model_extra or {})
 
 
 class Federation(Section):
@@ -380,17 +358,6 @@ class Publish(Section):
     ranks that nodes trained, over all nodes and rounds, it is the same model; below that its card says what is kept."""
 
 
-class SimulatedNode(OpenSection):
-    """A node that `fedmerge simulate` plays. Further keys are settings of the trainer, such as text_column."""
-
-    name: Name = Field(examples=["north"])
-    """Name of the node."""
-    data: FilePath | None = Field(default=None, examples=["data/north-train.jsonl"])
-    """Its training data; only trainers that bring their own do without."""
-    test: FilePath | None = Field(default=None, examples=["data/north-test.jsonl"])
-    """Its held-out data; without it the node is not evaluated."""
-
-
 class Config(Section):
     """A whole fedmerge.toml: valid, with defaults filled in and paths resolved."""
 
@@ -406,6 +373,7 @@ class Config(Section):
     search: Search
     outer: Outer
     publish: Publish
+    simulate: Simulate
     nodes: Annotated[tuple[SimulatedNode, ...], Field(strict=False)] = ()
 
     @field_validator("nodes")

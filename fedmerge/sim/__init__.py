@@ -1,15 +1,28 @@
 """Rounds on one machine: the same coordinator and node code as deployed, in one process or in several."""
 
-from fedmerge.sim.inline import node_home, prepare_nodes, simulate
+from fedmerge.sim.engines import ENGINES, Engine, Inline, Pool
+from fedmerge.sim.inline import prepare_nodes, simulate
 from fedmerge.sim.processes import simulate_processes
 from fedmerge.sim.results import FederationResult, NodeResult, result_of
+from fedmerge.sim.sites import LocalLink, Site, make_site, node_home
+from fedmerge.sim.virtual import with_virtual_nodes
+from fedmerge.sim.world import World
 
 __all__ = [
+    "ENGINES",
+    "Engine",
     "FederationResult",
+    "Inline",
+    "LocalLink",
     "NodeResult",
+    "Pool",
+    "Site",
+    "World",
+    "make_site",
     "node_home",
     "prepare_nodes",
     "result_of",
     "simulate",
     "simulate_processes",
+    "with_virtual_nodes",
 ]

@@ -1,71 +1,189 @@
-"""Coordinator and nodes in one process. Only gRPC is replaced, by calls: every other step is the deployed one."""
+"""Coordinator and nodes in one process, in virtual time. Only gRPC is replaced, by calls: the rest is what is deployed.
+
+The world spawns a task for the coordinator, and one for a node whenever the federation's state asks something of it. So
+nodes that have nothing to do cost nothing, and ten thousand of them are as good as ten.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedmerge.chain import Announce, Fetch, ModelChain
 from fedmerge.config import Config
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import ConfigError
-from fedmerge.merkle import LEAF_BYTES
-from fedmerge.node import Node, NodeEvent, RoundView
-from fedmerge.sign import SigningKey
+from fedmerge.events import DeltaAccepted
+from fedmerge.node import Node, NodeEvent
+from fedmerge.rounds import Phase
+from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.sim.engines import Engine, Inline, simulated
+from fedmerge.sim.models import PublishedModels
 from fedmerge.sim.results import FederationResult, result_of
+from fedmerge.sim.sites import LocalLink, TimedLink, make_site, node_home
+from fedmerge.sim.world import World
 from fedmerge.training import Trainer
-from fedmerge.trust import TrustStore
+from fedmerge.trust import Member, TrustStore
+
+HORIZON_S = 1e10
+
+# What is asked of nodes: a round's spec, its phase, and the generations of candidates so far.
+Question: TypeAlias = tuple[str, str, int]
 
 
-class LocalLink:
-    """A `fedmerge.node.Link` to a coordinator in the same process."""
+class KnownNodes(TrustStore):
+    """A folder of trusted keys that is read once: nobody joins or leaves a simulation."""
 
-    def __init__(self, coordinator: Coordinator, node_id: str) -> None:
-        self._coordinator = coordinator
-        self._node_id = node_id
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._members = super().members()
+        self._names, self._keys = super().names(), super().keys()
 
-    def view(self) -> RoundView:
-        """Return the federation's state now."""
-        state = self._coordinator.journal.state
-        return RoundView(
-            round=state.round,
-            phase=state.phase,
-            spec_envelope=self._coordinator.spec_envelope(),
-            record_envelope=self._coordinator.record_envelope(),
-            candidates_envelope=self._coordinator.candidates_envelope(),
-            num_deltas=len(state.deltas),
-            finished=self._coordinator.finished(),
-            failure=state.failure,
-        )
+    def members(self) -> dict[str, Member]:
+        """Return who is trusted, by key id."""
+        return self._members
 
-    def keep_trying(self, patience_s: float) -> None:
-        """Do nothing: this coordinator always answers."""
+    def names(self) -> dict[str, str]:
+        """Return the party's name by key id."""
+        return self._names
 
-    def watch(self) -> Iterator[RoundView]:
-        """Yield the state now; a simulation asks again itself."""
-        yield self.view()
+    def keys(self) -> dict[str, PublicKey]:
+        """Return the trusted keys by key id."""
+        return self._keys
 
-    def fetch(self, root: str, target: Path) -> None:
-        """Copy a file of the coordinator's."""
-        shutil.copyfile(self._coordinator.artifact(root), target)
 
-    def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:
-        """Hand in a payload leaf by leaf, as a server would, and commit it."""
-        intake = self._coordinator.intake
-        upload_id, offset = intake.begin(self._node_id, envelope, b"".join(leaves))
-        with payload.open("rb") as file:
-            file.seek(offset)
-            while data := file.read(LEAF_BYTES):
-                offset = intake.write_chunk(self._node_id, upload_id, offset, data)
-                sent(offset)
-        return intake.commit(self._node_id, upload_id)
+class Simulation:
+    """A coordinator and its nodes in a world of their own."""
 
-    def report_metrics(self, envelope: bytes) -> None:
-        """Hand in a signed evaluation."""
-        self._coordinator.report_metrics(self._node_id, envelope)
+    def __init__(
+        self,
+        config: Config,
+        base_dir: Path,
+        trainers: Mapping[str, Trainer],
+        world: World,
+        engine: Engine,
+        *,
+        on_event: Callable[[str, NodeEvent], None],
+        connect: Callable[[Coordinator, str], LocalLink],
+    ) -> None:
+        self.config, self.world = config, world
+        self._trainers, self._engine = trainers, engine
+        self._on_event, self._connect = on_event, connect
+        self._keys = prepare_nodes(config, list(trainers))
+        trust = KnownNodes(config.federation.trusted)
+        self.coordinator = Coordinator(config, base_dir, clock=world.clock, trust=trust)
+        self.coordinator.journal.on_change.append(world.notify)
+        self._sites = {name: make_site(config.simulate, name) for name in trainers}
+        self._nodes: dict[str, tuple[TimedLink, Node]] = {}
+        self._busy: set[str] = set()
+        self._answered: dict[str, Question] = {}
+
+    def run(self) -> None:
+        """Play to the end of the last round."""
+        self.coordinator.retry_failed()
+        entries = self.coordinator.journal.ledger.entries
+        self.world.spawn(self._coordinate, after_s=max(0.0, entries[-1].at_s - self.world.now_s))
+        self.world.run()
+
+    def _coordinate(self) -> None:
+        while True:
+            while self.coordinator.advance():
+                pass
+            question = self._question()
+            for name in self._asked() if question else ():
+                if name not in self._busy and self._answered.get(name) != question:
+                    self._spawn(name)
+            if self.coordinator.finished():
+                return
+            self.world.wait(self._next_due_s())
+
+    def _question(self) -> Question | None:
+        """Return what is asked of nodes now, if anything."""
+        state = self.coordinator.journal.state
+        if state.opened is None or not (state.phase in {Phase.OPEN, Phase.SEARCHING} or self.coordinator.finished()):
+            return None
+        return state.opened.spec_digest, str(state.phase), len(state.proposals)
+
+    def _asked(self) -> list[str]:
+        """Return the nodes that the present question is for: of a sample, or of all."""
+        state, asked = self.coordinator.journal.state, None
+        if state.phase == Phase.SEARCHING:
+            asked = state.generations()[-1].judges
+        elif self.coordinator.finished() and self.coordinator.policy.sample is not None:
+            facts = [entry.event for entry in self.coordinator.journal.ledger.entries]
+            asked = [fact.node_id for fact in facts if isinstance(fact, DeltaAccepted)]
+        elif state.opened is not None and state.opened.sample:
+            asked = state.opened.sample
+        if asked is None:
+            return list(self._trainers)
+        names = self.coordinator.trust.names()
+        wanted = {names[node_id] for node_id in asked if node_id in names}
+        return [name for name in self._trainers if name in wanted]
+
+    def _spawn(self, name: str) -> None:
+        self._busy.add(name)
+        self.world.spawn(lambda: self._answer(name))
+
+    def _answer(self, name: str) -> None:
+        site = self._sites[name]
+        self.world.sleep(site.offline_s(self.world.now_s))
+        question = self._question()
+        if question is not None:
+            link, node = self._node(name)
+            view = link.view()
+            if view.phase != Phase.OPEN or not site.drops_out(view.round):
+                node.react(view)
+            self._answered[name] = question
+        self._busy.discard(name)
+        if self._question() not in {None, question} and name in self._asked():
+            self._spawn(name)
+
+    def _node(self, name: str) -> tuple[TimedLink, Node]:
+        if name not in self._nodes:
+            key, home, site = self._keys[name], node_home(self.config, name), self._sites[name]
+            link = TimedLink(self._connect(self.coordinator, key.public.key_id), self.world, site)
+            trainer = simulated(self._trainers[name], self._engine, self.world, site.train_s)
+
+            def on_event(event: NodeEvent) -> None:
+                self._on_event(name, event)
+
+            def make_chain(home: Path, fetch: Fetch, announce: Announce, base: Path | None) -> ModelChain:
+                if self.config.simulate.nodes:
+                    return PublishedModels(self.coordinator, link, home, announce)
+                return ModelChain(home, fetch, announce, base)
+
+            node = Node(
+                link,
+                trainer,
+                key,
+                self.coordinator.key.public,
+                home,
+                base=self.coordinator.base.directory,
+                on_event=on_event,
+                make_chain=make_chain,
+            )
+            self._nodes[name] = link, node
+        return self._nodes[name]
+
+    def _next_due_s(self) -> float | None:
+        """Return when something will be due if nothing happens until then; None if nothing ever will."""
+        now_s, ahead_s = self.world.now_s, 1.0
+        while self.coordinator.idle_at(now_s + ahead_s):
+            ahead_s *= 2
+            if ahead_s > HORIZON_S:
+                return None
+        idle_s = 0.0
+        while ahead_s - idle_s > 1e-3:
+            middle_s = (idle_s + ahead_s) / 2
+            if self.coordinator.idle_at(now_s + middle_s):
+                idle_s = middle_s
+            else:
+                ahead_s = middle_s
+        return now_s + ahead_s
 
 
 def simulate(
@@ -73,37 +191,32 @@ def simulate(
     base_dir: Path,
     trainers: Mapping[str, Trainer],
     *,
-    clock: Callable[[], float],
+    world: World | None = None,
+    engine: Engine | None = None,
     on_event: Callable[[str, NodeEvent], None] = lambda name, event: None,
     connect: Callable[[Coordinator, str], LocalLink] = LocalLink,
 ) -> FederationResult:
-    """Run a federation to its end in this process, one node after the other.
+    """Run a federation to its end in this process.
 
-    `trainers` has one trainer by node name; `connect` makes the link of a node, from the coordinator and the node's id.
-    A simulation that was stopped goes on where it was. Raises `RoundFailed` when a round ends without a model.
+    `trainers` has one trainer by node name, which `engine` runs; `world` has the time at which to begin, and `connect`
+    makes the link of a node, from the coordinator and the node's id. A simulation that was stopped goes on where it
+    was. Raises `RoundFailed` when a round ends without a model.
     """
     for trainer in trainers.values():
         trainer.check()
-    keys = prepare_nodes(config, list(trainers))
-    coordinator = Coordinator(config, base_dir, clock=clock)
+    simulation = Simulation(
+        config,
+        base_dir,
+        trainers,
+        world or World(),
+        engine or Inline(),
+        on_event=on_event,
+        connect=connect,
+    )
     try:
-        nodes: list[tuple[LocalLink, Node]] = []
-        for name, trainer in trainers.items():
-            link = connect(coordinator, keys[name].public.key_id)
-            home = node_home(config, name)
-            events = _for_node(on_event, name)
-            node = Node(link, trainer, keys[name], coordinator.key.public, home, base=base_dir, on_event=events)
-            nodes.append((link, node))
-        coordinator.retry_failed()
-        while True:
-            while coordinator.advance():
-                pass
-            for link, node in nodes:
-                node.react(link.view())
-            if coordinator.finished():
-                break
+        simulation.run()
     finally:
-        coordinator.close()
+        simulation.coordinator.close()
     return result_of(config)
 
 
@@ -129,12 +242,3 @@ def prepare_nodes(config: Config, names: list[str]) -> dict[str, SigningKey]:
             keys[name].save(path)
         trust.add(keys[name].public, name)
     return keys
-
-
-def node_home(config: Config, name: str) -> Path:
-    """Return a simulated node's folder: beside the coordinator's state."""
-    return config.federation.state.parent / "nodes" / name
-
-
-def _for_node(on_event: Callable[[str, NodeEvent], None], name: str) -> Callable[[NodeEvent], None]:
-    return lambda event: on_event(name, event)

@@ -15,8 +15,9 @@ from typing import Any
 from fedmerge.config import Config
 from fedmerge.errors import RoundFailed
 from fedmerge.node import EVENT_FIELD, NodeEvent
-from fedmerge.sim.inline import node_home, prepare_nodes
+from fedmerge.sim.inline import prepare_nodes
 from fedmerge.sim.results import FederationResult, result_of
+from fedmerge.sim.sites import node_home
 
 STOP_TIMEOUT_S = 30.0
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from fedmerge.config import Config
 from fedmerge.delta import delta_schema
-from fedmerge.errors import RoundFailed
-from fedmerge.events import CandidatesProposed, DeltaAccepted, MetricsReported
+from fedmerge.errors import MissingExtra, RoundFailed
+from fedmerge.events import CandidatesProposed, DeltaAccepted, MetricsReported, RoundOpened, RoundPublished
 from fedmerge.journal import Journal
 from fedmerge.rounds import Phase
 from fedmerge.sign import SigningKey
@@ -19,6 +21,9 @@ from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
 from fedmerge.trust import TrustStore
 from fedmerge.versions import cheapest_route
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass
@@ -37,9 +42,24 @@ class NodeResult:
     merged: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class RoundResult:
+    """One round and its deltas: when it opened, and its model was published, in seconds since the federation began.
+
+    `metrics` are the model's, each the mean over the nodes that evaluated it.
+    """
+
+    round: int
+    opened_s: float
+    published_s: float = 0.0
+    num_deltas: int = 0
+    sent_bytes: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class FederationResult:
-    """What a federation left: the last published directory and its version, and how each node fared.
+    """What a federation left: the last published directory and its version, and how each round and each node fared.
 
     `fetched_bytes` is what a node that took part in every round fetched, `dense_bytes` what one model is in fp32.
     """
@@ -47,6 +67,7 @@ class FederationResult:
     model_dir: Path
     version: str
     num_rounds: int
+    rounds: list[RoundResult]
     nodes: list[NodeResult]
     fetched_bytes: int
     dense_bytes: int
@@ -54,6 +75,15 @@ class FederationResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON types."""
         return {**asdict(self), "model_dir": str(self.model_dir)}
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per round, with its metrics as columns. Raises `MissingExtra` without pandas."""
+        try:
+            import pandas as pd
+        except ModuleNotFoundError as err:
+            raise MissingExtra("a data frame needs pandas", hint='pip install "fedmerge[plots]"') from err
+        rows = [{**asdict(each), **each.metrics} for each in self.rounds]
+        return pd.DataFrame(rows).drop(columns="metrics").set_index("round")
 
 
 def result_of(config: Config) -> FederationResult:
@@ -71,6 +101,7 @@ def result_of(config: Config) -> FederationResult:
             model_dir=model_dir,
             version=record.model.digest,
             num_rounds=record.round,
+            rounds=_rounds(journal, TrustStore(config.federation.trusted)),
             nodes=_nodes(journal, TrustStore(config.federation.trusted), record.round),
             fetched_bytes=_fetched_bytes(journal) + _candidate_bytes(journal),
             dense_bytes=4 * sum(spec.num_elements for spec in schema.values()),
@@ -92,6 +123,32 @@ def _fetched_bytes(journal: Journal) -> int:
         steps = cheapest_route(record.model, {record.before.digest}, fetched)
         fetched |= {file.root: file.num_bytes for file in steps or record.model.updates}
     return sum(fetched.values())
+
+
+def _rounds(journal: Journal, trust: TrustStore) -> list[RoundResult]:
+    keys, began_s = trust.keys(), journal.ledger.entries[0].at_s
+    rounds: dict[int, RoundResult] = {}
+    reports: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+    for entry in journal.ledger.entries:
+        match entry.event:
+            case RoundOpened(round=number):  # again, after a failure
+                rounds[number] = RoundResult(number, entry.at_s - began_s)
+            case DeltaAccepted(round=number, payload_bytes=num_bytes):
+                rounds[number].num_deltas += 1
+                rounds[number].sent_bytes += num_bytes
+            case RoundPublished(round=number):
+                rounds[number].published_s = entry.at_s - began_s
+            case MetricsReported(envelope=envelope):
+                statement, _ = MetricsStatement.open(envelope.encode(), keys, where="metrics")
+                if statement.model == "global":
+                    for name, value in statement.values.items():
+                        reports[statement.round, name].append(value)
+            case _:
+                pass
+    for (number, name), values in reports.items():
+        if number in rounds:
+            rounds[number].metrics[name] = fmean(values)
+    return list(rounds.values())
 
 
 def _nodes(journal: Journal, trust: TrustStore, last_round: int) -> list[NodeResult]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,9 +74,7 @@ def run_simulated(
 ) -> tuple[FederationResult, list[NodeEvent]]:
     config, _ = make_config(folder, num_rounds=num_rounds, extra=f"[delta]\n{delta}\n")
     events: list[NodeEvent] = []
-    result = simulate(
-        config, folder / "base", trainers, clock=time.time, on_event=lambda name, event: events.append(event)
-    )
+    result = simulate(config, folder / "base", trainers, on_event=lambda name, event: events.append(event))
     _, history, checks = verify_directory(result.model_dir, coordinator_key(folder))
     assert all(check.passed for check in checks if check.name in {"signature", "files", "version", "history"})
     assert replay(history, Checkpoint(folder / "base"), BlobStore(config.federation.state / "blobs")).passed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,7 +40,7 @@ def run_simulated(folder: Path, dtype: torch.dtype, **settings: object) -> tuple
     if not (folder / "base").exists():
         make_base(folder / "base", dtype)
     config, _ = make_config(folder, **settings)  # type: ignore[arg-type]
-    return config, simulate(config, folder / "base", TRAINERS, clock=time.time)
+    return config, simulate(config, folder / "base", TRAINERS)
 
 
 def model_of(result: FederationResult, folder: Path) -> tuple[ModelRef, History]:
@@ -104,9 +103,9 @@ def test_a_newcomer_takes_a_snapshot_and_the_steps_after_it(
         return bf16_federation(folder, num_rounds=4, min_nodes=3, extra=SNAPSHOTS)
 
     config, _ = three_rounds(tmp_path / "simulated")
-    simulate(config, tmp_path / "simulated" / "base", TRAINERS, clock=time.time)
+    simulate(config, tmp_path / "simulated" / "base", TRAINERS)
     config, _ = one_more_with_a_newcomer(tmp_path / "simulated")
-    undisturbed = simulate(config, tmp_path / "simulated" / "base", TRAINERS | NEWCOMER, clock=time.time)
+    undisturbed = simulate(config, tmp_path / "simulated" / "base", TRAINERS | NEWCOMER)
 
     folder = tmp_path / "deployed"
     config, path = three_rounds(folder)
@@ -170,7 +169,7 @@ def test_candidates_of_a_search_travel_as_steps(tmp_path: Path) -> None:
         judge.target = before + judges["north"].step("matrix", before)
     extra = "[merge]\nmethod = 'task_arithmetic'\n[search]\nstrategy = 'greedy_soup'\nevaluations = 4\n"
     config, _ = make_config(tmp_path, extra=extra)
-    result = simulate(config, tmp_path / "base", judges, clock=time.time)
+    result = simulate(config, tmp_path / "base", judges)
     model, history = model_of(result, tmp_path)
     candidates = [each for proposal in history.proposals.values() for each in proposal.candidates]
     steps = {each.digest: each.step for each in candidates}

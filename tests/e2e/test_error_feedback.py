@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,7 @@ import torch
 
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import ResourceError, RoundClosed, RoundFailed
-from fedmerge.sim import FederationResult, node_home, simulate
-from fedmerge.sim.inline import LocalLink
+from fedmerge.sim import FederationResult, LocalLink, node_home, simulate
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import Trainer, TrainResult, TrainTask
@@ -36,7 +34,7 @@ class TwoSizes(StepTrainer):
 
 def run_simulated(folder: Path, trainers: dict[str, Trainer], *, num_rounds: int, extra: str) -> FederationResult:
     config, _ = make_config(folder, num_rounds=num_rounds, extra=extra)
-    return simulate(config, folder / "base", trainers, clock=time.time)
+    return simulate(config, folder / "base", trainers)
 
 
 def residuals(folder: Path, name: str) -> list[Path]:
@@ -138,7 +136,7 @@ def test_an_attempt_that_the_coordinator_gave_up_leaves_no_residual(tmp_path: Pa
 
     def run(folder: Path, trainers: dict[str, Trainer]) -> FederationResult:
         config, _ = make_config(folder, num_rounds=3, min_nodes=3, extra=extra)
-        return simulate(config, folder / "base", trainers, clock=time.time)
+        return simulate(config, folder / "base", trainers)
 
     undisturbed = run(tmp_path / "undisturbed", plain)
     with pytest.raises(RoundFailed, match="times the median"):
@@ -162,7 +160,7 @@ def run_with_a_late_node(folder: Path, *late_in: int) -> FederationResult:
     extra = TOPK.format(density=0.5, decay=1.0)
     config, _ = make_config(folder, num_rounds=3, min_nodes=1, rounds="grace_s = 0", extra=extra)
     trainers = {"north": TwoSizes(1), "south": Late(2, late_in=late_in)}
-    return simulate(config, folder / "base", trainers, clock=time.time)
+    return simulate(config, folder / "base", trainers)
 
 
 def test_a_node_that_missed_a_round_goes_on_from_its_newest_residual(tmp_path: Path) -> None:
@@ -199,7 +197,6 @@ def test_what_was_sent_in_vain_is_not_sent_again(tmp_path: Path) -> None:
         config,
         tmp_path / "base",
         {"north": TwoSizes(1), "south": TwoSizes(2)},
-        clock=time.time,
         connect=connect,
     )
     # Round 1: north's large elements arrive, south's do not. Round 2: both send two steps of the small ones.

@@ -29,7 +29,7 @@ LOSSLESS = "[delta]\nvalues = 'fp32'\ndownlink = 'fp32'\n"
 
 def run_simulated(folder: Path, **settings: object) -> FederationResult:
     config, _ = make_config(folder, **settings)  # type: ignore[arg-type]
-    return simulate(config, folder / "base", TRAINERS, clock=time.time)
+    return simulate(config, folder / "base", TRAINERS)
 
 
 def test_fedavg_publishes_the_weighted_mean_of_the_fine_tunes(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_round_without_its_quorum_fails_and_says_why(tmp_path: Path) -> None:
     config, _ = make_config(tmp_path, extra="[screen]\nmax_norm_ratio = 2.0\n", min_nodes=3)
     trainers = TRAINERS | {"loud": StepTrainer(3, scale=10.0)}
     with pytest.raises(RoundFailed, match="times the median"):
-        simulate(config, tmp_path / "base", trainers, clock=time.time)
+        simulate(config, tmp_path / "base", trainers)
 
 
 @contextlib.contextmanager

@@ -185,7 +185,7 @@ class TestFlowerAppAsTrainer:
         base_dir = make_digits_model(tmp_path / "base")
         config = parse_config(FEDERATION, folder=tmp_path, where="fedmerge.toml")
         trainers = {f"site-{number}": digits_trainer(number) for number in range(2)}
-        result = simulate(config, base_dir, trainers, clock=lambda: 0.0)  # type: ignore[arg-type]
+        result = simulate(config, base_dir, trainers)  # type: ignore[arg-type]
         accuracies = [node.merged["accuracy"] for node in result.nodes]
         assert min(accuracies) > 0.75
 

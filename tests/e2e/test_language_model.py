@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,7 @@ def prepare(folder: Path, *, num_rounds: int, min_nodes: int = 2) -> tuple[Confi
 
 def run(folder: Path, trainers: dict[str, Trainer] | None = None, *, num_rounds: int = 3) -> FederationResult:
     config, own = prepare(folder, num_rounds=num_rounds)
-    return simulate(config, folder / "base", own | (trainers or {}), clock=time.time)
+    return simulate(config, folder / "base", own | (trainers or {}))
 
 
 def states(folder: Path, name: str) -> list[Path]:
@@ -102,7 +101,7 @@ def test_a_round_that_is_opened_again_starts_from_the_state_of_the_round_before(
         trainers["east"] = CausalLM(data=folder / "east.txt")
         if diverges:
             trainers["north"] = Diverged(data=folder / "north.txt", test=folder / "north.txt")
-        return simulate(config, folder / "base", trainers, clock=time.time)
+        return simulate(config, folder / "base", trainers)
 
     undisturbed = federation(tmp_path / "undisturbed", diverges=False)
     with pytest.raises(RoundFailed, match="times the median"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def federate(
     text = PLAN.format(train=train, rank=rank)
     _, path = make_config(folder, num_rounds=num_rounds)
     path.write_text(path.read_text().partition("[train]")[0] + text)
-    return simulate(load_config(path, environ={}), folder / "base", trainers, clock=time.time), nodes
+    return simulate(load_config(path, environ={}), folder / "base", trainers), nodes
 
 
 def state_dict(model: Any) -> dict[str, Tensor]:

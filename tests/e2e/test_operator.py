@@ -21,8 +21,7 @@ from fedmerge.errors import FedmergeError, Unreachable, VerificationError, Wrong
 from fedmerge.node import Node
 from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE
 from fedmerge.sign import PublicKey, SigningKey
-from fedmerge.sim import node_home, prepare_nodes
-from fedmerge.sim.inline import LocalLink
+from fedmerge.sim import LocalLink, node_home, prepare_nodes
 from fedmerge.statements import Lineage, MergeRecord, Rollback
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint

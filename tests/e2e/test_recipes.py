@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ PLAIN = "[delta]\nvalues = 'fp32'\ndownlink = 'fp32'\n[screen]\nweighting = 'equ
 def run(folder: Path, num_rounds: int, recipe: str) -> tuple[FederationResult, History]:
     """Run a federation to its end, and check and replay what it published."""
     config, _ = make_config(folder, num_rounds=num_rounds, extra=PLAIN + recipe)
-    result = simulate(config, folder / "base", TRAINERS, clock=time.time)
+    result = simulate(config, folder / "base", TRAINERS)
     key = SigningKey.load(folder / "coordinator.key").public
     _, history, _ = verify_directory(result.model_dir, {key.key_id: key})
     assert replay(history, Checkpoint(folder / "base"), BlobStore(config.federation.state / "blobs")).passed
@@ -47,7 +46,7 @@ def test_values_by_name_stand_in_the_signed_record_and_replay(tmp_path: Path) ->
 def test_a_pattern_that_fits_nothing_is_refused_before_a_round_opens(tmp_path: Path) -> None:
     config, _ = make_config(tmp_path, extra="[merge]\nmethod = 'ties'\ndensity = {'*.vektor' = 0.5}\n")
     with pytest.raises(ConfigError, match=r"fits no tensor; did you mean 'vector'\?"):
-        Coordinator(config, tmp_path / "base", clock=time.time)
+        Coordinator(config, tmp_path / "base")
 
 
 STEPS = """[outer]
@@ -99,5 +98,5 @@ def test_a_coordinator_that_starts_again_goes_on_from_the_published_state(tmp_pa
     resumed, _ = make_config(tmp_path / "again", num_rounds=3, extra=PLAIN + STEPS)
     shutil.rmtree(tmp_path / "again")
     shutil.copytree(tmp_path / "parts", tmp_path / "again")
-    result = simulate(resumed, tmp_path / "again/base", TRAINERS, clock=time.time)
+    result = simulate(resumed, tmp_path / "again/base", TRAINERS)
     assert result.version == whole.version

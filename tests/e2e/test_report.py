@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def test_it_says_what_merging_kept(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(InputError, match="no federation's state"):
         report(tmp_path, capsys)
     held: dict[str, Trainer] = dict(trainers)
-    simulate(config, base, held, clock=time.time)
+    simulate(config, base, held)
     found = json.loads(report(tmp_path, capsys, "--json"))
     like = Checkpoint(base)["matrix"]
     steps = {name: trainer.step("matrix", like).double() for name, trainer in trainers.items()}
@@ -84,6 +83,6 @@ def test_without_test_data_it_still_says_how_deltas_interfere(
 ) -> None:
     config, _ = make_config(tmp_path, extra=LOSSLESS)
     trainers: dict[str, Trainer] = {"north": ScoringTrainer(1), "south": ScoringTrainer(2)}
-    simulate(config, tmp_path / "base", trainers, clock=time.time)
+    simulate(config, tmp_path / "base", trainers)
     assert "no node scored a model" in report(tmp_path, capsys)
     assert json.loads(report(tmp_path, capsys, "--json"))["retention"] is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from fedmerge.errors import NotAsked
 from fedmerge.events import RoundOpened, RoundSealed
 from fedmerge.node import Node, RoundView
 from fedmerge.sign import PublicKey, SigningKey
-from fedmerge.sim import node_home, prepare_nodes, simulate
-from fedmerge.sim.inline import LocalLink
+from fedmerge.sim import LocalLink, node_home, prepare_nodes, simulate
 from fedmerge.statements import RoundSpec
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint
@@ -45,7 +43,6 @@ def test_rounds_that_ask_a_sample_are_made_of_it_alone_and_verify(tmp_path: Path
         config,
         tmp_path / "base",
         TRAINERS,
-        clock=time.time,
         on_event=lambda name, event: seen.append((name, event.kind, event.round)),
     )
     _, history, _ = verify_directory(result.model_dir, coordinator_key(tmp_path))

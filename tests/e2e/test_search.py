@@ -6,7 +6,6 @@ import base64
 import contextlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from fedmerge.errors import FedmergeError, RoundFailed, VerificationError
 from fedmerge.node import Node
 from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
 from fedmerge.sign import SigningKey
-from fedmerge.sim import FederationResult, node_home, prepare_nodes, result_of, simulate
+from fedmerge.sim import FederationResult, World, node_home, prepare_nodes, result_of, simulate
 from fedmerge.statements import Candidates, Lineage, MergeRecord, MetricsStatement, digest_of
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.ledger import Ledger
@@ -97,7 +96,7 @@ def configure(
 
 def run_simulated(folder: Path, judges: Mapping[str, Judge] | None = None, **settings: object) -> FederationResult:
     config, _ = configure(folder, **settings)  # type: ignore[arg-type]
-    return simulate(config, folder / "base", judges or make_judges(folder), clock=time.time)
+    return simulate(config, folder / "base", judges or make_judges(folder))
 
 
 def history_of(folder: Path, result: FederationResult) -> History:
@@ -166,7 +165,7 @@ def test_every_round_of_several_searches_anew(tmp_path: Path) -> None:
     text = EXTRA.format(strategy="cma_es", method="ties", evaluations=10, deadline_s=600)
     text = text.replace("[search]", "density = 0.5\n[search]\nvary = { density = [0.2, 0.9] }") + extra
     config, _ = make_config(tmp_path, num_rounds=2, extra=text)
-    result = simulate(config, tmp_path / "base", make_judges(tmp_path), clock=time.time)
+    result = simulate(config, tmp_path / "base", make_judges(tmp_path))
     history = history_of(tmp_path, result)
     densities = [record.merge["params"]["density"] for record in history.records]
     assert len(densities) == 2
@@ -261,20 +260,22 @@ def test_interrupted_before_any_event_a_search_goes_on_to_the_same_model(tmp_pat
     config, _ = configure(folder, evaluations=12)
     num_calls = 0
 
-    def clock() -> float:
-        # Asked for before every event, and to find out what is due.
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls == crash_at:
-            raise Crash
-        return time.time()
+    class FragileWorld(World):
+        @property
+        def now_s(self) -> float:
+            # Asked for before every event, and to find out what is due.
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == crash_at:
+                raise Crash
+            return super().now_s
 
     num_crashes, result = 0, None
     while result is None:
         # Far enough apart to get on, and never long at the same distance.
         num_calls, crash_at = 0, 8 + num_crashes % 5
         try:
-            result = simulate(config, folder / "base", make_judges(folder), clock=clock)
+            result = simulate(config, folder / "base", make_judges(folder), world=FragileWorld())
         except Crash:
             num_crashes += 1
     assert num_crashes > 10

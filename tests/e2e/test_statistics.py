@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +81,7 @@ def federate(
     tensors = {"weight": torch.zeros(NUM_OUTPUTS, NUM_INPUTS), "bias": torch.zeros(NUM_OUTPUTS)}
     save_file(tensors, folder / "base" / "model.safetensors")
     config, _ = make_config(folder, num_rounds=num_rounds, extra=extra)
-    return simulate(config, folder / "base", nodes, clock=time.time), config
+    return simulate(config, folder / "base", nodes), config
 
 
 def error(folder: Path, method: str) -> float:

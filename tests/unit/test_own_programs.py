@@ -137,7 +137,7 @@ class TestCommand:
         )
         config = parse_config(text, folder=folder, where="fedmerge.toml")
         trainers = {name: command(folder, factor) for name, factor in (("a", 1), ("b", 3))}
-        result = simulate(config, folder / "base", trainers, clock=lambda: 0.0)
+        result = simulate(config, folder / "base", trainers)
         moved = Checkpoint(result.model_dir)["vector"] - Checkpoint(folder / "base")["vector"]
         # The mean of both steps, twice.
         torch.testing.assert_close(moved, torch.full_like(moved, 0.04), rtol=1e-4, atol=1e-6)
@@ -157,7 +157,7 @@ class TestCheckpoint:
             name: load_trainer("checkpoint", {"model": model, "num_examples": 10})
             for name, model in (("tuned", tuned), ("same", folder / "base"))
         }
-        result = simulate(config, folder / "base", trainers, clock=lambda: 0.0)
+        result = simulate(config, folder / "base", trainers)
         moved = Checkpoint(result.model_dir)["vector"] - base["vector"]
         torch.testing.assert_close(moved, torch.full_like(moved, 0.5))
         assert sorted(path.name for path in tuned.iterdir()) == ["config.json", "model.safetensors"]

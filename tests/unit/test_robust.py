@@ -190,7 +190,7 @@ def test_a_federation_with_a_liar(tmp_path: Path) -> None:
     config = parse_config(text, folder=tmp_path, where="fedmerge.toml")
     trainers = {f"good-{seed}": StepTrainer(seed=7, scale=0.01) for seed in range(4)}
     trainers["liar"] = StepTrainer(seed=8, scale=-0.08)
-    result = simulate(config, tmp_path / "base", trainers, clock=lambda: 0.0)
+    result = simulate(config, tmp_path / "base", trainers)
     base, model = Checkpoint(tmp_path / "base"), Checkpoint(result.model_dir)
     for name in ("matrix", "vector"):
         step = trainers["good-0"].step(name, base[name])

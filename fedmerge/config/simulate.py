@@ -1,0 +1,71 @@
+"""The sections of fedmerge.toml that only `fedmerge simulate` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from fedmerge.config.section import OpenSection, Section
+from fedmerge.config.values import FilePath, Name, Positive
+
+
+class SimulatedNode(OpenSection):
+    """A node that `fedmerge simulate` plays. Further keys are settings of the trainer, such as text_column."""
+
+    name: Name = Field(examples=["north"])
+    """Name of the node."""
+    data: FilePath | None = Field(default=None, examples=["data/north-train.jsonl"])
+    """Its training data; only trainers that bring their own do without."""
+    test: FilePath | None = Field(default=None, examples=["data/north-test.jsonl"])
+    """Its held-out data; without it the node is not evaluated."""
+
+
+class Simulate(Section):
+    """What `fedmerge simulate` supposes about nodes. Time is virtual: waiting takes none, and all reports are in it."""
+
+    nodes: int = Field(default=0, ge=0, le=1_000_000)
+    """Nodes to make up, each with a part of data, instead of those in [[nodes]]."""
+    data: FilePath | None = Field(default=None, examples=["data/all.jsonl"])
+    """The data to share out among them: JSON Lines or CSV."""
+    partition: Literal["iid", "dirichlet", "group", "size"] = "iid"
+    """How: at random ("iid"); each label unevenly ("dirichlet"), the less alpha the more so; one label or domain to a
+    node ("group"); or at random in uneven parts ("size")."""
+    by: str = Field(default="label", min_length=1)
+    """Column with the label or domain to share out by."""
+    alpha: float = Field(default=0.5, gt=0, le=1e6)
+    """Parameter of the Dirichlet distribution of "dirichlet" and "size"."""
+    test_share: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of a node's rows that it keeps to evaluate models with; 0 evaluates none."""
+    engine: Literal["inline", "pool"] = "inline"
+    """Where nodes train: in this process ("inline"), or in several ("pool")."""
+    workers: Positive = 2
+    """Processes of "pool"."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Seed of everything below that is drawn at random, by node."""
+    train_s: float = Field(default=0.0, ge=0, le=1e9)
+    """Seconds that a fine-tune takes."""
+    up_mbit_s: float = Field(default=0.0, ge=0, le=1e9)
+    """Megabits per second from a node to the coordinator; 0 is no limit."""
+    down_mbit_s: float = Field(default=0.0, ge=0, le=1e9)
+    """Megabits per second to a node; 0 is no limit."""
+    latency_s: float = Field(default=0.0, ge=0, le=1e6)
+    """Seconds until a transfer begins."""
+    spread: float = Field(default=0.0, ge=0, le=5)
+    """How nodes differ: the standard deviation of the logarithm of each of these three, whose medians stand above."""
+    stragglers: float = Field(default=0.0, ge=0, le=1)
+    """Share of nodes that train more slowly than the others,"""
+    straggler_factor: float = Field(default=4.0, ge=1, le=1e6)
+    """so many times."""
+    online: float = Field(default=1.0, gt=0, le=1)
+    """Share of hours in which a node is there; away, it neither begins a round nor delivers."""
+    dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of rounds that a node begins and never delivers in."""
+
+    @field_validator("data")
+    @classmethod
+    def _enough_to_share_out(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if info.data.get("nodes") and value is None:
+            raise ValueError("is needed with simulate.nodes: the data to share out among them")
+        return value

@@ -1,0 +1,128 @@
+"""Where simulated nodes train and evaluate: in this process, in several, on Ray, or on Flower's engine.
+
+Everything else that a node does takes place in the simulation's own process, so results do not depend on the engine.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from fedmerge.config import Simulate
+from fedmerge.sim.world import World
+from fedmerge.tensors import TensorMap
+from fedmerge.training import StatisticsTrainer, Trainer, TrainResult, TrainTask
+
+Waiting: TypeAlias = Callable[[], Any]
+
+
+class Engine(Protocol):
+    """Runs methods of trainers."""
+
+    def submit(self, trainer: Trainer, method: str, *arguments: Any) -> Waiting:
+        """Begin `trainer.method(*arguments)` and return a function that waits for what it returns or raises."""
+        ...
+
+    def close(self) -> None:
+        """Stop whatever the engine started."""
+        ...
+
+
+class Inline:
+    """One call after the other, in this process."""
+
+    def submit(self, trainer: Trainer, method: str, *arguments: Any) -> Waiting:
+        """Make the call at once."""
+        result = getattr(trainer, method)(*arguments)
+        return lambda: result
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Pool:
+    """`num_workers` processes on this machine, which divide its cores among them."""
+
+    def __init__(self, num_workers: int) -> None:
+        # Not forked: torch's threads do not survive it.
+        self._pool = ProcessPoolExecutor(
+            num_workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_limit_threads,
+            initargs=(max(1, (os.cpu_count() or 1) // num_workers),),
+        )
+
+    def submit(self, trainer: Trainer, method: str, *arguments: Any) -> Waiting:
+        """Hand the call to the next process that is free."""
+        return self._pool.submit(_call, trainer, method, *map(_portable, arguments)).result
+
+    def close(self) -> None:
+        """Stop the processes."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+ENGINES: dict[str, Callable[[Simulate], Engine]] = {
+    "inline": lambda settings: Inline(),
+    "pool": lambda settings: Pool(settings.workers),
+}
+
+
+def _call(trainer: Trainer, method: str, *arguments: Any) -> Any:
+    return getattr(trainer, method)(*arguments)
+
+
+def _limit_threads(num_threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+
+def _portable(argument: Any) -> Any:
+    """Return an argument as another process can take it: nobody there could show a trainer's progress."""
+    return replace(argument, progress=None) if isinstance(argument, TrainTask) else argument
+
+
+class SimulatedTrainer:
+    """A trainer as a simulated node sees it: `engine` does the work, and it takes `train_s` of the world's time."""
+
+    def __init__(self, trainer: Trainer, engine: Engine, world: World, train_s: float) -> None:
+        self._trainer, self._engine, self._world, self._train_s = trainer, engine, world, train_s
+
+    def check(self) -> None:
+        """Check the trainer."""
+        self._trainer.check()
+
+    def train(self, task: TrainTask) -> TrainResult:
+        """Train, and let others get on meanwhile."""
+        result: TrainResult = self._do(self._train_s, "train", task)
+        return result
+
+    def evaluate(self, model_dir: Path) -> dict[str, float]:
+        """Evaluate, and let others get on meanwhile."""
+        values: dict[str, float] = self._do(0.0, "evaluate", model_dir)
+        return values
+
+    def _do(self, duration_s: float, method: str, *arguments: Any) -> Any:
+        waiting = self._engine.submit(self._trainer, method, *arguments)
+        self._world.sleep(duration_s)
+        return waiting()
+
+
+class SimulatedStatisticsTrainer(SimulatedTrainer):
+    """The same, of a trainer that computes statistics."""
+
+    def statistics(self, model_dir: Path, kind: str) -> TensorMap:
+        """Compute statistics, and let others get on meanwhile."""
+        computed: TensorMap = self._do(0.0, "statistics", model_dir, kind)
+        return computed
+
+
+def simulated(trainer: Trainer, engine: Engine, world: World, train_s: float) -> SimulatedTrainer:
+    """Return `trainer` as a simulated node sees it."""
+    kind = SimulatedStatisticsTrainer if isinstance(trainer, StatisticsTrainer) else SimulatedTrainer
+    return kind(trainer, engine, world, train_s)

@@ -1,0 +1,57 @@
+"""Nodes that exist only in a simulation: made up, each with a part of one data set."""
+
+from __future__ import annotations
+
+import json
+
+from fedmerge.config import Config
+from fedmerge.config.simulate import SimulatedNode
+from fedmerge.errors import ConfigError, reporting_os_errors
+from fedmerge.seeds import derive_seed
+from fedmerge.sim.partition import share_out
+from fedmerge.sim.sites import node_home
+
+SETTINGS = ("nodes", "data", "partition", "by", "alpha", "test_share", "seed")
+
+
+def with_virtual_nodes(config: Config) -> Config:
+    """Return the configuration with the nodes that `simulate.nodes` asks for; without it, as it is.
+
+    Their data are written beside the coordinator's state, once: a simulation that goes on does so with the same. Raises
+    `ConfigError` when they were shared out in another way before, and `InputError` when the data can't be read.
+    """
+    settings = config.simulate
+    if not settings.nodes:
+        return config
+    if config.nodes:
+        raise ConfigError("there are both [[nodes]] and simulate.nodes", hint="take one of them out")
+    assert settings.data is not None
+    width = len(str(settings.nodes))
+    names = [f"node-{number:0{width}}" for number in range(1, settings.nodes + 1)]
+    homes = [node_home(config, name) for name in names]
+    files = [(home / "data.jsonl", home / "test.jsonl" if settings.test_share else None) for home in homes]
+    stamp = node_home(config, "partition.json")
+    wanted = json.dumps(settings.model_dump(mode="json", include=set(SETTINGS)), sort_keys=True)
+    with reporting_os_errors(stamp):
+        shared_out = stamp.read_text() if stamp.exists() else ""
+    if shared_out and shared_out != wanted:
+        raise ConfigError(
+            f"{stamp.parent}: has data that were shared out by other settings of [simulate]",
+            hint=f"restore {', '.join(SETTINGS)}, or choose another federation.state folder",
+        )
+    if not shared_out:
+        share_out(
+            settings.data,
+            files,
+            settings.partition,
+            settings.by,
+            alpha=settings.alpha,
+            seed=derive_seed("simulate.partition", settings.seed),
+            test_share=settings.test_share,
+        )
+        with reporting_os_errors(stamp):
+            stamp.write_text(wanted)
+    nodes = tuple(
+        SimulatedNode(name=name, data=data, test=test) for name, (data, test) in zip(names, files, strict=True)
+    )
+    return config.model_copy(update={"nodes": nodes})
