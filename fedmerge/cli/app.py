@@ -43,6 +43,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "server": ("sqlalchemy", "alembic", "greenlet", "google.rpc", "grpc_status", "grpc_health"),
     "postgres": ("psycopg",),
     "demo": ("sklearn",),
+    "ray": ("ray",),
     "flower": ("flwr",),
     "plots": ("matplotlib", "pandas"),
     "parquet": ("pyarrow",),

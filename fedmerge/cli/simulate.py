@@ -17,7 +17,7 @@ from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import Config, load_config
 from fedmerge.errors import ConfigError
-from fedmerge.sim import ENGINES, FederationResult, World, simulate_processes, with_virtual_nodes
+from fedmerge.sim import FederationResult, World, open_engine, simulate_processes, with_virtual_nodes
 from fedmerge.sim import simulate as simulate_inline
 from fedmerge.training import check_plan, load_trainer
 
@@ -50,7 +50,7 @@ def simulate(
         if processes:
             result = simulate_processes(settings, config, on_event=show)
         else:
-            with closing(ENGINES[settings.simulate.engine](settings.simulate)) as engine:
+            with closing(open_engine(settings.simulate)) as engine:
                 world = World(time.time())
                 result = simulate_inline(settings, base_dir, trainers, world=world, engine=engine, on_event=show)
     if json:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from fedmerge.config import Simulate
+from fedmerge.errors import MissingExtra
 from fedmerge.sim.world import World
 from fedmerge.tensors import TensorMap
 from fedmerge.training import StatisticsTrainer, Trainer, TrainResult, TrainTask
@@ -59,20 +60,15 @@ class Pool:
 
     def submit(self, trainer: Trainer, method: str, *arguments: Any) -> Waiting:
         """Hand the call to the next process that is free."""
-        return self._pool.submit(_call, trainer, method, *map(_portable, arguments)).result
+        return self._pool.submit(call, trainer, method, *map(_portable, arguments)).result
 
     def close(self) -> None:
         """Stop the processes."""
         self._pool.shutdown(cancel_futures=True)
 
 
-ENGINES: dict[str, Callable[[Simulate], Engine]] = {
-    "inline": lambda settings: Inline(),
-    "pool": lambda settings: Pool(settings.workers),
-}
-
-
-def _call(trainer: Trainer, method: str, *arguments: Any) -> Any:
+def call(trainer: Trainer, method: str, *arguments: Any) -> Any:
+    """Make a call here, wherever that is."""
     return getattr(trainer, method)(*arguments)
 
 
@@ -126,3 +122,26 @@ def simulated(trainer: Trainer, engine: Engine, world: World, train_s: float) ->
     """Return `trainer` as a simulated node sees it."""
     kind = SimulatedStatisticsTrainer if isinstance(trainer, StatisticsTrainer) else SimulatedTrainer
     return kind(trainer, engine, world, train_s)
+
+
+def _ray(settings: Simulate) -> Engine:
+    from fedmerge.sim.ray import Ray
+
+    return Ray(settings.ray_address, num_cpus=settings.ray_cpus, num_gpus=settings.ray_gpus)
+
+
+ENGINES: dict[str, Callable[[Simulate], Engine]] = {
+    "inline": lambda settings: Inline(),
+    "pool": lambda settings: Pool(settings.workers),
+    "ray": _ray,
+}
+
+
+def open_engine(settings: Simulate) -> Engine:
+    """Return the engine that a configuration names; raise `MissingExtra` when it is not installed."""
+    try:
+        return ENGINES[settings.engine](settings)
+    except ModuleNotFoundError as err:
+        raise MissingExtra(
+            f"simulate.engine = {settings.engine!r} needs {err.name}", hint=f'pip install "fedmerge[{settings.engine}]"'
+        ) from err
