@@ -75,15 +75,14 @@ def _open(path: Path, base: Checkpoint, name: str, seed: int) -> TensorMap:
     """Return the task vector of a fine-tune or of a delta file, without the statistics that came with it."""
     from fedmerge.adapter import open_tuned
     from fedmerge.cli.inspect import mask_seed
-    from fedmerge.codec import Codec
     from fedmerge.frame import DeltaFile, open_header
     from fedmerge.statistics import SEPARATOR, STATISTICS, statistics_schema, task_vector_of
 
     if not path.is_file():
         return open_tuned(path, base, where=name)[1]
     _, header = open_header(path, max_frame_bytes=1 << 62)
-    codec = Codec.from_dict(header.codec)
-    prefixes = {tensor.partition(SEPARATOR)[0] for tensor in header.frames.keys() - base.schema.keys()}
+    codec = header.codec
+    prefixes = {tensor.partition(SEPARATOR)[0] for tensor in header.tensors.keys() - base.schema.keys()}
     kind = next((kind for kind in STATISTICS if kind in prefixes), None)
     side = statistics_schema(kind, base.schema)
     drawn_from = mask_seed(path, seed) if codec.sparsify == "seeded" else 0

@@ -40,7 +40,7 @@ class Place:
 
 
 def save_state(
-    path: Path, place: Place, optimizer: torch.optim.AdamW, parameters: Parameters, *, with_parameters: bool
+    path: Path, place: Place, optimizer: torch.optim.Optimizer, parameters: Parameters, *, with_parameters: bool
 ) -> None:
     """Write the optimizer's state by parameter name to `path`, with the parameters themselves if asked, at once.
 
@@ -65,7 +65,7 @@ def save_state(
         partial.replace(path)
 
 
-def load_state(path: Path, optimizer: torch.optim.AdamW, parameters: Parameters) -> Place:
+def load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: Parameters) -> Place:
     """Read `save_state`'s file into the optimizer, and into the parameters if they are in it; return the place.
 
     A parameter of which the file has nothing of the right shape begins anew. Raises `InputError` when the file can't be

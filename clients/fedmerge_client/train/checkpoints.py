@@ -32,7 +32,7 @@ class Checkpoints:
         self._every_steps = every_steps
         self._written_s = time.monotonic()
 
-    def resume(self, optimizer: torch.optim.AdamW, parameters: Parameters) -> Place | None:
+    def resume(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> Place | None:
         """Read the checkpoint of a round that was interrupted into both, and return its place; None without one."""
         if not self._path.exists():
             return None
@@ -40,7 +40,7 @@ class Checkpoints:
         log.info("training goes on after step %d, where it was interrupted", place.step)
         return place
 
-    def keep(self, place: Place, optimizer: torch.optim.AdamW, parameters: Parameters) -> None:
+    def keep(self, place: Place, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
         """Write a checkpoint in place of the one before, if one is due. Training goes on where that fails."""
         now_s = time.monotonic()
         due = place.step % self._every_steps == 0 if self._every_steps else now_s >= self._written_s + INTERVAL_S

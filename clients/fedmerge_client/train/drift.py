@@ -83,6 +83,10 @@ class Scaffold:
                 shift = self._all[name] - self._own[name]
                 parameter.grad = shift if parameter.grad is None else parameter.grad.add_(shift)
 
+    def skip(self, lr: float) -> None:
+        """Count a step that was taken before the round was interrupted."""
+        self._sum_of_lrs += lr
+
     def save(self, folder: Path) -> None:
         """Write what the next round needs into `folder`: c_i, and the global model it came from."""
         tensors: dict[str, Tensor] = {}
