@@ -9,13 +9,16 @@
     |   +-- BadSignature                   3
     |   +-- UntrustedKey                   3
     |   |   +-- RevokedKey, PendingKey     3
+    |   +-- UntrustedCertificate           3
+    |   |   +-- CertificateExpired, CertificateRequired, CertificateMismatch
     |   +-- DigestMismatch                 3
     +-- Unreachable                        4   no coordinator answers
     +-- RoundFailed                        5   a round ended without a model
     +-- MissingExtra                       6   an optional dependency is not installed
     +-- Refused                            7   the coordinator will not take this submission
     |   +-- UnknownRound, UnknownUpload, UnknownVersion, RoundClosed, NotAsked, WrongPhase, StaleBase,
-    |       ConflictingSubmission, BadOffset, QuotaExceeded, Busy, InvalidDelta, NoSession, InvalidToken
+    |       ConflictingSubmission, BadOffset, QuotaExceeded, Busy, InvalidDelta, NoSession, InvalidToken,
+    |       NotAllowed
     +-- ResourceError                      8   disk full, port in use, file not writable
     +-- NothingDue                         9   `fedmerge join --once` found nothing to do
 
@@ -102,6 +105,30 @@ class PendingKey(UntrustedKey):
     """The key was enrolled with a join token, and the operator has not approved it yet."""
 
     reason = "KEY_PENDING"
+
+
+class UntrustedCertificate(VerificationError):
+    """The other side's certificate is not one that is accepted here."""
+
+    reason = "CERTIFICATE_UNTRUSTED"
+
+
+class CertificateExpired(UntrustedCertificate):
+    """A certificate, of this side or the other, was good until a moment that has passed."""
+
+    reason = "CERTIFICATE_EXPIRED"
+
+
+class CertificateRequired(UntrustedCertificate):
+    """The coordinator asks nodes for a certificate of their own."""
+
+    reason = "CERTIFICATE_REQUIRED"
+
+
+class CertificateMismatch(UntrustedCertificate):
+    """A node shows another node's certificate."""
+
+    reason = "CERTIFICATE_MISMATCH"
 
 
 class DigestMismatch(VerificationError):
@@ -224,6 +251,12 @@ class InvalidToken(Refused):
     """The join token is unknown, used or expired."""
 
     reason = "TOKEN_INVALID"
+
+
+class NotAllowed(Refused):
+    """The caller's role may not make this call."""
+
+    reason = "NOT_ALLOWED"
 
 
 class ResourceError(FedmergeError):

@@ -203,6 +203,7 @@ class MemberAdmitted(_Event):
     node_id: Digest
     name: str
     organisation: str
+    role: Literal["node", "auditor"] = "node"
     envelope: str
 
 

@@ -15,7 +15,7 @@ from fedmerge.events import KeyRotated, MemberAdmitted, MemberRevoked
 from fedmerge.journal import Journal, merged_rounds
 from fedmerge.sign import PublicKey
 from fedmerge.statements import Enrolment, EnrolmentRequest, KeyRotation, Revocation
-from fedmerge.trust import Member, TrustStore, token_digest
+from fedmerge.trust import Member, Role, TrustStore, token_digest
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Members:
         self._trust = trust
         self._wrong_tokens_at_s: deque[float] = deque(maxlen=MAX_WRONG_TOKENS)
         for entry in journal.ledger.entries:
-            if isinstance(entry.event, KeyRotated) and entry.event.node_id in trust.keys():  # noqa: SIM118
+            if isinstance(entry.event, KeyRotated) and entry.event.node_id in trust.members():
                 self._succeed(entry.event)  # a crash came between the two
         self.sync()
 
@@ -50,7 +50,7 @@ class Members:
         if request.token != token_digest(token):
             raise BadSignature("the enrolment request is for another join token")
         with self._journal.lock:
-            if key.key_id in self._trust.keys():  # noqa: SIM118
+            if key.key_id in self._trust.members():
                 return True
             if any(member.key == key for member in self._trust.pending()):
                 return False
@@ -71,7 +71,9 @@ class Members:
         From then on the old key is refused. What it delivered in the current round counts, and nothing else of this
         node does. Raises `BadSignature` or `Refused`.
         """
-        rotation, signed = KeyRotation.open(envelope, self._trust.keys(), where="key rotation")
+        rotation, signed = KeyRotation.open(
+            envelope, {caller_id: self._trust.require(caller_id).key}, where="key rotation"
+        )
         new = _new_key(rotation)
         held, _ = KeyRotation.open(proof, {new.key_id: new}, where="proof of the new key")
         if held != rotation or {signed.signer.key_id, rotation.old_key} != {caller_id}:
@@ -92,7 +94,7 @@ class Members:
             trusted, known = self._trust.members(), self._journal.state.members
             for key_id, member in sorted(trusted.items()):
                 before = known.get(key_id)
-                if before is None or (before.name, before.organisation) != (member.name, member.organisation):
+                if before is None or _place(before) != _place(member):
                     self._journal.append(self._admitted(member))
                     log.info("%s of %s takes part, with key %s", member.name, member.organisation, member.key.short)
             gone = sorted(known.keys() - trusted.keys())
@@ -108,12 +110,14 @@ class Members:
             run=created.run,
             name=member.name,
             organisation=member.organisation,
+            role=member.role,
             node_id=member.key.key_id,
             key=member.key.pem(),
         )
         envelope = enrolment.sign(self._journal.key).decode()
+        name, organisation, role = _place(member)
         return MemberAdmitted(
-            node_id=member.key.key_id, name=member.name, organisation=member.organisation, envelope=envelope
+            node_id=member.key.key_id, name=name, organisation=organisation, role=role, envelope=envelope
         )
 
     def _revoked(self, known: MemberAdmitted) -> MemberRevoked:
@@ -134,6 +138,10 @@ class Members:
         old = self._trust.require(event.node_id)
         rotation, _ = KeyRotation.open(event.envelope.encode(), {old.key.key_id: old.key}, where="key rotation")
         self._trust.succeed(old, _new_key(rotation))
+
+
+def _place(member: Member | MemberAdmitted) -> tuple[str, str, Role]:
+    return member.name, member.organisation, member.role
 
 
 def _new_key(rotation: KeyRotation) -> PublicKey:

@@ -352,6 +352,7 @@ class Enrolment(Statement):
     run: str
     name: str
     organisation: str
+    role: Literal["node", "auditor"]
     node_id: Digest
     key: str
 

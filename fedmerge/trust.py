@@ -13,12 +13,16 @@ import json
 import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedmerge.errors import InputError, InvalidToken, PendingKey, Refused, RevokedKey, UntrustedKey, reporting_os_errors
 from fedmerge.files import replace_file, write_new
 from fedmerge.sign import NEVER_OVERWRITTEN, PublicKey, read_text
+
+Role: TypeAlias = Literal["node", "auditor"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 PENDING, REVOKED, INVITED = "pending", "revoked", "invited"
 TOKEN_PREFIX = "fedmerge-join-"
@@ -27,16 +31,21 @@ ASK_OPERATOR = "ask the operator of the coordinator"
 
 @dataclass(frozen=True)
 class Member:
-    """A party that is known here: its name, its key, the organisation it belongs to (by default its name)."""
+    """A party that is known here: its name, its key, the organisation it belongs to (by default its name), its role.
+
+    A node takes part in rounds; an auditor may fetch all that it takes to check them.
+    """
 
     name: str
     key: PublicKey
     organisation: str
+    role: Role = "node"
     reason: str = ""
 
     def to_text(self) -> str:
         """Return the file that keeps it: lines of `field: value`, which PEM allows, and the key."""
-        fields = {"organisation": self.organisation} | ({"reason": self.reason} if self.reason else {})
+        fields = {"organisation": self.organisation, "role": self.role}
+        fields |= {"reason": self.reason} if self.reason else {}
         return "".join(f"{field}: {value}\n" for field, value in fields.items()) + self.key.pem()
 
     @classmethod
@@ -46,7 +55,11 @@ class Member:
         lines = text.partition("-----BEGIN")[0].splitlines()
         fields = {field: value for field, separator, value in (line.partition(": ") for line in lines) if separator}
         key = PublicKey.from_pem(text, where=str(path))
-        return cls(name, key, fields.get("organisation", name), fields.get("reason", ""))
+        roles: dict[str, Role] = {role: role for role in ROLES}
+        role = roles.get(fields.get("role", "node"))
+        if role is None:
+            raise InputError(f"{path}: unknown role {fields['role']!r}", hint=f"one of {', '.join(ROLES)}")
+        return cls(name, key, fields.get("organisation", name), role, fields.get("reason", ""))
 
 
 class Invitation(BaseModel):
@@ -56,6 +69,7 @@ class Invitation(BaseModel):
 
     token: str
     organisation: str
+    role: Role
     expires_at_s: float
     approved: bool
 
@@ -77,8 +91,8 @@ class TrustStore:
         return {key_id: member.name for key_id, member in self.members().items()}
 
     def keys(self) -> dict[str, PublicKey]:
-        """Return the trusted keys by key id."""
-        return {key_id: member.key for key_id, member in self.members().items()}
+        """Return the trusted keys of nodes, by key id."""
+        return {key_id: member.key for key_id, member in self.members().items() if member.role == "node"}
 
     def pending(self) -> list[Member]:
         """Return who waits for approval."""
@@ -101,12 +115,12 @@ class TrustStore:
             raise PendingKey(f"key {key_id[:12]} waits for the operator's approval", hint=ASK_OPERATOR)
         raise UntrustedKey(f"key {key_id[:12]} is not trusted", hint=ASK_OPERATOR)
 
-    def add(self, key: PublicKey, name: str, organisation: str | None = None) -> Path:
+    def add(self, key: PublicKey, name: str, organisation: str | None = None, role: Role = "node") -> Path:
         """Trust `key` under `name`; raise `InputError` when the name is unusable or stands for another key."""
         require_name(name)
         path = self._path(name)
         if not path.exists():
-            member = Member(name, key, require_text(organisation or name))
+            member = Member(name, key, require_text(organisation or name), role)
             write_new(path, member.to_text().encode(), if_exists=NEVER_OVERWRITTEN)
         elif PublicKey.load(path) != key:
             raise InputError(f"{path}: {name} is already known with another key", hint="remove the old file first")
@@ -129,7 +143,7 @@ class TrustStore:
         self._keep_revoked(old, f"replaced by its owner with key {new.short}")
         replace_file(self._path(old.name), replace(old, key=new).to_text().encode())
 
-    def invite(self, name: str, organisation: str, *, expires_at_s: float, approved: bool) -> str:
+    def invite(self, name: str, organisation: str, role: Role = "node", *, expires_at_s: float, approved: bool) -> str:
         """Return a join token for one new key called `name`; an earlier token for that name is worth nothing then.
 
         `approved` says that the key is trusted as soon as it comes, `expires_at_s` is on the coordinator's wall clock.
@@ -142,6 +156,7 @@ class TrustStore:
         invitation = Invitation(
             token=token_digest(token),
             organisation=require_text(organisation),
+            role=role,
             expires_at_s=expires_at_s,
             approved=approved,
         )
@@ -175,7 +190,7 @@ class TrustStore:
             raise InvalidToken("the join token has expired", hint="ask the operator for a new one")
         self.require_new(key)
         path = self._path(name) if invitation.approved else self._path(name, PENDING)
-        member = Member(name, key, invitation.organisation)
+        member = Member(name, key, invitation.organisation, invitation.role)
         write_new(path, member.to_text().encode(), if_exists=NEVER_OVERWRITTEN)
         # Only now: after a crash in between, the name is taken, so the token can't be used for another key.
         self._invitation(name).unlink()

@@ -21,6 +21,7 @@ from fedmerge.errors import (
     InvalidDelta,
     InvalidToken,
     NoSession,
+    NotAllowed,
     NotAsked,
     QuotaExceeded,
     Refused,
@@ -31,6 +32,7 @@ from fedmerge.errors import (
     UnknownUpload,
     UnknownVersion,
     Unreachable,
+    UntrustedCertificate,
     UntrustedKey,
     WrongPhase,
 )
@@ -42,13 +44,12 @@ CHUNK_BYTES = 1 << 20
 STATUS_DETAILS_HEADER = "grpc-status-details-bin"
 ERROR_DOMAIN = "fedmerge.dev"
 
-# The name in a self-signed certificate, which nodes pin whatever address they reach it at.
-TLS_NAME = "coordinator.fedmerge.internal"
-
 STATUS_CODES: dict[type[FedmergeError], int] = {
     BadSignature: code_pb2.UNAUTHENTICATED,
     NoSession: code_pb2.UNAUTHENTICATED,
     UntrustedKey: code_pb2.PERMISSION_DENIED,
+    UntrustedCertificate: code_pb2.UNAUTHENTICATED,
+    NotAllowed: code_pb2.PERMISSION_DENIED,
     InvalidToken: code_pb2.PERMISSION_DENIED,
     Refused: code_pb2.FAILED_PRECONDITION,
     DigestMismatch: code_pb2.DATA_LOSS,

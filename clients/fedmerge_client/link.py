@@ -7,28 +7,29 @@ far it got and continues there.
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import grpc
-from cryptography import x509
 from grpc_status import rpc_status
 
+from fedmerge.certificates import Pair
 from fedmerge.errors import (
     BadOffset,
     Busy,
+    CertificateExpired,
     FedmergeError,
-    InputError,
     NoSession,
     Refused,
     Unreachable,
-    VerificationError,
+    UntrustedCertificate,
     reporting_os_errors,
 )
 from fedmerge.node import RoundView
-from fedmerge.sign import PublicKey, SigningKey, read_text
+from fedmerge.sign import SigningKey
 from fedmerge.statements import EnrolmentRequest, KeyRotation, SessionProof
 from fedmerge.trust import token_digest
 from fedmerge.v1 import (
@@ -41,8 +42,9 @@ from fedmerge.v1 import (
     session_pb2,
     session_pb2_grpc,
 )
-from fedmerge.wire import CHUNK_BYTES, MAX_MESSAGE_BYTES, PHASE_NAMES, SESSION_HEADER, TLS_NAME, error_of
+from fedmerge.wire import CHUNK_BYTES, MAX_MESSAGE_BYTES, PHASE_NAMES, SESSION_HEADER, error_of
 from fedmerge_client.backoff import Backoff
+from fedmerge_client.credentials import Credentials
 
 Answer = TypeVar("Answer")
 
@@ -50,9 +52,11 @@ CALL_TIMEOUT_S = 60.0
 COMMIT_TIMEOUT_S = 3600.0
 # After this, what is left in a stream of states is old: a new one begins with the present.
 BUSY_S = 0.5
-EXPECTED_BUNDLE = "expected the coordinator.pem that `fedmerge serve` writes"
 # The slowest link a transfer may have before it is cut and resumed.
 MIN_BYTES_PER_S = 256 * 1024
+
+# What gRPC says of a certificate that is another's: of another authority, of one by the same name, for another host.
+NOT_OURS = ("CERTIFICATE_VERIFY_FAILED", "certificate signature failure", "Hostname Verification")
 
 CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -70,8 +74,9 @@ class GrpcLink:
     """A node's connection to a coordinator; implements `fedmerge.node.Link`.
 
     `bundle` is the operator's coordinator.pem: the certificate to pin and the key that must sign round specs. Making
-    the link checks the bundle only; the first call connects. `connect_patience_s` is how long to wait for a coordinator
-    that was never reached, `patience_s` for one that was.
+    the link checks the bundle only; the first call connects. Where the coordinator asks for client certificates, those
+    that it issues are kept in the folder `certificates`, or `own_certificate` are the key and certificate to show.
+    `connect_patience_s` is how long to wait for a coordinator that was never reached, `patience_s` for one that was.
     """
 
     def __init__(
@@ -80,22 +85,26 @@ class GrpcLink:
         bundle: Path,
         key: SigningKey,
         *,
+        certificates: Path | None = None,
+        own_certificate: tuple[Path, Path] | None = None,
         connect_patience_s: float = 10.0,
         patience_s: float = 900.0,
     ) -> None:
-        text = read_text(bundle)
-        self.coordinator = PublicKey.from_pem(text, where=str(bundle))
+        self._credentials = Credentials(bundle, certificates, own_certificate)
+        self.coordinator = self._credentials.coordinator
         self._address = address
         self._key = key
         self._patience_s = patience_s
         self._token: str | None = None
         self._reached = False
         self._connect_patience_s = connect_patience_s
-        credentials = grpc.ssl_channel_credentials(root_certificates=_certificates(text, bundle))
-        options = list(CHANNEL_OPTIONS)
-        if _is_self_signed(text):
-            options.append(("grpc.ssl_target_name_override", TLS_NAME))
-        self._channel = grpc.secure_channel(address, credentials, options=options)
+        self._open_channel()
+
+    def _open_channel(self) -> None:
+        self._token = None
+        options = [*CHANNEL_OPTIONS, *self._credentials.options]
+        credentials = self._credentials.channel(dt.datetime.now(dt.UTC))
+        self._channel = grpc.secure_channel(self._address, credentials, options=options)
         self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
         self._rounds = round_pb2_grpc.RoundServiceStub(self._channel)
         self._deltas = delta_pb2_grpc.DeltaServiceStub(self._channel)
@@ -136,7 +145,7 @@ class GrpcLink:
             coordinator_key=self.coordinator.key_id, old_key=self._key.public.key_id, new_key=new.public.pem()
         )
         request = session_pb2.RotateKeyRequest(envelope=statement.sign(self._key), proof=statement.sign(new))
-        self._call(self._sessions.RotateKey, request)
+        self._call(lambda: self._sessions.RotateKey, request)
 
     def close(self) -> None:
         """Close the connection."""
@@ -151,7 +160,8 @@ class GrpcLink:
         while True:
             busy = False
             try:
-                stream = self._rounds.WatchRounds(round_pb2.WatchRoundsRequest(), metadata=self._metadata())
+                metadata = self._metadata()
+                stream = self._rounds.WatchRounds(round_pb2.WatchRoundsRequest(), metadata=metadata)
                 for answer in stream:
                     backoff, began_s = self._backoff(), time.monotonic()
                     yield _view_of(answer)
@@ -173,9 +183,9 @@ class GrpcLink:
         while True:
             have_bytes = target.stat().st_size if target.exists() else 0
             try:
-                request = model_pb2.FetchArtifactRequest(root=root, offset=have_bytes)
+                request, metadata = model_pb2.FetchArtifactRequest(root=root, offset=have_bytes), self._metadata()
                 with reporting_os_errors(target), target.open("ab") as file:
-                    for answer in self._models.FetchArtifact(request, metadata=self._metadata()):
+                    for answer in self._models.FetchArtifact(request, metadata=metadata):
                         backoff = self._backoff()
                         file.write(answer.data)
                 return
@@ -190,19 +200,20 @@ class GrpcLink:
         backoff, furthest = self._backoff(), 0
         while True:
             try:
-                upload = self._call(self._deltas.BeginUpload, begin)
+                upload = self._call(lambda: self._deltas.BeginUpload, begin)
                 stored = upload.committed_bytes
                 sent(stored)
                 if stored > furthest:  # a slow link is not a dead one
                     backoff, furthest = self._backoff(), stored
                 if stored < payload_bytes:
+                    metadata = self._metadata()
                     self._deltas.UploadDelta(
                         _chunks(upload.upload_id, payload, stored, sent),
-                        metadata=self._metadata(),
+                        metadata=metadata,
                         timeout=max(60.0, (payload_bytes - stored) / MIN_BYTES_PER_S),
                     )
                 commit = delta_pb2.CommitDeltaRequest(upload_id=upload.upload_id)
-                receipt = self._call(self._deltas.CommitDelta, commit, timeout_s=COMMIT_TIMEOUT_S)
+                receipt = self._call(lambda: self._deltas.CommitDelta, commit, timeout_s=COMMIT_TIMEOUT_S)
                 return bytes(receipt.receipt_envelope)
             except (grpc.RpcError, BadOffset) as err:
                 # Whatever got there stays there: beginning again says from where to go on.
@@ -210,20 +221,44 @@ class GrpcLink:
 
     def report_metrics(self, envelope: bytes) -> None:
         """Hand in a signed evaluation."""
-        self._call(self._rounds.ReportMetrics, round_pb2.ReportMetricsRequest(envelope=envelope))
+        self._call(lambda: self._rounds.ReportMetrics, round_pb2.ReportMetricsRequest(envelope=envelope))
 
-    def _call(self, method: Callable[..., Answer], request: object, *, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
+    def _call(
+        self, method: Callable[[], Callable[..., Answer]], request: object, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Answer:
         backoff = self._backoff()
         while True:
             try:
-                return method(request, metadata=self._metadata(), timeout=timeout_s)
+                metadata = self._metadata()  # which may connect anew, so that the method is another's
+                return method()(request, metadata=metadata, timeout=timeout_s)
             except grpc.RpcError as err:
                 self._wait_or_raise(err, backoff, retried=(Busy,))
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
+        if self._credentials.is_due(dt.datetime.now(dt.UTC)):
+            self._renew_certificate()
+        return self._session_metadata()
+
+    def _session_metadata(self) -> tuple[tuple[str, str], ...]:
         if self._token is None:
             self._token = self._open_session()
         return ((SESSION_HEADER, self._token),)
+
+    def _renew_certificate(self) -> None:
+        """Have the coordinator issue a certificate for a new TLS key, and connect anew with it."""
+        pair, backoff = self._credentials.request(), self._backoff()
+        while True:
+            try:
+                request = session_pb2.IssueCertificateRequest(request=pair.certificate)
+                answer = self._sessions.IssueCertificate(
+                    request, metadata=self._session_metadata(), timeout=CALL_TIMEOUT_S
+                )
+                break
+            except grpc.RpcError as err:
+                self._wait_or_raise(err, backoff)
+        self._credentials.keep(Pair(pair.key, bytes(answer.certificate)))
+        self._channel.close()
+        self._open_channel()
 
     def _open_session(self) -> str:
         backoff = self._backoff()
@@ -255,6 +290,8 @@ class GrpcLink:
         error = _as_error(err)
         if isinstance(error, NoSession):
             self._token = None
+        elif isinstance(error, CertificateExpired) and self._credentials.is_due(dt.datetime.now(dt.UTC)):
+            self._open_channel()  # by the ticket, for a new certificate
         elif not isinstance(error, (Unreachable, *retried)):
             raise error from None
         asked_s = error.retry_after_s if isinstance(error, Busy) else None
@@ -288,8 +325,10 @@ def _as_error(err: grpc.RpcError | FedmergeError) -> FedmergeError:
     code = err.code() if isinstance(err, grpc.Call) else grpc.StatusCode.UNKNOWN
     details = (err.details() if isinstance(err, grpc.Call) else None) or "no answer"
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-        if "CERTIFICATE_VERIFY_FAILED" in details:
-            return VerificationError(
+        if "certificate has expired" in details:
+            return CertificateExpired("the coordinator's certificate has expired", hint="tell its operator")
+        if any(sign in details for sign in NOT_OURS):
+            return UntrustedCertificate(
                 "the coordinator's certificate is not the one that coordinator.pem pins",
                 hint="get the coordinator's current coordinator.pem from its operator",
             )
@@ -308,24 +347,3 @@ def _view_of(answer: round_pb2.WatchRoundsResponse) -> RoundView:
         finished=answer.finished,
         failure=answer.failure,
     )
-
-
-def _certificates(text: str, bundle: Path) -> bytes:
-    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-    if begin not in text or end not in text:
-        raise InputError(f"{bundle}: holds no certificate", hint=EXPECTED_BUNDLE)
-    certificates = text[text.index(begin) : text.rindex(end) + len(end)].encode() + b"\n"
-    try:
-        x509.load_pem_x509_certificates(certificates)
-    except ValueError as err:
-        raise InputError(f"{bundle}: the certificate is damaged", hint=EXPECTED_BUNDLE) from err
-    return certificates
-
-
-def _is_self_signed(text: str) -> bool:
-    try:
-        certificate = x509.load_pem_x509_certificate(text.encode())
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (ValueError, x509.ExtensionNotFound):
-        return False
-    return TLS_NAME in names.get_values_for_type(x509.DNSName)

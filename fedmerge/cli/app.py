@@ -112,6 +112,7 @@ KEY_COMMANDS: dict[str, tuple[str, str]] = {
     "new": ("fedmerge.cli.keys:new", "Make a signing key."),
     "show": ("fedmerge.cli.keys:show", "Show the public half of a key."),
     "trust": ("fedmerge.cli.keys:trust", "Add a node's public key to a federation."),
+    "ca": ("fedmerge.cli.keys:ca", "Make a federation's own certificate authority."),
     "rotate": ("fedmerge.cli.keys:rotate", "Replace this site's key by a new one."),
 }
 NODE_COMMANDS: dict[str, tuple[str, str]] = {
@@ -122,7 +123,7 @@ NODE_COMMANDS: dict[str, tuple[str, str]] = {
 }
 # By the name of the command above them, with what it says of them.
 TRUST_COMMANDS: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
-    "keys": ("Make, show and trust keys: new, show, trust, rotate.", KEY_COMMANDS),
+    "keys": ("Make, show and trust keys: new, show, trust, rotate, ca.", KEY_COMMANDS),
     "nodes": ("Who takes part: list, invite, approve, revoke.", NODE_COMMANDS),
 }
 

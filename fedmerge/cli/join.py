@@ -42,6 +42,10 @@ def join(
         Path | None, Parameter(help="This site's private key. [default: HOME/node.key, made if missing]")
     ] = None,
     passphrase_file: Annotated[Path | None, Parameter(help="File with the key's passphrase, if it has one.")] = None,
+    certificate: Annotated[
+        Path | None, Parameter(help="A client certificate (PEM) of your own, if the coordinator asks for one.")
+    ] = None,
+    certificate_key: Annotated[Path | None, Parameter(help="Its private key (PEM).")] = None,
     home: Annotated[Path, Parameter(help="Folder for models, deltas and what is not sent yet.")] = Path(
         "fedmerge-node"
     ),
@@ -63,6 +67,8 @@ def join(
         parse_address(coordinator)
     except ValueError as err:
         raise ConfigError(f"--coordinator {coordinator}: {err}") from err
+    if (certificate is None) != (certificate_key is None):
+        raise ConfigError("--certificate and --certificate-key go together: give both or neither")
     options: dict[str, object] = {"data": data, "test": test, **key_values(option)}
     options = {key: value for key, value in options.items() if value is not None}
     node_trainer = load_trainer(trainer, options)
@@ -74,7 +80,8 @@ def join(
     signing_key = SigningKey.load(key_path, partial(find_passphrase, file=passphrase_file))
     from fedmerge_client.link import GrpcLink
 
-    link = GrpcLink(coordinator, trust, signing_key)
+    own = (certificate_key, certificate) if certificate_key and certificate else None
+    link = GrpcLink(coordinator, trust, signing_key, certificates=home, own_certificate=own)
     shown_as = name or signing_key.public.short
     try:
         if token is not None:

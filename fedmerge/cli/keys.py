@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import sys
 from contextlib import closing
 from functools import cache
@@ -15,7 +16,7 @@ from fedmerge.errors import ConfigError, InputError, ResourceError, RevokedKey, 
 from fedmerge.files import replace_file, write_new
 from fedmerge.passphrase import find_passphrase
 from fedmerge.sign import ENCRYPTED, NEVER_OVERWRITTEN, Algorithm, PublicKey, SigningKey, read_text
-from fedmerge.trust import TrustStore
+from fedmerge.trust import Role, TrustStore
 
 
 def new(
@@ -69,6 +70,7 @@ def trust(
     /,
     *,
     name: Annotated[str, Parameter(help="What the node is called here.")],
+    role: Annotated[Role, Parameter(help="An auditor may fetch all, and submit nothing.")] = "node",
     org: Annotated[
         str | None, Parameter(help="The organisation it belongs to. [default: the name]", show_default=False)
     ] = None,
@@ -92,7 +94,7 @@ def trust(
     known_as = store.names().get(key.key_id, name)
     if known_as != name:
         raise InputError(f"{public_file}: this key is already trusted, as {known_as}")
-    written = store.add(key, name, org)
+    written = store.add(key, name, org, role)
     sys.stdout.write(f"trusted {name}, key id {key.key_id}, in {written}\n")
 
 
@@ -136,6 +138,27 @@ def rotate(
         print_json({"key_id": new.public.key_id, "replaced": old.public.key_id, "private": str(path)})
     else:
         sys.stdout.write(f"key id   {new.public.key_id}\nreplaced {old.public.key_id}, kept in {kept}\n")
+
+
+def ca(
+    folder: Annotated[Path, Parameter(name="DIR", help="The new folder, for server.ca in fedmerge.toml.")],
+    /,
+    *,
+    days: Annotated[int, Parameter(help="How long the authority lasts.")] = 3650,
+    passphrase: Annotated[bool, Parameter(help="Encrypt its key; the passphrase is asked for, twice.")] = False,
+    passphrase_file: Annotated[Path | None, Parameter(help="Encrypt its key with this file's first line.")] = None,
+) -> None:
+    """Make a federation's own certificate authority, for the coordinator's certificate and those of nodes."""
+    from fedmerge.certificates import CA_KEY, Authority
+
+    if not 1 <= days <= 36500:
+        raise ConfigError(f"--days {days}: should be from 1 to 36500")
+    password = None
+    if passphrase or passphrase_file is not None:
+        password = find_passphrase(folder / CA_KEY, passphrase_file, is_new=True)
+    Authority.create(folder, dt.datetime.now(dt.UTC), dt.timedelta(days=days), password)
+    sys.stdout.write(f"certificate authority in {folder}\n")
+    stderr.print(f'keep {folder / CA_KEY} to yourself, and set under [server]: ca = "{folder}"', markup=False)
 
 
 def _is_private(path: Path) -> bool:

@@ -17,7 +17,7 @@ from cyclopts import Parameter
 from fedmerge.cli.output import JsonFlag, print_json, printable, stderr
 from fedmerge.config import Config, load_config
 from fedmerge.errors import ConfigError
-from fedmerge.trust import Member, TrustStore
+from fedmerge.trust import Member, Role, TrustStore
 
 ConfigPath: TypeAlias = Annotated[Path, Parameter(help="The federation's configuration.")]
 NodeName: TypeAlias = Annotated[str, Parameter(name="NAME", help="What the node is called here.")]
@@ -53,6 +53,7 @@ def invite(
     /,
     *,
     org: Annotated[str, Parameter(help="The organisation that it belongs to.")],
+    role: Annotated[Role, Parameter(help="An auditor may fetch all, and submit nothing.")] = "node",
     expires: Annotated[str, Parameter(help="How long the token may be used: 30m, 12h or 7d.")] = "7d",
     auto_approve: Annotated[bool, Parameter(help="Trust the key as soon as it comes.")] = False,
     config: ConfigPath = DEFAULT_CONFIG,
@@ -61,7 +62,7 @@ def invite(
     """Print a join token for one node, good for one key. Only its hash is kept here."""
     expires_at_s = time.time() + _duration_s(expires)
     store = TrustStore(load_config(config).federation.trusted)
-    token = store.invite(name, org, expires_at_s=expires_at_s, approved=auto_approve)
+    token = store.invite(name, org, role, expires_at_s=expires_at_s, approved=auto_approve)
     if json:
         print_json({"name": name, "token": token, "expires_at_s": expires_at_s})
         return

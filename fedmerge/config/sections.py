@@ -86,6 +86,15 @@ class Server(Section):
     """Certificate chain (PEM) of your own, together with tls_key. Without them a self-signed certificate is made."""
     tls_key: FilePath | None = Field(default=None, examples=["server.key"])
     """Private key (PEM) of tls_cert."""
+    ca: FilePath | None = Field(default=None, examples=["ca"])
+    """Folder of the federation's own certificate authority; make it with: fedmerge keys ca. It issues the coordinator's
+    certificate, if there is no tls_cert, and those of nodes."""
+    client_certificates: Literal["off", "required"] = "off"
+    """Whether nodes must show a certificate of the authority in ca, or of client_ca, to connect at all."""
+    client_ca: FilePath | None = Field(default=None, examples=["partners-ca.crt"])
+    """Certificates (PEM) of other authorities whose client certificates are accepted."""
+    certificate_hours: float = Field(default=24.0, gt=0, le=8760)
+    """How long a node's certificate lasts; nodes renew it after half of that."""
     max_payload_bytes: Size = Field(default=2 << 30, examples=["2GiB"])
     """Largest delta a node may upload, in bytes or as "500MB", "2GiB"."""
     max_uploads: Positive = 32
@@ -101,6 +110,13 @@ class Server(Section):
     def _both_or_none(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         if "tls_cert" in info.data and (value is None) != (info.data["tls_cert"] is None):
             raise ValueError("tls_cert and tls_key go together: give both or neither")
+        return value
+
+    @field_validator("client_ca")
+    @classmethod
+    def _has_an_authority(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if info.data.get("client_certificates") == "required" and value is None and info.data.get("ca") is None:
+            raise ValueError('client_certificates = "required" needs ca or client_ca')
         return value
 
     @property

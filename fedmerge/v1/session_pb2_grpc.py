@@ -58,6 +58,11 @@ class SessionServiceStub:
                 request_serializer=fedmerge_dot_v1_dot_session__pb2.RotateKeyRequest.SerializeToString,
                 response_deserializer=fedmerge_dot_v1_dot_session__pb2.RotateKeyResponse.FromString,
                 _registered_method=True)
+        self.IssueCertificate = channel.unary_unary(
+                '/fedmerge.v1.SessionService/IssueCertificate',
+                request_serializer=fedmerge_dot_v1_dot_session__pb2.IssueCertificateRequest.SerializeToString,
+                response_deserializer=fedmerge_dot_v1_dot_session__pb2.IssueCertificateResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer:
@@ -107,6 +112,15 @@ class SessionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def IssueCertificate(self, request, context):
+        """Issue a client certificate that names the caller's key, where the coordinator has a certificate authority.
+
+        FAILED_PRECONDITION `REFUSED`: it has none, or the request is not one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +143,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.RotateKey,
                     request_deserializer=fedmerge_dot_v1_dot_session__pb2.RotateKeyRequest.FromString,
                     response_serializer=fedmerge_dot_v1_dot_session__pb2.RotateKeyResponse.SerializeToString,
+            ),
+            'IssueCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueCertificate,
+                    request_deserializer=fedmerge_dot_v1_dot_session__pb2.IssueCertificateRequest.FromString,
+                    response_serializer=fedmerge_dot_v1_dot_session__pb2.IssueCertificateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -243,6 +262,33 @@ class SessionService:
             '/fedmerge.v1.SessionService/RotateKey',
             fedmerge_dot_v1_dot_session__pb2.RotateKeyRequest.SerializeToString,
             fedmerge_dot_v1_dot_session__pb2.RotateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedmerge.v1.SessionService/IssueCertificate',
+            fedmerge_dot_v1_dot_session__pb2.IssueCertificateRequest.SerializeToString,
+            fedmerge_dot_v1_dot_session__pb2.IssueCertificateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,11 @@ class SessionServiceStub:
     UNAUTHENTICATED `BAD_SIGNATURE`: one of the two statements does not verify, or they do not agree.
     FAILED_PRECONDITION `REFUSED`: the new key is or was known here.
     """
+    IssueCertificate: _grpc.UnaryUnaryMultiCallable[_session_pb2.IssueCertificateRequest, _session_pb2.IssueCertificateResponse]
+    """Issue a client certificate that names the caller's key, where the coordinator has a certificate authority.
+
+    FAILED_PRECONDITION `REFUSED`: it has none, or the request is not one.
+    """
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
@@ -92,6 +97,11 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     UNAUTHENTICATED `BAD_SIGNATURE`: one of the two statements does not verify, or they do not agree.
     FAILED_PRECONDITION `REFUSED`: the new key is or was known here.
+    """
+    IssueCertificate: _aio.UnaryUnaryMultiCallable[_session_pb2.IssueCertificateRequest, _session_pb2.IssueCertificateResponse]  # type: ignore[assignment]
+    """Issue a client certificate that names the caller's key, where the coordinator has a certificate authority.
+
+    FAILED_PRECONDITION `REFUSED`: it has none, or the request is not one.
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -146,6 +156,17 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         UNAUTHENTICATED `BAD_SIGNATURE`: one of the two statements does not verify, or they do not agree.
         FAILED_PRECONDITION `REFUSED`: the new key is or was known here.
+        """
+
+    @_abc_1.abstractmethod
+    def IssueCertificate(
+        self,
+        request: _session_pb2.IssueCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.IssueCertificateResponse, _abc.Awaitable[_session_pb2.IssueCertificateResponse]]:
+        """Issue a client certificate that names the caller's key, where the coordinator has a certificate authority.
+
+        FAILED_PRECONDITION `REFUSED`: it has none, or the request is not one.
         """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

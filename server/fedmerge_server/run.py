@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import logging
 import signal
@@ -21,7 +22,7 @@ from fedmerge.v1 import delta_pb2_grpc, model_pb2_grpc, round_pb2_grpc, session_
 from fedmerge.wire import MAX_MESSAGE_BYTES
 from fedmerge_server.admin import open_admin
 from fedmerge_server.service import Services
-from fedmerge_server.tls import server_certificate, write_bundle
+from fedmerge_server.tls import Certificates
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening
     """
     coordinator = Coordinator(config, base_dir, clock=time.time)
     try:
-        server, services, port = _open(config, coordinator)
+        certificates = Certificates(config, coordinator.key.public, dt.datetime.now(dt.UTC))
+        server, services, port = _open(config, coordinator, certificates)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -75,15 +77,15 @@ async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening
         await server.start()
         await admin.start()
         await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
-        bundle = config.federation.state / "coordinator.pem"
         host = config.server.address[0]
-        on_ready(Listening(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", bundle))
+        on_ready(Listening(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", certificates.bundle))
         coordinator.retry_failed()
         rounds = asyncio.create_task(_move_rounds(coordinator, services, stop))
+        renewals = asyncio.create_task(_keep_certificates(certificates, stop))
         await stop.wait()
         await healthy.enter_graceful_shutdown()
         services.stop()
-        await rounds
+        await asyncio.gather(rounds, renewals)
         await admin.stop(None)
         await server.stop(GRACE_S)
     finally:
@@ -91,24 +93,30 @@ async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening
     return coordinator
 
 
-def _open(config: Config, coordinator: Coordinator) -> tuple[grpc.aio.Server, Services, int]:
-    key, certificate = server_certificate(config, dt.datetime.now(dt.UTC))
-    write_bundle(config.federation.state / "coordinator.pem", certificate, coordinator.key.public)
+def _open(
+    config: Config, coordinator: Coordinator, certificates: Certificates
+) -> tuple[grpc.aio.Server, Services, int]:
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
-    services = Services(coordinator)
+    services = Services(coordinator, certificates)
     session_pb2_grpc.add_SessionServiceServicer_to_server(services, server)
     round_pb2_grpc.add_RoundServiceServicer_to_server(services, server)
     delta_pb2_grpc.add_DeltaServiceServicer_to_server(services, server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(services, server)
-    credentials = grpc.ssl_server_credentials([(key, certificate)])
     try:
-        port = server.add_secure_port(config.server.listen, credentials)
+        port = server.add_secure_port(config.server.listen, certificates.credentials())
     except RuntimeError as err:
         raise ResourceError(
             f"{config.server.listen}: can't listen there: another program has it, or this machine has no such address",
             hint="stop the other program, or change server.listen; fedmerge doctor tells which",
         ) from err
     return server, services, port
+
+
+async def _keep_certificates(certificates: Certificates, stop: asyncio.Event) -> None:
+    while not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), TICK_S)
+        await asyncio.to_thread(certificates.refresh, dt.datetime.now(dt.UTC))
 
 
 async def _move_rounds(coordinator: Coordinator, services: Services, stop: asyncio.Event) -> None:

@@ -7,6 +7,7 @@ is logged here and reaches the caller as INTERNAL without a word about what it w
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import grpc
 
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import BadOffset, Busy, Refused, ResourceError, Unreachable, VerificationError
+from fedmerge.trust import Member
 from fedmerge.v1 import (
     delta_pb2,
     delta_pb2_grpc,
@@ -28,8 +30,10 @@ from fedmerge.v1 import (
     session_pb2_grpc,
 )
 from fedmerge.wire import CHUNK_BYTES, PHASES, SESSION_HEADER, STATUS_DETAILS_HEADER, status_of
+from fedmerge_server.access import require_allowed, require_certificate
 from fedmerge_server.limits import Uploads
 from fedmerge_server.sessions import Sessions
+from fedmerge_server.tls import Certificates
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +74,9 @@ class Services(
 ):
     """All services of one coordinator. Must be made on the event loop that serves them."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, certificates: Certificates) -> None:
         self._coordinator = coordinator
+        self._certificates = certificates
         self._intake = coordinator.intake
         self._sessions = Sessions(coordinator.key.public, coordinator.trust)
         self._changed = asyncio.Event()
@@ -106,10 +111,19 @@ class Services(
         except TimeoutError:
             return
 
-    def _caller(self, context: Context) -> str:
+    def _member(self, context: Context, method: str) -> Member:
+        """Return who calls, if it may; everything is looked up anew, as it may have changed since the last call."""
         metadata = dict(context.invocation_metadata() or ())
         token = metadata.get(SESSION_HEADER, "")
-        return self._sessions.caller(token if isinstance(token, str) else "")
+        member = self._sessions.caller(token if isinstance(token, str) else "")
+        rule = require_allowed(method, member)
+        if self._certificates.are_required:
+            shown = context.auth_context().get("x509_pem_cert")
+            require_certificate(next(iter(shown), None) if shown else None, member, rule, dt.datetime.now(dt.UTC))
+        return member
+
+    def _caller(self, context: Context, method: str) -> str:
+        return self._member(context, method).key.key_id
 
     # SessionService
 
@@ -144,9 +158,18 @@ class Services(
     ) -> session_pb2.RotateKeyResponse:
         """Replace the caller's key."""
         async with answering(context):
-            caller = self._caller(context)
+            caller = self._caller(context, "RotateKey")
             await asyncio.to_thread(self._coordinator.members.rotate, caller, request.envelope, request.proof)
         return session_pb2.RotateKeyResponse()
+
+    async def IssueCertificate(  # noqa: N802
+        self, request: session_pb2.IssueCertificateRequest, context: Context
+    ) -> session_pb2.IssueCertificateResponse:
+        """Give the caller a certificate of its own."""
+        async with answering(context):
+            member = self._member(context, "IssueCertificate")
+            certificate = self._certificates.issue(request.request, member, dt.datetime.now(dt.UTC))
+        return session_pb2.IssueCertificateResponse(certificate=certificate)
 
     # RoundService
 
@@ -157,7 +180,7 @@ class Services(
         async with answering(context):
             num_seen = -1
             while True:
-                self._caller(context)
+                self._caller(context, "WatchRounds")
                 num_events = len(self._coordinator.journal.ledger.entries)
                 if num_events != num_seen:
                     num_seen = num_events
@@ -174,7 +197,7 @@ class Services(
     ) -> round_pb2.ReportMetricsResponse:
         """Record an evaluation."""
         async with answering(context):
-            caller = self._caller(context)
+            caller = self._caller(context, "ReportMetrics")
             await asyncio.to_thread(self._coordinator.report_metrics, caller, request.envelope)
         return round_pb2.ReportMetricsResponse()
 
@@ -185,7 +208,7 @@ class Services(
     ) -> delta_pb2.BeginUploadResponse:
         """Admit a delta by its statement."""
         async with answering(context):
-            caller = self._caller(context)
+            caller = self._caller(context, "BeginUpload")
             upload_id, stored = await asyncio.to_thread(
                 self._intake.begin, caller, request.envelope, request.leaf_hashes
             )
@@ -197,7 +220,7 @@ class Services(
         """Store chunks as they come."""
         stored, upload_id = 0, ""
         async with answering(context):
-            with self._uploads.place(self._caller(context)):
+            with self._uploads.place(self._caller(context, "UploadDelta")):
                 while True:
                     try:
                         request = await asyncio.wait_for(anext(request_iterator), self._idle_s)
@@ -206,7 +229,7 @@ class Services(
                     except TimeoutError:
                         raise Unreachable(f"no chunk came in {self._idle_s:g} s; {stored} bytes are stored") from None
                     # Checked for every chunk: a key that stops being trusted is cut off in the middle of an upload.
-                    caller = self._caller(context)
+                    caller = self._caller(context, "UploadDelta")
                     upload_id = upload_id or request.upload_id
                     stored = await asyncio.to_thread(
                         self._intake.write_chunk, caller, upload_id, request.offset, request.data
@@ -219,7 +242,7 @@ class Services(
     ) -> delta_pb2.GetUploadResponse:
         """Say how much is stored."""
         async with answering(context):
-            caller = self._caller(context)
+            caller = self._caller(context, "GetUpload")
             stored = await asyncio.to_thread(self._intake.committed_bytes, caller, request.upload_id)
         return delta_pb2.GetUploadResponse(committed_bytes=stored)
 
@@ -228,7 +251,7 @@ class Services(
     ) -> delta_pb2.CommitDeltaResponse:
         """Make a delta count."""
         async with answering(context):
-            caller = self._caller(context)
+            caller = self._caller(context, "CommitDelta")
             loop = asyncio.get_running_loop()
             receipt = await loop.run_in_executor(self._committing, self._intake.commit, caller, request.upload_id)
         return delta_pb2.CommitDeltaResponse(receipt_envelope=receipt)
@@ -240,14 +263,14 @@ class Services(
     ) -> AsyncIterator[model_pb2.FetchArtifactResponse]:
         """Stream a file."""
         async with answering(context):
-            self._caller(context)
+            self._caller(context, "FetchArtifact")
             path = self._coordinator.artifact(request.root)
             if not 0 <= request.offset <= path.stat().st_size:
                 raise BadOffset(f"the file has {path.stat().st_size} bytes", hint="start again from 0")
             with path.open("rb") as file:
                 file.seek(request.offset)
                 while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
-                    self._caller(context)
+                    self._caller(context, "FetchArtifact")
                     yield model_pb2.FetchArtifactResponse(data=data)
 
     def _view(self, num_events: int) -> round_pb2.WatchRoundsResponse:

@@ -8,7 +8,7 @@ import time
 from fedmerge.errors import BadSignature, NoSession, UntrustedKey
 from fedmerge.sign import PublicKey, claimed_signer
 from fedmerge.statements import SessionProof
-from fedmerge.trust import TrustStore
+from fedmerge.trust import Member, TrustStore
 
 NONCE_LIFETIME_S = 60.0
 MAX_PENDING_NONCES = 10_000
@@ -50,14 +50,13 @@ class Sessions:
         self._key_ids[token] = signed.signer.key_id
         return token
 
-    def caller(self, token: str) -> str:
-        """Return the key id behind a token. Raises `NoSession`, `RevokedKey`, or `UntrustedKey` for a removed key."""
+    def caller(self, token: str) -> Member:
+        """Return who is behind a token. Raises `NoSession`, `RevokedKey`, or `UntrustedKey` for a removed key."""
         key_id = self._key_ids.get(token)
         if key_id is None:
             raise NoSession("the coordinator does not know this session", hint="connect again")
         try:
-            self._trust.require(key_id)
+            return self._trust.require(key_id)
         except UntrustedKey:
             self._key_ids.pop(token, None)
             raise
-        return key_id

@@ -1,96 +1,162 @@
-"""TLS for a coordinator without a certificate of its own: a self-signed one, handed to partners and pinned by them.
+"""TLS of a coordinator: whose certificate it shows, whose it asks for, and how they change while it runs.
 
-`coordinator.pem`, which the operator hands out, holds the certificate and the coordinator's public signing key. They
-are two keys on purpose: the certificate secures connections and may be replaced, the signing key is the federation.
+The certificate is the operator's own, or of the federation's authority (`server.ca`), or self-signed and pinned by the
+partners. `coordinator.pem`, which the operator hands out, holds what partners check it by, and the coordinator's public
+signing key. They are two keys on purpose: certificates secure connections and may be replaced, the signing key is the
+federation. Where certificates are asked of nodes, the file also holds a ticket, with which a node gets its first one.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import ipaddress
+import logging
 import os
 import ssl
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+import grpc
 
+from fedmerge.certificates import TLS_NAME, Authority, Pair, half_life, is_issued_by, lifetime, read_pair, self_signed
 from fedmerge.config import Config
-from fedmerge.errors import InputError, reporting_os_errors
+from fedmerge.errors import FedmergeError, InputError, Refused, reporting_os_errors
+from fedmerge.files import replace_file
 from fedmerge.sign import PublicKey
-from fedmerge.wire import TLS_NAME
+from fedmerge.trust import Member
 
-VALID_DAYS = 825
+log = logging.getLogger(__name__)
 
-
-def server_certificate(config: Config, now: dt.datetime) -> tuple[bytes, bytes]:
-    """Return (private key, certificates) as PEM: the operator's own, or a self-signed pair kept in the state folder.
-
-    A self-signed certificate is made anew when it has expired. Raises `ResourceError` when a file can't be read, and
-    `InputError` when the two don't belong together.
-    """
-    if config.server.tls_cert is not None and config.server.tls_key is not None:
-        return _load_pair(config.server.tls_key, config.server.tls_cert)
-    key_path = config.federation.state / "tls.key"
-    cert_path = config.federation.state / "tls.crt"
-    with reporting_os_errors(config.federation.state):
-        if cert_path.exists() and key_path.exists():
-            pair = _load_pair(key_path, cert_path)
-            if now < x509.load_pem_x509_certificate(pair[1]).not_valid_after_utc:
-                return pair
-        key_pem, cert_pem = _self_signed(config.server.address[0], now)
-        config.federation.state.mkdir(parents=True, exist_ok=True)
-        key_path.unlink(missing_ok=True)
-        with os.fdopen(os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(key_pem)
-        cert_path.write_bytes(cert_pem)
-    return key_pem, cert_pem
+SELF_SIGNED_VALID = dt.timedelta(days=825)
+SERVER_VALID = dt.timedelta(days=30)
+TICKET_VALID = dt.timedelta(days=3650)
 
 
-def _load_pair(key_path: Path, cert_path: Path) -> tuple[bytes, bytes]:
-    with reporting_os_errors(cert_path):
-        pair = key_path.read_bytes(), cert_path.read_bytes()
+class Certificates:
+    """The certificates of a running coordinator. Raises `ResourceError` or `InputError` for files of no use."""
+
+    def __init__(self, config: Config, signing_key: PublicKey, now: dt.datetime) -> None:
+        self._config = config
+        self._signing_key = signing_key
+        self.are_required = config.server.client_certificates == "required"
+        self.authority = Authority.load(config.server.ca) if config.server.ca is not None else None
+        self._ticket = self._load_ticket(now) if self.are_required and self.authority is not None else None
+        self._marks = self._file_marks()
+        self._pair, self._configuration = self._load(now)
+
+    @property
+    def bundle(self) -> Path:
+        """The file that partners need to trust this coordinator."""
+        return self._config.federation.state / "coordinator.pem"
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Return credentials for a port; each handshake takes the certificates that are current then."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration, lambda: self._configuration, require_client_authentication=self.are_required
+        )
+
+    def refresh(self, now: dt.datetime) -> None:
+        """Take up files that have changed, and renew what is due; what is of no use is logged, and changes nothing."""
+        marks = self._file_marks()
+        is_due = self._is_issued and now >= half_life(self._pair.certificate)
+        if marks == self._marks and not is_due:
+            return
+        self._marks = marks
         try:
-            # An empty password, or OpenSSL would ask for one on the terminal.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_path, key_path, password="")
-        except ssl.SSLError as err:
-            raise InputError(
-                f"{cert_path}: not a PEM certificate (chain) that {key_path.name} is the private key of",
-                hint="correct server.tls_cert and server.tls_key, or remove both files for a self-signed certificate",
-            ) from err
-    return pair
+            self._pair, self._configuration = self._load(now, renew=is_due)
+        except FedmergeError as err:
+            log.error("the certificate stays as it was: %s", err.message)
+        else:
+            log.info("new certificate, good until %s", lifetime(self._pair.certificate, where="certificate")[1])
+
+    def issue(self, request: bytes, member: Member, now: dt.datetime) -> bytes:
+        """Return a client certificate (PEM) for a member's request. Raises `Refused` where there is no authority."""
+        if self.authority is None:
+            raise Refused("this coordinator has no certificate authority", hint="use a certificate of your own")
+        valid = dt.timedelta(hours=self._config.server.certificate_hours)
+        return self.authority.node(request, member.name, member.key.key_id, now, valid)
+
+    @property
+    def _is_issued(self) -> bool:
+        return self.authority is not None and self._config.server.tls_cert is None
+
+    def _load(self, now: dt.datetime, *, renew: bool = False) -> tuple[Pair, grpc.ServerCertificateConfiguration]:
+        server = self._config.server
+        if server.tls_cert is not None and server.tls_key is not None:
+            pair = _load_pair(server.tls_key, server.tls_cert)
+        else:
+            pair = self._kept_pair(now, renew=renew)
+        roots = None
+        if self.are_required:
+            paths = [server.client_ca] if server.client_ca is not None else []
+            roots = self.authority.pem if self.authority is not None else b""
+            for path in paths:
+                with reporting_os_errors(path):
+                    roots += path.read_bytes()
+                lifetime(roots, where=path)
+        self._write_bundle(pair)
+        return pair, grpc.ssl_server_certificate_configuration([(pair.key, pair.certificate)], roots)
+
+    def _kept_pair(self, now: dt.datetime, *, renew: bool) -> Pair:
+        """Return the pair in the state folder, or make it where there is none, or none that is still good."""
+        state = self._config.federation.state
+        key_path, cert_path = state / "tls.key", state / "tls.crt"
+        if cert_path.exists() and key_path.exists() and not renew:
+            pair = _load_pair(key_path, cert_path)
+            issuer = self.authority.pem if self.authority else pair.certificate
+            if now < lifetime(pair.certificate, where=cert_path)[1] and is_issued_by(pair.certificate, issuer):
+                return pair
+        host = self._config.server.address[0]
+        names = [TLS_NAME, "localhost", host]
+        if self.authority is not None:
+            pair = self.authority.server(names, now, SERVER_VALID)
+        else:
+            pair = self_signed(names, now, SELF_SIGNED_VALID)
+        _write_private(key_path, pair.key)
+        replace_file(cert_path, pair.certificate)
+        return pair
+
+    def _load_ticket(self, now: dt.datetime) -> Pair:
+        assert self.authority is not None
+        state = self._config.federation.state
+        key_path, cert_path = state / "ticket.key", state / "ticket.crt"
+        if key_path.exists() and cert_path.exists():
+            pair = _load_pair(key_path, cert_path)
+            if is_issued_by(pair.certificate, self.authority.pem):
+                return pair
+        pair = self.authority.ticket(now, TICKET_VALID)
+        _write_private(key_path, pair.key)
+        replace_file(cert_path, pair.certificate)
+        return pair
+
+    def _write_bundle(self, pair: Pair) -> None:
+        anchor = self.authority.pem if self.authority is not None and self._is_issued else pair.certificate
+        text = anchor.rstrip() + b"\n" + self._signing_key.pem().encode()
+        if self._ticket is not None:
+            text += self._ticket.certificate + self._ticket.key
+        if not self.bundle.exists() or self.bundle.read_bytes() != text:
+            replace_file(self.bundle, text)
+
+    def _file_marks(self) -> list[int]:
+        server = self._config.server
+        paths = [path for path in (server.tls_cert, server.tls_key, server.client_ca) if path is not None]
+        return [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
 
 
-def write_bundle(path: Path, certificate: bytes, key: PublicKey) -> None:
-    """Write what partners need to trust this coordinator: its certificate and its public signing key."""
+def _write_private(path: Path, data: bytes) -> None:
     with reporting_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(certificate.rstrip() + b"\n" + key.pem().encode())
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
 
 
-def _self_signed(host: str, now: dt.datetime) -> tuple[bytes, bytes]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedmerge coordinator")])
-    alternatives: list[x509.GeneralName] = [x509.DNSName(TLS_NAME), x509.DNSName("localhost")]
+def _load_pair(key_path: Path, cert_path: Path) -> Pair:
+    pair = read_pair(key_path, cert_path)
     try:
-        alternatives.append(x509.IPAddress(ipaddress.ip_address(host)))
-    except ValueError:
-        alternatives.append(x509.DNSName(host))
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(hours=1))
-        .not_valid_after(now + dt.timedelta(days=VALID_DAYS))
-        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    key_pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    return key_pem, certificate.public_bytes(serialization.Encoding.PEM)
+        # An empty password, or OpenSSL would ask for one on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_path, key_path, password="")
+    except ssl.SSLError as err:
+        raise InputError(
+            f"{cert_path}: not a PEM certificate (chain) that {key_path.name} is the private key of",
+            hint="correct server.tls_cert and server.tls_key, or remove both files for a self-signed certificate",
+        ) from err
+    return pair

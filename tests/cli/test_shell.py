@@ -62,8 +62,9 @@ OPTIONS: dict[str, list[str]] = {
     "simulate": ["CONFIG", "--processes", "--json"],
     "serve": ["CONFIG", "--json"],
     "join": [
-        "--coordinator", "--trust", "--token", "--data", "--test", "--key", "--passphrase-file", "--home", "--base",
-        "--name", "--trainer", "--option", "--keep-tuned", "--once", "--json",
+        "--coordinator", "--trust", "--token", "--data", "--test", "--key", "--passphrase-file",
+        "--certificate", "--certificate-key", "--home", "--base", "--name", "--trainer", "--option",
+        "--keep-tuned", "--once", "--json",
     ],
     "report": ["CONFIG", "--metric", "--json"],
     "rounds": ["CONFIG", "--json"],
@@ -75,9 +76,10 @@ OPTIONS: dict[str, list[str]] = {
     "rounds rollback": ["ROUND", "CONFIG", "--reason"],
     "keys new": ["PATH", "--algorithm", "--passphrase", "--passphrase-file", "--json"],
     "keys show": ["PATH", "--json"],
-    "keys trust": ["PUBFILE", "--name", "--org", "--config", "--into"],
+    "keys trust": ["PUBFILE", "--name", "--role", "--org", "--config", "--into"],
+    "keys ca": ["DIR", "--days", "--passphrase", "--passphrase-file"],
     "nodes list": ["--config", "--json"],
-    "nodes invite": ["NAME", "--org", "--expires", "--auto-approve", "--config", "--json"],
+    "nodes invite": ["NAME", "--org", "--role", "--expires", "--auto-approve", "--config", "--json"],
     "nodes approve": ["NAME", "--config", "--json"],
     "nodes revoke": ["NAME", "--reason", "--config", "--json"],
     "keys rotate": ["PATH", "--coordinator", "--trust", "--algorithm", "--passphrase-file", "--json"],
@@ -90,7 +92,7 @@ def test_the_command_list_is_deliberate() -> None:
         "Merge": ["merge", "statistics", "diff", "inspect", "verify"],
         "Run": ["simulate", "serve", "join", "report"],
     }
-    assert list(KEY_COMMANDS) == ["new", "show", "trust", "rotate"]
+    assert list(KEY_COMMANDS) == ["new", "show", "trust", "ca", "rotate"]
     assert list(NODE_COMMANDS) == ["list", "invite", "approve", "revoke"]
     assert list(ROUND_COMMANDS) == ["pause", "resume", "close", "extend", "retry", "rollback"]
     listed = {name for commands in COMMANDS.values() for name in commands} | set(TRUST_COMMANDS) | {"rounds"}
