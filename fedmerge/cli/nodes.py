@@ -9,6 +9,7 @@ import datetime as dt
 import re
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -105,18 +106,15 @@ def revoke(
 
 
 def _merged_rounds(config: Config, member: Member) -> list[int]:
-    path = config.federation.state / "ledger.sqlite"
-    if not path.exists():
+    if not config.federation.state.exists():
         return []
     from fedmerge.journal import merged_rounds
     from fedmerge.rounds import replay
+    from fedmerge.store.database import Database
     from fedmerge.store.ledger import Ledger
 
-    ledger = Ledger(path)
-    try:
+    with closing(Ledger(Database(config.database_url()))) as ledger:
         return merged_rounds(replay(ledger.entries), member.key.key_id)
-    finally:
-        ledger.close()
 
 
 def _duration_s(text: str) -> float:
