@@ -344,6 +344,7 @@ class Coordinator:
             target,
             base_name=self.config.model.name or self.config.model.base.name,
             key=self.key,
+            model_key=self._model_key(),
             provenance=self._provenance(),
             node_keys=self._node_keys(),
             adapter_rank=self.config.publish.adapter_rank,
@@ -377,6 +378,12 @@ class Coordinator:
                 case _:
                     pass
         return kept
+
+    def _model_key(self) -> SigningKey:
+        """Return the key for model.sig, which must be a P-256 one: the coordinator's if it is, or one of its own."""
+        if self.key.public.algorithm == "p256":
+            return self.key
+        return SigningKey.load_or_create(self.config.federation.state / "model-signing.key", "p256")
 
     def _node_keys(self) -> dict[str, str]:
         facts = [entry.event for entry in self.journal.ledger.entries]

@@ -1,9 +1,9 @@
 """Step 12, publish: a directory that transformers opens, and that anybody who has the coordinator's key can check.
 
 Beside the weights, config and tokenizer stand README.md (a model card), provenance.jsonl (every signed round spec,
-delta statement and merge record on the way to this version, as they travelled), lineage.json (a statement that names
-every file by SHA-256) and lineage.sig.json (its envelope). The folder adapter/ holds the change of the base as a LoRA
-adapter, if one is asked for. The directory appears whole or not at all.
+delta statement and merge record on the way to this version, as they travelled), what other tools check it by (see
+`attest`), lineage.json (a statement that names every file by SHA-256) and lineage.sig.json (its envelope). The folder
+adapter/ holds the change of the base as a LoRA adapter, if one is asked for. The directory appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fedmerge.adapter_writer import write_adapter
 from fedmerge.assemble import Assembly
+from fedmerge.attest import MODEL_KEY, MODEL_SIGNATURE, SLSA_PROVENANCE, model_signature, slsa_provenance
 from fedmerge.card import local_card, model_card
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import reporting_os_errors
@@ -46,6 +47,7 @@ def publish(
     *,
     base_name: str,
     key: SigningKey,
+    model_key: SigningKey,
     provenance: Sequence[tuple[str, str]],
     node_keys: Mapping[str, str],
     adapter_rank: int = 0,
@@ -53,9 +55,9 @@ def publish(
     """Write and sign the published directory of a model version at `target`.
 
     `base_name` is what the card calls the base model. `adapter_rank` is the largest rank of the adapter beside the
-    model; 0 is for none. `provenance` holds (statement kind, envelope) pairs in order,
-    `node_keys` the PEM public key by key id of each node that signed one of them. Repeating it replaces the directory
-    by an equal one. Raises `ResourceError`.
+    model; 0 is for none. `model_key` is a P-256 key, for other tools. `provenance` holds (statement kind, envelope)
+    pairs in order, `node_keys` the PEM public key by key id of each node that signed one of them. Repeating it replaces
+    the directory by an equal one. Raises `ResourceError`.
     """
     with appearing_whole(target) as partial:
         write_model(model, base, partial)
@@ -66,6 +68,9 @@ def publish(
             change = Computed(delta_schema(base.schema), model.change)
             adapter = write_adapter(partial / ADAPTER, change, base, adapter_rank, base_name=base_name)
         (partial / CARD).write_text(model_card(record, base_name, adapter))
+        (partial / MODEL_KEY).write_text(model_key.public.pem())
+        (partial / SLSA_PROVENANCE).write_bytes(slsa_provenance(record, file_digests(partial), model_key))
+        _write_model_signature(partial, target.name, model_key)
         lineage = Lineage(
             federation=record.federation,
             run=record.run,
@@ -105,6 +110,9 @@ def publish_local(
         for name, text in (side_files or {}).items():
             (partial / name).write_text(text)
         (partial / CARD).write_text(local_card(host.directory.name, inputs, recipe, seed, digest))
+        if key is not None and key.public.algorithm == "p256":
+            (partial / MODEL_KEY).write_text(key.public.pem())
+            _write_model_signature(partial, target.name, key)
         statement = LocalMerge(
             files=file_digests(partial),
             model_digest=digest,
@@ -162,6 +170,11 @@ def file_digests(directory: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def _write_model_signature(directory: Path, name: str, key: SigningKey) -> None:
+    ignored = (MODEL_SIGNATURE, LINEAGE, SIGNATURE)
+    (directory / MODEL_SIGNATURE).write_bytes(model_signature(name, file_digests(directory), ignored, key))
 
 
 def software_versions() -> dict[str, str]:

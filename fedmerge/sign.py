@@ -147,10 +147,10 @@ class SigningKey:
         write_new(path, pem, if_exists=NEVER_OVERWRITTEN, mode=0o600)
 
     @classmethod
-    def load_or_create(cls, path: Path) -> SigningKey:
+    def load_or_create(cls, path: Path, algorithm: Algorithm = "ed25519") -> SigningKey:
         """Read the key file, or make it when there is none."""
         if not path.exists():
-            cls.generate().save(path)
+            cls.generate(algorithm).save(path)
         return cls.load(path)
 
     @property

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from fedmerge.aggregate import RoundUpdate, delta_key, open_delta, screen_round
+from fedmerge.attest import MODEL_KEY, MODEL_SIGNATURE, check_model_signature
 from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import (
@@ -238,6 +239,11 @@ def _check_directory(
         Check("signature", True, f"{LINEAGE} is signed by key {signed.signer.short}"),
         Check("files", True, f"all {num_files} files have their signed SHA-256, and no other file is there"),
     ]
+    if MODEL_SIGNATURE in lineage.files:
+        model_key, where = PublicKey.load(directory / MODEL_KEY), str(directory / MODEL_SIGNATURE)
+        check_model_signature(_read(directory / MODEL_SIGNATURE), lineage.files, model_key, where=where)
+        detail = f"{MODEL_SIGNATURE} names the same files, for OpenSSF model-signing tools and the key in {MODEL_KEY}"
+        checks.append(Check("model.sig", True, detail))
     return lineage, signed.signer, checks
 
 
