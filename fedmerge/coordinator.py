@@ -18,6 +18,7 @@ from fedmerge.delta import delta_schema
 from fedmerge.errors import BadSignature, ConfigError, InputError, InvalidDelta, RoundFailed, UnknownVersion
 from fedmerge.events import (
     CandidatesScored,
+    CheckpointCosigned,
     DeltaAccepted,
     FederationCreated,
     MemberAdmitted,
@@ -33,12 +34,13 @@ from fedmerge.events import (
 from fedmerge.events import RoundFailed as RoundFailedEvent
 from fedmerge.intake import Intake
 from fedmerge.journal import Journal
+from fedmerge.logkeeper import LogKeeper
 from fedmerge.members import Members
 from fedmerge.merge import Plan, Recipe
 from fedmerge.merging import RoundMerge, drop_candidates
 from fedmerge.operator import Operator
 from fedmerge.policy import Action, RoundPolicy, Standing, next_action, standing
-from fedmerge.publish import publish
+from fedmerge.publish import COSIGNATURE, publish
 from fedmerge.rounds import FederationState, Phase, after
 from fedmerge.search import Search
 from fedmerge.seeds import derive_seed
@@ -93,6 +95,7 @@ class Coordinator:
             max_staleness=config.rounds.staleness_limit,
             async_buffer=config.rounds.async_buffer,
             scoring_s=config.search.deadline_s,
+            cosignatures=config.rounds.publish_after_cosignatures,
         )
         state_dir = config.federation.state
         self.base = Checkpoint(base_dir)
@@ -113,6 +116,7 @@ class Coordinator:
             self._create_or_check()
             self.members = Members(self.journal, self.trust)
             self.operator = Operator(self.journal, self.policy, self._fail)
+            self.log = LogKeeper(self.journal, self.trust)
             self.intake = Intake(
                 self.journal,
                 self.blobs,
@@ -252,6 +256,7 @@ class Coordinator:
             max_staleness=self.policy.max_staleness,
             deadline_s=self.policy.deadline_s,
             max_payload_bytes=config.server.max_payload_bytes,
+            publish_after_cosignatures=self.policy.cosignatures,
         )
         envelope = spec.sign(self.key).decode()
         spec_digest = digest_of(spec.to_payload())
@@ -355,15 +360,17 @@ class Coordinator:
     def _provenance(self) -> list[tuple[str, str]]:
         """Return (kind, envelope) of all that was signed on the way to the newest version, in order."""
         kept: list[tuple[str, str]] = []
-        state, node_keys = FederationState(), self._node_keys()
+        state, named = FederationState(), self._node_keys().keys() | self.journal.state.cosigned.keys()
         for entry in self.journal.ledger.entries:
             state = after(state, entry)
             match entry.event:
                 case RoundOpened(spec_envelope=envelope):
                     kept.append((RoundSpec.kind, envelope))
-                case MemberAdmitted(node_id=node_id, envelope=envelope) if node_id in node_keys:
+                case CheckpointCosigned(note=note, cosignature=cosignature):
+                    kept.append((COSIGNATURE, note + cosignature))
+                case MemberAdmitted(node_id=node_id, envelope=envelope) if node_id in named:
                     kept.append((Enrolment.kind, envelope))
-                case MemberRevoked(node_id=node_id, envelope=envelope) if node_id in node_keys:
+                case MemberRevoked(node_id=node_id, envelope=envelope) if node_id in named:
                     kept.append((Revocation.kind, envelope))
                 case DeltaAccepted(statement_envelope=envelope):
                     kept.append((DeltaStatement.kind, envelope))

@@ -11,6 +11,7 @@
     |   |   +-- RevokedKey, PendingKey     3
     |   +-- UntrustedCertificate           3
     |   |   +-- CertificateExpired, CertificateRequired, CertificateMismatch
+    |   +-- Equivocation, ReceiptNotListed 3
     |   +-- DigestMismatch                 3
     +-- Unreachable                        4   no coordinator answers
     +-- RoundFailed                        5   a round ended without a model
@@ -18,7 +19,7 @@
     +-- Refused                            7   the coordinator will not take this submission
     |   +-- UnknownRound, UnknownUpload, UnknownVersion, RoundClosed, NotAsked, WrongPhase, StaleBase,
     |       ConflictingSubmission, BadOffset, QuotaExceeded, Busy, InvalidDelta, NoSession, InvalidToken,
-    |       NotAllowed
+    |       NotAllowed, InvalidProof
     +-- ResourceError                      8   disk full, port in use, file not writable
     +-- NothingDue                         9   `fedmerge join --once` found nothing to do
 
@@ -129,6 +130,18 @@ class CertificateMismatch(UntrustedCertificate):
     """A node shows another node's certificate."""
 
     reason = "CERTIFICATE_MISMATCH"
+
+
+class Equivocation(VerificationError):
+    """A coordinator signed two histories of one federation."""
+
+    reason = "EQUIVOCATION"
+
+
+class ReceiptNotListed(VerificationError):
+    """A coordinator signed a receipt for a delta, and leaves it out."""
+
+    reason = "RECEIPT_NOT_LISTED"
 
 
 class DigestMismatch(VerificationError):
@@ -257,6 +270,12 @@ class NotAllowed(Refused):
     """The caller's role may not make this call."""
 
     reason = "NOT_ALLOWED"
+
+
+class InvalidProof(Refused):
+    """The log can't prove what was asked for: it never had that size, or that event."""
+
+    reason = "NO_SUCH_PROOF"
 
 
 class ResourceError(FedmergeError):

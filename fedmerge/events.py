@@ -215,6 +215,16 @@ class MemberRevoked(_Event):
     envelope: str
 
 
+class CheckpointCosigned(_Event):
+    """A member found that the log of `size` events continues what it knew, and has its receipts, and cosigned it."""
+
+    kind: Literal["checkpoint_cosigned"] = "checkpoint_cosigned"
+    node_id: Digest
+    size: int
+    note: str
+    cosignature: str
+
+
 class KeyRotated(_Event):
     """A node replaced its key by another one; `envelope` is its old key's word for it."""
 
@@ -246,6 +256,7 @@ Event: TypeAlias = (
     | MemberAdmitted
     | MemberRevoked
     | KeyRotated
+    | CheckpointCosigned
 )
 
 _adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])

@@ -7,6 +7,7 @@ where it stood, and never trains twice for a round whose delta is already signed
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -54,6 +55,7 @@ from fedmerge.statistics import side_tensors, statistics_schema
 from fedmerge.tensors import Checkpoint, TensorMap, model_digest, reporting_save_errors
 from fedmerge.training import STATE, Trainer, TrainTask, require_statistics
 from fedmerge.versions import write_model
+from fedmerge.witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class NodeEvent:
-    """Something worth showing: `kind` is fetch, train, encoded, upload, delivered, evaluated, waiting (not
+    """Something worth showing: `kind` is fetch, train, encoded, upload, delivered, evaluated, cosigned, waiting (not
     asked in a round), missed or finished."""
 
     kind: str
@@ -114,7 +116,8 @@ class Node:
 
     `home` is the node's folder, `base` a directory with the base model (fetched from the coordinator when None),
     `coordinator` the key that round specs must be signed with. A round's own fine-tune is deleted once its delta is
-    signed, unless `keep_tuned`. `make_chain` makes the node's models where they are not copies of its own.
+    signed, unless `keep_tuned`. With a `witness` the node checks and cosigns the coordinator's log. `make_chain` makes
+    the node's models where they are not copies of its own.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class Node:
         *,
         base: Path | None = None,
         keep_tuned: bool = False,
+        witness: Witness | None = None,
         on_event: Callable[[NodeEvent], None] = lambda event: None,
         make_chain: ChainMaker = ModelChain,
     ) -> None:
@@ -138,6 +142,7 @@ class Node:
         self._coordinator = {coordinator.key_id: coordinator}
         self._chain = make_chain(home, link.fetch, self._announce_fetch, base)
         self._keep_tuned = keep_tuned
+        self._witness = witness
         self._on_event = on_event
         self._taken: set[str] = set()
         self._num_done = 0
@@ -181,9 +186,25 @@ class Node:
                 self._take_part(spec, spec_digest)
             else:
                 self._emit("waiting", spec.round)
+        self._observe(view, spec, spec_digest)
         if view.phase == "searching" and view.candidates_envelope:
             self._score(view.candidates_envelope, spec, spec_digest)
         return self._finish(view, spec) if view.finished else None
+
+    def _observe(self, view: RoundView, spec: RoundSpec, spec_digest: str) -> None:
+        """Check and cosign the coordinator's log, once when a round is merged and once when its model is out."""
+        if self._witness is None:
+            return
+        record_digest = hashlib.sha256(view.record_envelope).hexdigest()
+        moment = f"{spec_digest} {view.phase}" if view.phase == "publishing" else record_digest
+        if moment in self._taken or not (view.record_envelope or view.phase == "publishing"):
+            return
+        self._taken.add(moment)
+        checkpoint = self._witness.observe(spec.federation, spec.run)
+        if view.record_envelope:
+            record, _ = MergeRecord.open(view.record_envelope, self._coordinator, where="merge record")
+            self._witness.require_listed(record)
+        self._emit("cosigned", view.round, log_events=checkpoint.size)
 
     def _take_part(self, spec: RoundSpec, spec_digest: str) -> None:
         try:

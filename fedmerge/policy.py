@@ -44,7 +44,8 @@ class RoundPolicy:
 
     Expected are the trusted nodes, or those of a `sample`: so many of them, or a share of them below 1. Deltas that
     come after their round was sealed count in a later one, up to `max_staleness` rounds on. There are `num_rounds`
-    rounds. Where merges are searched for, nodes have `scoring_s` for each generation of candidates.
+    rounds. A model is published once as many members as `cosignatures` witnessed its merge. Where merges are searched
+    for, nodes have `scoring_s` for each generation of candidates.
     """
 
     num_rounds: int
@@ -56,6 +57,7 @@ class RoundPolicy:
     max_staleness: int = 0
     async_buffer: int | None = None
     scoring_s: float = 3600.0
+    cosignatures: int = 0
 
     def quorum(self, num_expected: int) -> int:
         """Return how many deltas a round needs, of so many expected nodes."""
@@ -112,7 +114,7 @@ def _due(state: FederationState, policy: RoundPolicy, trusted: Collection[str], 
         case Phase.SEARCHING:
             return _while_searching(state, policy, now_s)
         case Phase.PUBLISHING:
-            return Action.PUBLISH
+            return Action.PUBLISH if state.num_witnesses() >= policy.cosignatures else Action.WAIT
         case Phase.FAILED:
             return Action.OPEN if state.is_retried else Action.FINISH
         case Phase.OPEN:

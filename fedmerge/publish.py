@@ -35,6 +35,7 @@ from fedmerge.weights import writing_weights
 LINEAGE = "lineage.json"
 SIGNATURE = "lineage.sig.json"
 PROVENANCE = "provenance.jsonl"
+COSIGNATURE = "cosignature"
 CARD = "README.md"
 ADAPTER = "adapter"
 

@@ -20,6 +20,7 @@ from fedmerge.errors import DigestMismatch
 from fedmerge.events import (
     CandidatesProposed,
     CandidatesScored,
+    CheckpointCosigned,
     DeadlineExtended,
     DeltaAccepted,
     DeltaRejected,
@@ -71,7 +72,8 @@ class FederationState:
     were told of. By the operator, the rounds are paused since `paused_at_s`, the open round's deadline is `extra_s`
     later, the open round is cut short, and one that failed is to be tried again.
 
-    `members` are the keys that are trusted, by id, and `predecessors` has the key that a key replaced.
+    `members` are the keys that are trusted, by id, and `predecessors` has the key that a key replaced. `merge_event` is
+    the number of the newest merge's event, `cosigned` the size of log that each member cosigned last.
     """
 
     created: FederationCreated | None = None
@@ -99,6 +101,8 @@ class FederationState:
     extra_s: float = 0.0
     is_cut_short: bool = False
     is_retried: bool = False
+    merge_event: int = 0
+    cosigned: Mapping[str, int] = field(default_factory=dict)
 
     def accepted(self, node_id: str) -> DeltaAccepted | None:
         """Return what the node delivered in the current round, be it under a key that this one has replaced since."""
@@ -107,6 +111,10 @@ class FederationState:
             if entry is not None and isinstance(entry.event, DeltaAccepted):
                 return entry.event
         return None
+
+    def num_witnesses(self) -> int:
+        """Return how many trusted members cosigned a log that has the newest merge in it."""
+        return sum(size > self.merge_event for node_id, size in self.cosigned.items() if node_id in self.members)
 
     def keys_of(self, node_id: str) -> set[str]:
         """Return a key and those that it replaced, one after the other, by id."""
@@ -163,6 +171,7 @@ _LEGAL: dict[type, set[Phase]] = {
     MemberAdmitted: set(Phase),
     MemberRevoked: set(Phase),
     KeyRotated: set(Phase),
+    CheckpointCosigned: set(Phase),
 }
 
 
@@ -219,6 +228,8 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
             return replace(state, members={**state.members, event.node_id: event})
         case MemberRevoked():
             return _without_member(state, event.node_id)
+        case CheckpointCosigned():
+            return replace(state, cosigned={**state.cosigned, event.node_id: event.size})
         case KeyRotated():
             members = {key_id: member for key_id, member in state.members.items() if key_id != event.node_id}
             predecessors = {**state.predecessors, event.new_node_id: event.node_id}
@@ -226,7 +237,13 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
         case MergeStarted():
             return replace(state, phase=Phase.MERGING)
         case MergeFinished():
-            return replace(state, phase=Phase.PUBLISHING, merges=(*state.merges, event), current=event)
+            return replace(
+                state,
+                phase=Phase.PUBLISHING,
+                merges=(*state.merges, event),
+                current=event,
+                merge_event=entry.number,
+            )
         case RoundPublished():
             return replace(state, phase=Phase.PUBLISHED, published=state.current)
         case RoundFailed():

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -98,6 +98,22 @@ class PublicKey:
         """Read a PEM file; raise `InputError` when it is missing or holds no usable key."""
         return cls.from_pem(read_text(path), where=str(path))
 
+    def raw(self) -> bytes:
+        """Return the 32 bytes of an Ed25519 key; of a P-256 key, its SubjectPublicKeyInfo."""
+        key = serialization.load_der_public_key(self.spki)
+        return key.public_bytes_raw() if isinstance(key, Ed25519PublicKey) else self.spki
+
+    def verify_bytes(self, signature: bytes, data: bytes, *, where: str) -> None:
+        """Verify a bare signature over `data`; raise `BadSignature`."""
+        key = serialization.load_der_public_key(self.spki)
+        try:
+            if isinstance(key, Ed25519PublicKey):
+                key.verify(signature, data)
+            elif isinstance(key, EllipticCurvePublicKey):
+                key.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature as err:
+            raise BadSignature(f"{where}: the signature of key {self.short} does not verify") from err
+
     def _verifier(self) -> SSlibKey:
         return SSlibKey.from_crypto(serialization.load_der_public_key(self.spki), keyid=self.key_id)
 
@@ -161,16 +177,18 @@ class SigningKey:
         )
         return PublicKey(spki)
 
+    def sign_bytes(self, data: bytes) -> bytes:
+        """Return a bare signature over `data`, which has to say itself what it is for."""
+        if isinstance(self.private, Ed25519PrivateKey):
+            return self.private.sign(data)
+        # Deterministic (RFC 6979), so that signing a statement again gives the same envelope, as Ed25519 does.
+        return self.private.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
+
     def sign(self, payload_type: str, payload: bytes) -> bytes:
         """Return the DSSE envelope (JSON bytes) of `payload`, signed under `payload_type`."""
         envelope = Envelope(payload, payload_type, {})
-        key_id, data = self.public.key_id, envelope.pae()
-        if isinstance(self.private, Ed25519PrivateKey):
-            signature = self.private.sign(data)
-        else:
-            # Deterministic (RFC 6979), so that signing a statement again gives the same envelope, as Ed25519 does.
-            signature = self.private.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
-        envelope.signatures[key_id] = Signature(key_id, signature.hex())
+        key_id = self.public.key_id
+        envelope.signatures[key_id] = Signature(key_id, self.sign_bytes(envelope.pae()).hex())
         return json.dumps(envelope.to_dict(), separators=(",", ":")).encode()
 
 

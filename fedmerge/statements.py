@@ -154,6 +154,7 @@ class RoundSpec(Statement):
 
     `sample` are the nodes that are asked, sorted; when it is empty, every node that the coordinator trusts is. A delta
     that comes too late for the round counts in a later merge, up to `max_staleness` rounds on.
+    `visibility` says who sees single deltas: the coordinator does.
     """
 
     kind: ClassVar[str] = "roundspec"
@@ -181,6 +182,8 @@ class RoundSpec(Statement):
     max_staleness: Count
     deadline_s: float
     max_payload_bytes: Size
+    publish_after_cosignatures: Count = 0
+    visibility: Literal["visible"] = "visible"
 
     def subject(self) -> dict[str, str]:
         """The model the round starts from."""

@@ -31,7 +31,7 @@ from fedmerge.errors import (
 from fedmerge.frame import DeltaFile
 from fedmerge.merge import Recipe
 from fedmerge.merkle import leaves_of, merkle_root
-from fedmerge.publish import ADAPTER, LINEAGE, PROVENANCE, SIGNATURE, file_digests
+from fedmerge.publish import ADAPTER, COSIGNATURE, LINEAGE, PROVENANCE, SIGNATURE, file_digests
 from fedmerge.scoring import candidate_of, is_as_planned, outcome, proposed
 from fedmerge.sign import MAX_ENVELOPE_BYTES, PublicKey
 from fedmerge.statements import (
@@ -53,6 +53,7 @@ from fedmerge.statements import (
 from fedmerge.steps import SteppedModel
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint, TensorMap, model_digest
+from fedmerge.translog import MEMBER_NAME, check_cosignature, open_checkpoint
 
 PLAIN_FILES = "only plain files belong in a published model"
 
@@ -74,7 +75,8 @@ class History:
 
     The records are those that lead to the version; what `rollbacks` took back is not among them. Of rounds that
     searched for their merge also the candidates by digest, and what nodes reported about them, by round, candidate and
-    node. `enrolments` and `revocations` are by node: what the coordinator says of whose keys these are.
+    node. `witnesses` has the size of log that each member cosigned last. `enrolments` and `revocations` are by node:
+    what the coordinator says of whose keys these are.
     """
 
     specs: dict[str, RoundSpec]
@@ -82,6 +84,7 @@ class History:
     records: list[MergeRecord]
     proposals: dict[str, Candidates]
     metrics: dict[tuple[int, str, str], MetricsStatement]
+    witnesses: dict[str, int]
     enrolments: dict[str, Enrolment]
     revocations: dict[str, Revocation]
     rollbacks: list[Rollback]
@@ -105,6 +108,7 @@ def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple
         Check("deltas", True, f"{len(history.deltas)} delta statements verify under the keys of {num_nodes} nodes")
     )
     checks.append(_organisations(history))
+    checks.append(_witnesses(history))
     checks += [
         Check("revoked", True, f"key {node_id[:12]} of {each.organisation} was revoked: {each.reason}")
         for node_id, each in sorted(history.revocations.items())
@@ -131,6 +135,14 @@ def _organisations(history: History) -> Check:
     if missing:
         return Check("members", None, f"nothing says whose key {missing[0][:12]} is")
     return Check("members", True, f"the deltas are of {len(known)} organisations: {', '.join(sorted(known))}")
+
+
+def _witnesses(history: History) -> Check:
+    """Say who cosigned the coordinator's log."""
+    if not history.witnesses:
+        return Check("witnesses", None, "no member cosigned the coordinator's log; compare checkpoints: fedmerge audit")
+    size = max(history.witnesses.values())
+    return Check("witnesses", True, f"{len(history.witnesses)} members cosigned the log, the last at {size} events")
 
 
 def verify_local(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[LocalMerge, list[Check]]:
@@ -278,7 +290,7 @@ def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lin
         key_id: PublicKey.from_pem(pem, where=f"{LINEAGE}: node key {key_id[:12]}")
         for key_id, pem in lineage.node_keys.items()
     }
-    history = History({}, {}, [], {}, {}, {}, {}, [])
+    history = History({}, {}, [], {}, {}, {}, {}, {}, [])
     told: list[MergeRecord | Rollback] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         where = f"{path}:{number}"
@@ -304,6 +316,8 @@ def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lin
             if signed.signer.key_id != metrics.node_id or metrics.model != "candidate" or key in history.metrics:
                 raise BadSignature(f"{where}: not what node {metrics.node_id[:12]} said of a candidate, once")
             history.metrics[key] = metrics
+        elif kind == COSIGNATURE:
+            _read_cosignature(envelope, coordinator, history, where)
         elif kind == Enrolment.kind:
             enrolment, _ = Enrolment.open(envelope, coordinator, where=where)
             history.enrolments[enrolment.node_id] = enrolment
@@ -319,6 +333,21 @@ def _read_history(path: Path, coordinator: Mapping[str, PublicKey], lineage: Lin
             raise BadSignature(f"{where}: unknown kind of statement {kind!r}")
     _require_chain(history, told, lineage, path)
     return history
+
+
+def _read_cosignature(line: bytes, coordinator: Mapping[str, PublicKey], history: History, where: str) -> None:
+    """Check a checkpoint of the log, and which enrolled member cosigned it: that is its last line."""
+    note, blank, cosignature = line.rstrip(b"\n").rpartition(b"\n")
+    note, cosignature = note + blank, cosignature + b"\n"
+    (own,) = coordinator.values()
+    checkpoint = open_checkpoint(note, own, where=where)
+    name = cosignature.partition(b" ")[2].partition(b" ")[0].decode(errors="replace").removeprefix(MEMBER_NAME)
+    enrolment = history.enrolments.get(name)
+    if enrolment is None:
+        raise BadSignature(f"{where}: cosigned by nobody who was enrolled")
+    key = PublicKey.from_pem(enrolment.key, where=where)
+    check_cosignature(note, cosignature, key, where=where)
+    history.witnesses[key.key_id] = checkpoint.size
 
 
 def _require_chain(history: History, told: list[MergeRecord | Rollback], lineage: Lineage, path: Path) -> None:

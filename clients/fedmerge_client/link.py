@@ -31,10 +31,13 @@ from fedmerge.errors import (
 from fedmerge.node import RoundView
 from fedmerge.sign import SigningKey
 from fedmerge.statements import EnrolmentRequest, KeyRotation, SessionProof
+from fedmerge.translog import Growth
 from fedmerge.trust import token_digest
 from fedmerge.v1 import (
     delta_pb2,
     delta_pb2_grpc,
+    log_pb2,
+    log_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     round_pb2,
@@ -109,6 +112,7 @@ class GrpcLink:
         self._rounds = round_pb2_grpc.RoundServiceStub(self._channel)
         self._deltas = delta_pb2_grpc.DeltaServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._log = log_pb2_grpc.LogServiceStub(self._channel)
 
     def keep_trying(self, patience_s: float) -> None:
         """Go on for so long without an answer from here on, if that is longer than before."""
@@ -222,6 +226,20 @@ class GrpcLink:
     def report_metrics(self, envelope: bytes) -> None:
         """Hand in a signed evaluation."""
         self._call(lambda: self._rounds.ReportMetrics, round_pb2.ReportMetricsRequest(envelope=envelope))
+
+    def growth(self, old_size: int) -> Growth:
+        """Return a checkpoint of the coordinator's log, and the proof that it continues that of `old_size` events."""
+        answer = self._call(lambda: self._log.GetCheckpoint, log_pb2.GetCheckpointRequest(old_size=old_size))
+        return Growth(bytes(answer.note), [bytes(each) for each in answer.proof])
+
+    def inclusion(self, index: int, size: int) -> list[bytes]:
+        """Return the proof that event `index` is among the first `size`."""
+        answer = self._call(lambda: self._log.GetInclusion, log_pb2.GetInclusionRequest(index=index, size=size))
+        return [bytes(each) for each in answer.proof]
+
+    def cosign(self, note: bytes, cosignature: bytes) -> None:
+        """Hand in a cosignature."""
+        self._call(lambda: self._log.Cosign, log_pb2.CosignRequest(note=note, cosignature=cosignature))
 
     def _call(
         self, method: Callable[[], Callable[..., Answer]], request: object, *, timeout_s: float = CALL_TIMEOUT_S

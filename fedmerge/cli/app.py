@@ -91,6 +91,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "statistics": ("fedmerge.cli.statistics:statistics", "Compute what fisher and regmean weigh a model by."),
         "diff": ("fedmerge.cli.diff:diff", "Show how fine-tunes interfere, before merging them."),
         "inspect": ("fedmerge.cli.inspect:inspect", "Show what is in a model or delta file."),
+        "audit": ("fedmerge.cli.audit:audit", "Compare what members were shown of a coordinator's log."),
         "verify": ("fedmerge.cli.verify:verify", "Check a published model: signatures, digests, the merge itself."),
     },
     "Run": {

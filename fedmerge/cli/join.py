@@ -19,6 +19,7 @@ from fedmerge.node import Node
 from fedmerge.passphrase import find_passphrase
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.training import load_trainer
+from fedmerge.witness import Witness
 
 if TYPE_CHECKING:
     from fedmerge_client.link import GrpcLink
@@ -96,6 +97,7 @@ def join(
                 home,
                 base=base,
                 keep_tuned=keep_tuned,
+                witness=Witness(home, link, signing_key, link.coordinator, time.time),
                 on_event=lambda event: show(shown_as, event),
             )
             model_dir = node.run_once() if once else node.run()

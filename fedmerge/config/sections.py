@@ -163,11 +163,21 @@ class Rounds(Section):
     async_buffer: Positive | None = Field(default=None, examples=[4])
     """Closes a round as soon as so many deltas are there, late ones included, whoever they are of: nodes at their own
     pace, none of which waits for a slower one. Then fraction and grace_s have no effect."""
+    publish_after_cosignatures: int = Field(default=0, ge=0)
+    """Members that must have checked the coordinator's log, with the merge in it, and cosigned it before a model is
+    published; more than half of them, and no two groups can be shown different models. 0 publishes at once."""
 
     @property
     def staleness_limit(self) -> int:
         """Rounds that a delta may be late; 0 where late ones are refused."""
         return self.max_staleness if self.late == "carry" or self.async_buffer is not None else 0
+
+    @field_validator("publish_after_cosignatures")
+    @classmethod
+    def _within_the_quorum(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.data.get("min_nodes", value):
+            raise ValueError("must not be more than min_nodes: only nodes that take part cosign")
+        return value
 
 
 class Train(OpenSection):

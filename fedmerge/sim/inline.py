@@ -28,6 +28,7 @@ from fedmerge.sim.sites import LocalLink, TimedLink, make_site, node_home
 from fedmerge.sim.world import World
 from fedmerge.training import Trainer
 from fedmerge.trust import Member, TrustStore
+from fedmerge.witness import Witness
 
 HORIZON_S = 1e10
 
@@ -104,7 +105,7 @@ class Simulation:
     def _question(self) -> Question | None:
         """Return what is asked of nodes now, if anything."""
         state = self.coordinator.journal.state
-        if state.opened is None or not (state.phase in {Phase.OPEN, Phase.SEARCHING} or self.coordinator.finished()):
+        if state.opened is None or not (state.phase in {Phase.OPEN, Phase.SEARCHING, Phase.PUBLISHING} or self.coordinator.finished()):
             return None
         return state.opened.spec_digest, str(state.phase), len(state.proposals)
 
@@ -163,6 +164,7 @@ class Simulation:
                 self.coordinator.key.public,
                 home,
                 base=self.coordinator.base.directory,
+                witness=Witness(home, link, key, self.coordinator.key.public, self.world.clock),
                 on_event=on_event,
                 make_chain=make_chain,
             )

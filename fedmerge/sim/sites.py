@@ -16,6 +16,7 @@ from fedmerge.merkle import LEAF_BYTES
 from fedmerge.node import RoundView
 from fedmerge.seeds import derive_seed
 from fedmerge.sim.world import World
+from fedmerge.translog import Growth
 
 BYTES_PER_MBIT = 125_000
 SLOT_S = 3600.0
@@ -141,6 +142,18 @@ class LocalLink:
                 sent(offset)
         return intake.commit(self._node_id, upload_id)
 
+    def growth(self, old_size: int) -> Growth:
+        """Return a checkpoint of the log, and the proof that it continues that of `old_size` events."""
+        return self._coordinator.log.growth(old_size)
+
+    def inclusion(self, index: int, size: int) -> list[bytes]:
+        """Return the proof that event `index` is among the first `size`."""
+        return self._coordinator.log.inclusion(index, size)
+
+    def cosign(self, note: bytes, cosignature: bytes) -> None:
+        """Hand in a cosignature."""
+        self._coordinator.log.cosign(self._node_id, note, cosignature)
+
     def report_metrics(self, envelope: bytes) -> None:
         """Hand in a signed evaluation."""
         self._coordinator.report_metrics(self._node_id, envelope)
@@ -177,6 +190,18 @@ class TimedLink:
         self._world.sleep(self._site.offline_s(self._world.now_s))
         self._world.sleep(self._site.send_s(payload.stat().st_size))
         return self._link.submit(envelope, payload, leaves, sent)
+
+    def growth(self, old_size: int) -> Growth:
+        """Return a checkpoint of the log, and the proof that it continues that of `old_size` events."""
+        return self._link.growth(old_size)
+
+    def inclusion(self, index: int, size: int) -> list[bytes]:
+        """Return the proof that event `index` is among the first `size`."""
+        return self._link.inclusion(index, size)
+
+    def cosign(self, note: bytes, cosignature: bytes) -> None:
+        """Hand in a cosignature."""
+        self._link.cosign(note, cosignature)
 
     def report_metrics(self, envelope: bytes) -> None:
         """Hand in a signed evaluation."""

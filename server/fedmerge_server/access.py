@@ -36,6 +36,9 @@ METHODS: dict[str, Rule | None] = {
     "GetUpload": Rule(NODES),
     "CommitDelta": Rule(NODES),
     "FetchArtifact": Rule(MEMBERS),
+    "GetCheckpoint": Rule(MEMBERS),
+    "GetInclusion": Rule(MEMBERS),
+    "Cosign": Rule(MEMBERS),
 }
 
 

@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from fedmerge.config import Config
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import FedmergeError, ResourceError
-from fedmerge.v1 import delta_pb2_grpc, model_pb2_grpc, round_pb2_grpc, session_pb2_grpc
+from fedmerge.v1 import delta_pb2_grpc, log_pb2_grpc, model_pb2_grpc, round_pb2_grpc, session_pb2_grpc
 from fedmerge.wire import MAX_MESSAGE_BYTES
 from fedmerge_server.admin import open_admin
 from fedmerge_server.service import Services
@@ -102,6 +102,7 @@ def _open(
     round_pb2_grpc.add_RoundServiceServicer_to_server(services, server)
     delta_pb2_grpc.add_DeltaServiceServicer_to_server(services, server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(services, server)
+    log_pb2_grpc.add_LogServiceServicer_to_server(services, server)
     try:
         port = server.add_secure_port(config.server.listen, certificates.credentials())
     except RuntimeError as err:

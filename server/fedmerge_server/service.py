@@ -22,6 +22,8 @@ from fedmerge.trust import Member
 from fedmerge.v1 import (
     delta_pb2,
     delta_pb2_grpc,
+    log_pb2,
+    log_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     round_pb2,
@@ -71,6 +73,7 @@ class Services(
     round_pb2_grpc.RoundServiceServicer,
     delta_pb2_grpc.DeltaServiceServicer,
     model_pb2_grpc.ModelServiceServicer,
+    log_pb2_grpc.LogServiceServicer,
 ):
     """All services of one coordinator. Must be made on the event loop that serves them."""
 
@@ -272,6 +275,35 @@ class Services(
                 while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
                     self._caller(context, "FetchArtifact")
                     yield model_pb2.FetchArtifactResponse(data=data)
+
+    # LogService
+
+    async def GetCheckpoint(  # noqa: N802
+        self, request: log_pb2.GetCheckpointRequest, context: Context
+    ) -> log_pb2.GetCheckpointResponse:
+        """Sign the log as it is now."""
+        async with answering(context):
+            self._caller(context, "GetCheckpoint")
+            growth = await asyncio.to_thread(self._coordinator.log.growth, request.old_size)
+        return log_pb2.GetCheckpointResponse(note=growth.note, proof=growth.proof)
+
+    async def GetInclusion(  # noqa: N802
+        self, request: log_pb2.GetInclusionRequest, context: Context
+    ) -> log_pb2.GetInclusionResponse:
+        """Prove that an event is there."""
+        async with answering(context):
+            self._caller(context, "GetInclusion")
+            proof = await asyncio.to_thread(self._coordinator.log.inclusion, request.index, request.size)
+        return log_pb2.GetInclusionResponse(proof=proof)
+
+    async def Cosign(  # noqa: N802
+        self, request: log_pb2.CosignRequest, context: Context
+    ) -> log_pb2.CosignResponse:
+        """Record a cosignature."""
+        async with answering(context):
+            caller = self._caller(context, "Cosign")
+            await asyncio.to_thread(self._coordinator.log.cosign, caller, request.note, request.cosignature)
+        return log_pb2.CosignResponse()
 
     def _view(self, num_events: int) -> round_pb2.WatchRoundsResponse:
         coordinator = self._coordinator

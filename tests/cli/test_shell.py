@@ -58,6 +58,7 @@ OPTIONS: dict[str, list[str]] = {
     "statistics": ["MODEL", "--method", "--data", "--out", "--trainer", "--option", "--json"],
     "diff": ["MODEL", "--base", "--plot", "--seed", "--json"],
     "inspect": ["FILE", "--base", "--tuned", "--seed", "--json"],
+    "audit": ["NOTES", "--trust", "--coordinator", "--key", "--json"],
     "verify": ["DIRECTORY", "--key", "--trusted", "--replay", "--base", "--json"],
     "simulate": ["CONFIG", "--processes", "--json"],
     "serve": ["CONFIG", "--json"],
@@ -89,7 +90,7 @@ OPTIONS: dict[str, list[str]] = {
 def test_the_command_list_is_deliberate() -> None:
     assert {title: list(commands) for title, commands in COMMANDS.items()} == {
         "Start": ["demo", "init", "doctor", "schema"],
-        "Merge": ["merge", "statistics", "diff", "inspect", "verify"],
+        "Merge": ["merge", "statistics", "diff", "inspect", "audit", "verify"],
         "Run": ["simulate", "serve", "join", "report"],
     }
     assert list(KEY_COMMANDS) == ["new", "show", "trust", "ca", "rotate"]

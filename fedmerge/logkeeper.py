@@ -1,0 +1,79 @@
+"""The coordinator's side of the transparency log: checkpoints of the ledger, proofs about it, members' cosignatures."""
+
+from __future__ import annotations
+
+import logging
+
+from fedmerge.errors import BadSignature, InvalidProof
+from fedmerge.events import CheckpointCosigned
+from fedmerge.journal import Journal
+from fedmerge.merkle import merkle_root
+from fedmerge.translog import (
+    Growth,
+    LogCheckpoint,
+    check_cosignature,
+    consistency_proof,
+    inclusion_proof,
+    log_leaf,
+    log_origin,
+    open_checkpoint,
+    sign_checkpoint,
+)
+from fedmerge.trust import TrustStore
+
+log = logging.getLogger(__name__)
+
+
+class LogKeeper:
+    """The log of a federation's ledger."""
+
+    def __init__(self, journal: Journal, trust: TrustStore) -> None:
+        self._journal = journal
+        self._trust = trust
+        self._leaves: list[bytes] = []
+
+    def growth(self, old_size: int) -> Growth:
+        """Return a checkpoint of the log now, with the proof that it continues that of `old_size` events.
+
+        Raises `InvalidProof` when the log never was so long.
+        """
+        leaves = self._now()
+        if not 0 <= old_size <= len(leaves):
+            raise InvalidProof(f"the log has {len(leaves)} events, not {old_size}")
+        return Growth(self._sign(leaves), consistency_proof(leaves, old_size))
+
+    def inclusion(self, index: int, size: int) -> list[bytes]:
+        """Return the proof that event `index` is among the first `size`; raise `InvalidProof` when it is not."""
+        leaves = self._now()
+        if not 0 <= index < size <= len(leaves):
+            raise InvalidProof(f"the log has {len(leaves)} events; there is no event {index} among the first {size}")
+        return inclusion_proof(leaves[:size], index)
+
+    def cosign(self, caller_id: str, note: bytes, cosignature: bytes) -> None:
+        """Record a member's cosignature of one of this log's checkpoints. Raises `BadSignature`."""
+        own, member = self._journal.key.public, self._trust.require(caller_id)
+        checkpoint = open_checkpoint(note, own, where="cosigned checkpoint")
+        check_cosignature(note, cosignature, member.key, where="cosignature")
+        leaves = self._now()
+        if checkpoint != self._checkpoint(leaves[: checkpoint.size]):
+            raise BadSignature("the cosigned checkpoint is not one of this log")
+        with self._journal.lock:
+            if self._journal.state.cosigned.get(caller_id, 0) < checkpoint.size:
+                event = CheckpointCosigned(
+                    node_id=caller_id, size=checkpoint.size, note=note.decode(), cosignature=cosignature.decode()
+                )
+                self._journal.append(event)
+        log.info("%s cosigned the log of %d events", member.name, checkpoint.size)
+
+    def _now(self) -> list[bytes]:
+        with self._journal.lock:
+            entries = self._journal.ledger.entries
+            self._leaves += [log_leaf(entry.hash) for entry in entries[len(self._leaves) :]]
+            return list(self._leaves)
+
+    def _checkpoint(self, leaves: list[bytes]) -> LogCheckpoint:
+        created = self._journal.created
+        return LogCheckpoint(log_origin(created.federation, created.run), len(leaves), merkle_root(leaves))
+
+    def _sign(self, leaves: list[bytes]) -> bytes:
+        return sign_checkpoint(self._checkpoint(leaves), self._journal.key)
