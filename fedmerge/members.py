@@ -71,9 +71,8 @@ class Members:
         From then on the old key is refused. What it delivered in the current round counts, and nothing else of this
         node does. Raises `BadSignature` or `Refused`.
         """
-        rotation, signed = KeyRotation.open(
-            envelope, {caller_id: self._trust.require(caller_id).key}, where="key rotation"
-        )
+        keys = {key_id: member.key for key_id, member in self._trust.members().items()}
+        rotation, signed = KeyRotation.open(envelope, keys, where="key rotation")
         new = _new_key(rotation)
         held, _ = KeyRotation.open(proof, {new.key_id: new}, where="proof of the new key")
         if held != rotation or {signed.signer.key_id, rotation.old_key} != {caller_id}:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from fedmerge.node import Node
 from fedmerge.sign import SigningKey
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
+from fedmerge.witness import Witness
 from fedmerge_client.link import GrpcLink
 
 Evaluate = Callable[[Path], dict[str, float]]
@@ -146,10 +148,12 @@ class FedMergeCallback(TrainerCallback):
                 SigningKey.generate().save(self._key_path)
             key = SigningKey.load(self._key_path)
             address, bundle = self._address
-            link = GrpcLink(address, bundle, key)
+            link = GrpcLink(address, bundle, key, certificates=self._home)
             try:
                 link.connect()
-                node = Node(link, self._handover, key, link.coordinator, self._home, base=self._base)
+                operator = link.coordinator
+                witness = Witness(self._home, link, key, operator, time.time)
+                node = Node(link, self._handover, key, operator, self._home, base=self._base, witness=witness)
                 self._handover.tasks.put(_Ended(node.run(), None))
             finally:
                 link.close()
