@@ -64,6 +64,8 @@ def describe(event: NodeEvent) -> str:
             return f"{where}: {values['model']} model: {scores}"
         case "waiting":
             return f"{where}: other nodes are asked, waiting for the next"
+        case "cosigned":
+            return f"{where}: checked and cosigned the coordinator's log of {values['log_events']} events"
         case "missed":
             return f"{where}: missed ({values['reason']})"
         case _:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedmerge.attest import MODEL_SIGNATURE
 from fedmerge.config import Config
 from fedmerge.errors import FedmergeError, RoundFailed, VerificationError
 from fedmerge.node import Node
@@ -334,6 +335,7 @@ class Forgery:
         self.entries[-1] = (MergeRecord.kind, record.sign(self.key))
         lines = [json.dumps({"kind": kind, "envelope": envelope.decode()}) for kind, envelope in self.entries]
         (self.directory / PROVENANCE).write_text("\n".join(lines) + "\n")
+        (self.directory / MODEL_SIGNATURE).unlink(missing_ok=True)
         lineage = Lineage.from_payload((self.directory / LINEAGE).read_bytes(), where="lineage")
         lineage = lineage.model_copy(update={"files": file_digests(self.directory)})
         (self.directory / LINEAGE).write_bytes(lineage.to_payload())
