@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all."""
+"""Small files, written whole or not at all; and what makes files durable."""
 
 from __future__ import annotations
 
@@ -43,3 +43,20 @@ def replace_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a folder durable, where the platform can."""
+    if os.name != "posix":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

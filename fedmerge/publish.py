@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +23,10 @@ from fedmerge.attest import MODEL_KEY, MODEL_SIGNATURE, SLSA_PROVENANCE, model_s
 from fedmerge.card import local_card, model_card
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import reporting_os_errors
+from fedmerge.files import sync_directory, sync_file
 from fedmerge.merge import Write
 from fedmerge.sign import SigningKey
 from fedmerge.statements import Lineage, LocalMerge, MergeRecord
-from fedmerge.store.blobs import sync_directory
 from fedmerge.tensors import Checkpoint, Computed, model_digest
 from fedmerge.versions import write_model
 from fedmerge.weights import writing_weights
@@ -142,7 +141,7 @@ def appearing_whole(target: Path) -> Iterator[Path]:
             partial.mkdir(parents=True)
             yield partial
             for path in plain_files(partial):
-                _sync_file(path)
+                sync_file(path)
             for folder in partial.glob("*/"):
                 sync_directory(folder)
             if target.exists():
@@ -182,8 +181,3 @@ def software_versions() -> dict[str, str]:
     """Return the versions of what the numbers in a merge depend on."""
     packages = ("fedmerge", "torch", "numpy", "safetensors", "zstandard")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fedmerge.sign import SigningKey
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
 from fedmerge.trust import TrustStore
+from tests.buckets import BucketServer
 from tests.databases import PostgresServer
 
 
@@ -109,13 +110,15 @@ def make_config(
 class ServerProcess:
     """`fedmerge serve` as a child process; `address` and `bundle` are what it announced."""
 
-    def __init__(self, config_path: Path, *, listen: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self, config_path: Path, *, listen: str = "127.0.0.1:0", environ: Mapping[str, str] | None = None
+    ) -> None:
         self._log = (config_path.parent / "serve.log").open("ab")
         self.child = subprocess.Popen(
             [sys.executable, "-m", "fedmerge", "serve", str(config_path), "--json"],
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, "FEDMERGE_SERVER__LISTEN": listen, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "FEDMERGE_SERVER__LISTEN": listen, "OMP_NUM_THREADS": "1", **(environ or {})},
         )
         assert self.child.stdout is not None
         line = self.child.stdout.readline()
@@ -127,14 +130,15 @@ class ServerProcess:
     def kill(self) -> None:
         """End it at once, as a power cut would."""
         self.child.send_signal(signal.SIGKILL)
-        self._reap()
+        self.wait()
 
     def stop(self) -> int:
         """Ask it to end, and return its exit code."""
         self.child.terminate()
-        return self._reap()
+        return self.wait()
 
-    def _reap(self) -> int:
+    def wait(self) -> int:
+        """Wait until it has ended, and return its exit code."""
         code = self.child.wait(30)
         assert self.child.stdout is not None
         self.child.stdout.close()
@@ -184,6 +188,14 @@ def postgres() -> Iterator[PostgresServer]:
     server = PostgresServer()
     yield server
     server.remove()
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[BucketServer]:
+    """A server that speaks S3."""
+    server = BucketServer()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -42,6 +42,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "client": ("transformers", "peft", "sklearn", "google.rpc", "grpc_status"),
     "server": ("sqlalchemy", "alembic", "greenlet", "google.rpc", "grpc_status", "grpc_health"),
     "postgres": ("psycopg",),
+    "s3": ("obstore",),
     "demo": ("sklearn",),
     "ray": ("ray",),
     "flower": ("flwr",),

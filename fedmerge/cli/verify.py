@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from fedmerge.cli.output import JsonFlag, print_json, stdout
+from fedmerge.config import Config, load_config
 from fedmerge.errors import ConfigError, InputError, UnknownVersion
 from fedmerge.sign import PublicKey
 from fedmerge.trust import TrustStore
@@ -27,10 +28,11 @@ def verify(
     ] = None,
     trusted: Annotated[Path | None, Parameter(help="A folder of public keys to trust, instead of --key.")] = None,
     replay: Annotated[
-        Path | None, Parameter(help="The coordinator's state folder: merge its stored deltas again and compare.")
+        Path | None,
+        Parameter(help="The coordinator's state folder or fedmerge.toml: merge its stored deltas again and compare."),
     ] = None,
     base: Annotated[
-        Path | None, Parameter(help="The base model, for --replay. [default: STATE/base]", show_default=False)
+        Path | None, Parameter(help="The base model, for --replay. [default: the coordinator's]", show_default=False)
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -44,10 +46,12 @@ def verify(
         raise ConfigError("--base goes with --replay", hint="give --replay STATE, the coordinator's state folder")
     if trusted is not None and not trusted.is_dir():
         raise InputError(f"{trusted}: no such folder of public keys")
-    if replay is not None and not (replay / "blobs").is_dir():
-        raise InputError(f"{replay}: not a coordinator's state folder", hint="it has a folder blobs with the deltas")
-    if replay is not None and base is None and not (replay / "base").is_dir():
-        raise ConfigError(f"{replay / 'base'}: no such directory", hint="say where the base model is, with --base")
+    config = load_config(replay) if replay is not None and replay.suffix == ".toml" else None
+    if replay is not None:
+        if config is None and not (replay / "blobs").is_dir():
+            hint = "it has a folder blobs with the deltas; where they lie elsewhere, give fedmerge.toml"
+            raise InputError(f"{replay}: not a coordinator's state folder", hint=hint)
+        base = base or _coordinators_base(replay if config is None else config.federation.state, config)
     from fedmerge.store.blobs import BlobStore
     from fedmerge.tensors import Checkpoint
     from fedmerge.verify import Check, is_local, verify_directory, verify_local
@@ -64,15 +68,25 @@ def verify(
         _report(local.model_digest, checks, json=json)
         return
     lineage, history, checks = verify_directory(directory, keys)
-    if replay is None:
+    if replay is None or base is None:
         checks.append(Check("replay", None, "not asked for; --replay STATE merges the stored deltas again"))
     else:
+        blobs = BlobStore(replay / "blobs") if config is None else config.open_blobs()
         try:
-            checks.append(replay_history(history, Checkpoint(base or replay / "base"), BlobStore(replay / "blobs")))
+            checks.append(replay_history(history, Checkpoint(base), blobs))
         except UnknownVersion as err:
             hint = "is it the state folder of the coordinator that published this model?"
             raise InputError(f"{replay}: {err.message}", hint=hint) from err
     _report(lineage.model.digest, checks, json=json)
+
+
+def _coordinators_base(state_dir: Path, config: Config | None) -> Path:
+    """Return the base with a head that the coordinator made, or else the one that its configuration names."""
+    made = state_dir / "base"
+    base = made if config is None or made.is_dir() else config.model.base
+    if not base.is_dir():
+        raise ConfigError(f"{base}: no such directory", hint="say where the base model is, with --base")
+    return base
 
 
 def _report(version: str, checks: list[Check], *, json: bool) -> None:

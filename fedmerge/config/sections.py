@@ -15,6 +15,7 @@ from fedmerge.config.section import OpenSection, Section
 from fedmerge.config.simulate import Simulate, SimulatedNode
 from fedmerge.config.values import (
     Address,
+    BlobsUrl,
     DatabaseUrl,
     FilePath,
     Grace,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from fedmerge.regime import Uplink
     from fedmerge.screen import ScreenPolicy
     from fedmerge.search import SearchSettings
+    from fedmerge.store.blobs import BlobStore
     from fedmerge.tensors import Schema
 
 
@@ -104,6 +106,8 @@ class Server(Section):
     """Bytes per second that a node may send; a faster one is slowed down."""
     idle_s: float = Field(default=60.0, gt=0)
     """Seconds for 1 MiB of a delta to arrive; a slower or silent sender loses its place, and resumes where it stood."""
+    lease_s: float = Field(default=15.0, ge=1)
+    """Seconds without a sign of life after which a coordinator that stands by, on the same database, takes over."""
 
     @field_validator("tls_key")
     @classmethod
@@ -136,6 +140,9 @@ class Store(Section):
     database: DatabaseUrl = Field(default=None, examples=["postgresql+psycopg://fedmerge@db.example.org/fedmerge"])
     """Database of the ledger: "sqlite:///FILE", or a PostgreSQL server's (needs the extra postgres). A password rather
     belongs in the environment: FEDMERGE_STORE__DATABASE or PGPASSWORD."""
+    blobs: BlobsUrl = Field(default=None, examples=["s3://bucket/prefix"])
+    """Where deltas, updates and steps lie: a folder, or a bucket of an object store that speaks S3 (needs the extra s3;
+    credentials are taken from the environment, AWS_ACCESS_KEY_ID and so on)."""
 
 
 class Rounds(Section):
@@ -414,6 +421,19 @@ class Config(Section):
     def database_url(self) -> str:
         """Return the URL of the ledger's database."""
         return self.store.database or f"sqlite:///{self.federation.state / 'ledger.sqlite'}"
+
+    def open_blobs(self) -> BlobStore:
+        """Return the store of deltas, updates and steps. Raises `ResourceError` when it can't be opened."""
+        from fedmerge.store.blobs import BlobStore
+
+        directory, blobs = self.federation.state / "blobs", self.store.blobs
+        if isinstance(blobs, str):
+            from fedmerge.store.objects import ObjectShelf
+
+            return BlobStore(directory, ObjectShelf(blobs, directory))
+        from fedmerge.store.shelves import FolderShelf
+
+        return BlobStore(directory, None if blobs is None else FolderShelf(blobs))
 
     def train_settings(self) -> dict[str, Any]:
         """Return the trainer's name and settings, as a round's plan carries them."""

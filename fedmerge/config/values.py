@@ -104,6 +104,15 @@ def _database_url(value: object, info: ValidationInfo) -> str | None:
     raise ValueError('should be "sqlite:///FILE" or "postgresql+psycopg://USER@HOST/DATABASE"')
 
 
+def _blobs(value: object, info: ValidationInfo) -> Path | str | None:
+    """Accept a folder, or an object store's bucket and prefix."""
+    if isinstance(value, str) and "://" in value:
+        if not re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9.-]*(/[A-Za-z0-9._/-]+)?", value):
+            raise ValueError('should be a folder, or "s3://BUCKET/PREFIX"')
+        return value.rstrip("/")
+    return None if value is None else _resolve(value, info)
+
+
 def _name(value: str) -> str:
     # These names become folders, file names and parts of statements.
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", value):
@@ -127,6 +136,7 @@ DatabaseUrl: TypeAlias = Annotated[
     PlainValidator(_database_url),
     WithJsonSchema({"type": "string", "pattern": "^(sqlite|postgresql\\+psycopg)://"}),
 ]
+BlobsUrl: TypeAlias = Annotated[Path | str | None, PlainValidator(_blobs), WithJsonSchema({"type": "string"})]
 Labels: TypeAlias = Annotated[
     tuple[str, ...] | Path | None,
     PlainValidator(_labels),

@@ -1,54 +1,55 @@
-"""The blob store: a folder of files named by their Merkle root, and the parts of uploads under way.
+"""The blob store: files named by their Merkle root, on a shelf, and the parts of uploads under way.
 
-A name handed in from outside never becomes a path: blobs are addressed by 64 hex digits, parts by ids made here.
-A blob appears whole or not at all: its bytes are synced, then it is renamed into place, then the folder is synced.
+A name handed in from outside never becomes a path: blobs are addressed by 64 hex digits, parts by ids made here. Parts
+are a coordinator's own and stay on its disk: another one that takes over asks nodes for them again.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedmerge.errors import BadOffset, DigestMismatch, UnknownVersion, reporting_os_errors
 from fedmerge.merkle import LEAF_BYTES, leaf_hash, leaves_of, merkle_root, num_leaves
-
-_ROOT = re.compile(r"[0-9a-f]{64}")
+from fedmerge.store.shelves import ROOT, FolderShelf, Shelf, Stored
 
 
 class BlobStore:
-    """Content-addressed files below `directory`."""
+    """Content-addressed files below `directory`, or on another `shelf`; parts are below `directory` in any case."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, shelf: Shelf | None = None) -> None:
+        self._shelf = shelf or FolderShelf(directory)
         self._parts = directory / "parts"
         with reporting_os_errors(directory):
             self._parts.mkdir(parents=True, exist_ok=True)
 
     def path(self, root: str) -> Path:
-        """Return where the blob lies; raise `UnknownVersion` when there is none of that root."""
-        if not _ROOT.fullmatch(root):
+        """Return a file with the blob; raise `UnknownVersion` when there is none of that root."""
+        if not ROOT.fullmatch(root):
             raise UnknownVersion("a blob is named by 64 hex digits")
-        path = self._place(root)
-        if not path.is_file():
+        path = self._shelf.find(root)
+        if path is None:
             raise UnknownVersion(f"no blob {root[:12]} is stored here")
         return path
 
     def has(self, root: str) -> bool:
-        """Whether the blob is stored."""
-        return self._place(root).is_file()
+        """Whether the blob is stored durably."""
+        return self._shelf.has(root)
+
+    def stored(self) -> Iterator[Stored]:
+        """Yield all blobs, in no particular order."""
+        return self._shelf.stored()
 
     def add(self, source: Path) -> str:
         """Move a finished file in and return its root."""
         root = merkle_root(leaves_of(source)).hex()
-        self._install(source, root)
+        self._shelf.install(source, root)
         return root
 
     def drop(self, root: str) -> None:
         """Remove a blob, if it is stored."""
-        with reporting_os_errors(self.directory):
-            self._place(root).unlink(missing_ok=True)
+        self._shelf.drop(root)
 
     def begin_part(self, upload_id: str) -> None:
         """Make the empty part of an upload."""
@@ -93,12 +94,11 @@ class BlobStore:
         os.truncate(part, good)
         return good
 
-    def finish_part(self, upload_id: str, root: str) -> Path:
+    def finish_part(self, upload_id: str, root: str) -> None:
         """Turn a complete part into the blob `root`. Every leaf was checked when it arrived."""
         if not self.has(root):
-            self._install(self._part(upload_id), root)
+            self._shelf.install(self._part(upload_id), root)
         self.drop_part(upload_id)
-        return self._place(root)
 
     def part_path(self, upload_id: str) -> Path:
         """Return the file of an upload's part, to be read before it becomes a blob."""
@@ -113,19 +113,6 @@ class BlobStore:
         for part in self._parts.glob("*.part"):
             if part.stem not in known:
                 part.unlink()
-
-    def _install(self, source: Path, root: str) -> None:
-        target = self._place(root)
-        with reporting_os_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with source.open("rb+") as file:
-                os.fsync(file.fileno())
-            source.replace(target)
-            sync_directory(target.parent)
-            sync_directory(self.directory)
-
-    def _place(self, root: str) -> Path:
-        return self.directory / root[:2] / root
 
     def _part(self, upload_id: str) -> Path:
         return self._parts / f"{upload_id}.part"
@@ -142,14 +129,3 @@ def split_leaf_hashes(joined: bytes, payload_bytes: int, root: str) -> list[byte
     if merkle_root(leaves).hex() != root:
         raise DigestMismatch("the leaf hashes do not have the signed Merkle root")
     return leaves
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in a folder durable, where the platform can."""
-    if os.name != "posix":
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -105,11 +105,18 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
                     "max_uploads": counts,
                     "max_bytes_per_s": sizes,
                     "idle_s": positive,
+                    "lease_s": st.floats(1, 1e6),
                 },
             ),
         ),
         "store": draw(
-            table({}, {"database": st.sampled_from(["sqlite:////srv/l.sqlite", "postgresql+psycopg://me@host/ledger"])})
+            table(
+                {},
+                {
+                    "database": st.sampled_from(["sqlite:////srv/l.sqlite", "postgresql+psycopg://me@host/ledger"]),
+                    "blobs": st.sampled_from(["/srv/blobs", "s3://bucket", "s3://bucket/a/b"]),
+                },
+            )
         ),
         "rounds": draw(
             table(
@@ -434,6 +441,10 @@ BAD: list[tuple[str, list[str]]] = [
     (
         MINIMAL + "[store]\ndatabase = 'mysql://host/ledger'\n",
         ['6: store.database: should be "sqlite:///FILE" or "postgresql+psycopg://USER@HOST/DATABASE"'],
+    ),
+    (
+        MINIMAL + "[store]\nblobs = 'gs://bucket'\n",
+        ['6: store.blobs: should be a folder, or "s3://BUCKET/PREFIX"'],
     ),
     (
         MINIMAL + "[server]\ntls_cert = 'c'\n",
