@@ -58,10 +58,7 @@ from fedmerge.statements import (
     digest_of,
 )
 from fedmerge.statistics import first_problem, statistics_of, task_vector_of
-from fedmerge.store.blobs import BlobStore
-from fedmerge.store.database import Database
-from fedmerge.store.ledger import Ledger
-from fedmerge.store.lock import FolderLock
+from fedmerge.store.seat import Seat
 from fedmerge.tensors import Checkpoint, model_digest, schema_digest
 from fedmerge.trust import TrustStore
 from fedmerge.versions import model_files, open_model
@@ -74,15 +71,23 @@ class Coordinator:
 
     `base_dir` is the base model's directory, `clock` returns the wall clock in seconds. Opening it replays the ledger,
     so a coordinator that was killed at any moment goes on where it was. `trust` has the nodes' keys, by default those
-    in the configuration's folder. Raises `ConfigError` when the state folder
-    belongs to another federation or base model, and `ResourceError` while another coordinator runs on it.
+    in the configuration's folder. Raises `ConfigError` when the state folder belongs to another federation or base
+    model, and `ResourceError` while another coordinator runs on it. A `seat` that leads is given by whoever may have to
+    wait for it; without one, the coordinator takes it, and leaves it on `close`.
     """
 
     def __init__(
-        self, config: Config, base_dir: Path, *, clock: Callable[[], float], trust: TrustStore | None = None
+        self,
+        config: Config,
+        base_dir: Path,
+        *,
+        clock: Callable[[], float],
+        seat: Seat | None = None,
+        key: SigningKey | None = None,
+        trust: TrustStore | None = None,
     ) -> None:
         self.config = config
-        self.key = SigningKey.load_or_create(config.federation.key)
+        self.key = key or SigningKey.load_or_create(config.federation.key)
         self.trust = trust or TrustStore(config.federation.trusted)
         self.trust.keys()  # a file that is no key is reported now, not to every caller
         self.policy = RoundPolicy(
@@ -97,7 +102,6 @@ class Coordinator:
             scoring_s=config.search.deadline_s,
             cosignatures=config.rounds.publish_after_cosignatures,
         )
-        state_dir = config.federation.state
         self.base = Checkpoint(base_dir)
         self.schema = delta_schema(self.base.schema)
         Plan(config.recipe(), [], self.schema)  # what fits no tensor is reported now, not in every round
@@ -108,11 +112,12 @@ class Coordinator:
             log.info("codec: %s", self.uplink)
         self._base_files = model_files(base_dir)
         with ExitStack() as opened:
-            opened.callback(FolderLock(state_dir).release)
-            database = Database(config.database_url())
-            opened.callback(database.close)
-            self.journal = Journal(Ledger(database), self.key, clock)
-            self.blobs = BlobStore(state_dir / "blobs")
+            if seat is None:
+                seat = open_seat(config, clock)
+                opened.callback(seat.close)
+                seat.take()
+            self.journal = Journal(seat.open_ledger(), self.key, clock)
+            self.blobs = config.open_blobs()
             self._create_or_check()
             self.members = Members(self.journal, self.trust)
             self.operator = Operator(self.journal, self.policy, self._fail)
@@ -126,7 +131,7 @@ class Coordinator:
             self._opened = opened.pop_all()
 
     def close(self) -> None:
-        """Close the ledger, and leave the state folder to others."""
+        """Leave a seat that was not given."""
         self._opened.close()
 
     # What nodes are told
@@ -408,24 +413,12 @@ class Coordinator:
             return standing(self.journal.state, self.policy, self.trust.keys(), self.journal.clock())
 
     def _create_or_check(self) -> None:
-        config = self.config
-        present = FederationCreated(
-            federation=config.federation.name,
-            run=secrets.token_hex(16),
-            base_digest=model_digest(self.base),
-            schema_digest=schema_digest(self.schema),
-            coordinator_key=self.key.public.pem(),
-        )
+        present = _identity(self.config, self.key, self.base)
         recorded = self.journal.state.created
         if recorded is None:
             self.journal.append(present)
-            return
-        for what in ("federation", "base_digest", "coordinator_key"):
-            if getattr(recorded, what) != getattr(present, what):
-                raise ConfigError(
-                    f"{config.federation.state}: holds the state of another federation ({what} is not the same)",
-                    hint="choose another federation.state folder, or restore the configuration it was made with",
-                )
+        else:
+            _require_same(self.config, recorded, present)
 
     def _require_decodable(self, statement: DeltaStatement, path: Path) -> None:
         spec = self.journal.plan(statement.round)
@@ -440,3 +433,37 @@ class Coordinator:
 
     def _find_update(self, ref: UpdateRef) -> Path:
         return self.blobs.path(ref.root)
+
+
+def check_standby(config: Config, base_dir: Path, seat: Seat) -> SigningKey:
+    """Raise now what would keep a coordinator that stands by from taking over, see `Coordinator`; return its key."""
+    key = SigningKey.load_or_create(config.federation.key)
+    present = _identity(config, key, Checkpoint(base_dir))
+    for entry in seat.open_ledger().entries[:1]:
+        if isinstance(entry.event, FederationCreated):
+            _require_same(config, entry.event, present)
+    return key
+
+
+def open_seat(config: Config, clock: Callable[[], float]) -> Seat:
+    """Return the seat of a federation's coordinator, not taken yet. Raises what `Seat` raises."""
+    return Seat(config.federation.state, config.database_url(), lease_s=config.server.lease_s, clock=clock)
+
+
+def _identity(config: Config, key: SigningKey, base: Checkpoint) -> FederationCreated:
+    return FederationCreated(
+        federation=config.federation.name,
+        run=secrets.token_hex(16),
+        base_digest=model_digest(base),
+        schema_digest=schema_digest(delta_schema(base.schema)),
+        coordinator_key=key.public.pem(),
+    )
+
+
+def _require_same(config: Config, recorded: FederationCreated, present: FederationCreated) -> None:
+    for what in ("federation", "base_digest", "coordinator_key"):
+        if getattr(recorded, what) != getattr(present, what):
+            raise ConfigError(
+                f"{config.federation.state}: holds the state of another federation ({what} is not the same)",
+                hint="choose another federation.state folder, or restore the configuration it was made with",
+            )

@@ -21,6 +21,7 @@
     |       ConflictingSubmission, BadOffset, QuotaExceeded, Busy, InvalidDelta, NoSession, InvalidToken,
     |       NotAllowed, InvalidProof
     +-- ResourceError                      8   disk full, port in use, file not writable
+    |   +-- Deposed                        8   another coordinator has taken over
     +-- NothingDue                         9   `fedmerge join --once` found nothing to do
 
 Each class has a `reason` (UPPER_SNAKE; it travels in google.rpc.ErrorInfo, so that the same class comes
@@ -283,6 +284,12 @@ class ResourceError(FedmergeError):
 
     reason = "RESOURCE"
     exit_code = 8
+
+
+class Deposed(ResourceError):
+    """Another coordinator leads: this one may not write any more, and stops."""
+
+    reason = "DEPOSED"
 
 
 class NothingDue(FedmergeError):

@@ -263,5 +263,6 @@ def drop_candidates(journal: Journal, blobs: BlobStore) -> None:
             kept.add(entry.event.payload_root)
         elif isinstance(entry.event, MergeFinished):
             kept |= {entry.event.update_root, *entry.event.step_roots}
+    journal.ledger.require_lease()
     for root in stale - kept:
         blobs.drop(root)

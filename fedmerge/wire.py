@@ -84,16 +84,18 @@ PHASES: dict[str, round_pb2.RoundPhase.ValueType] = {
 PHASE_NAMES: dict[int, str] = {number: name for name, number in PHASES.items()}
 
 
-def status_of(err: BaseException) -> status_pb2.Status:
-    """Return the status that carries `err` to the other end."""
+def status_of(err: BaseException, *, retry_s: float | None = None) -> status_pb2.Status:
+    """Return the status that carries `err` to the other end, and in how many seconds to try again."""
     if not isinstance(err, FedmergeError):
         return status_pb2.Status(code=code_pb2.INTERNAL, message="the coordinator met an internal error; see its log")
     info = error_details_pb2.ErrorInfo(reason=err.reason, domain=ERROR_DOMAIN, metadata={"hint": err.hint or ""})
     details = [any_pb2.Any()]
     details[0].Pack(info)
     if isinstance(err, Busy) and err.retry_after_s is not None:
+        retry_s = err.retry_after_s
+    if retry_s is not None:
+        delay = duration_pb2.Duration(nanos=int(retry_s % 1 * 1e9), seconds=int(retry_s))
         details.append(any_pb2.Any())
-        delay = duration_pb2.Duration(nanos=round(err.retry_after_s % 1 * 1e9), seconds=int(err.retry_after_s))
         details[1].Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     code = next((STATUS_CODES[kind] for kind in type(err).__mro__ if kind in STATUS_CODES), code_pb2.INTERNAL)
     return status_pb2.Status(code=code, message=err.message, details=details)

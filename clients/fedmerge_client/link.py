@@ -80,6 +80,8 @@ class GrpcLink:
     the link checks the bundle only; the first call connects. Where the coordinator asks for client certificates, those
     that it issues are kept in the folder `certificates`, or `own_certificate` are the key and certificate to show.
     `connect_patience_s` is how long to wait for a coordinator that was never reached, `patience_s` for one that was.
+    `address` may be several, with commas between them: of a coordinator and those that stand by for it. They are tried
+    in turn.
     """
 
     def __init__(
@@ -96,6 +98,8 @@ class GrpcLink:
         self._credentials = Credentials(bundle, certificates, own_certificate)
         self.coordinator = self._credentials.coordinator
         self._address = address
+        self._addresses = address.split(",")
+        self._turn = 0
         self._key = key
         self._patience_s = patience_s
         self._token: str | None = None
@@ -107,7 +111,8 @@ class GrpcLink:
         self._token = None
         options = [*CHANNEL_OPTIONS, *self._credentials.options]
         credentials = self._credentials.channel(dt.datetime.now(dt.UTC))
-        self._channel = grpc.secure_channel(self._address, credentials, options=options)
+        address = self._addresses[self._turn % len(self._addresses)]
+        self._channel = grpc.secure_channel(address, credentials, options=options)
         self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
         self._rounds = round_pb2_grpc.RoundServiceStub(self._channel)
         self._deltas = delta_pb2_grpc.DeltaServiceStub(self._channel)
@@ -164,7 +169,7 @@ class GrpcLink:
         while True:
             busy = False
             try:
-                metadata = self._metadata()
+                metadata = self._metadata()  # before the stub is looked up: it may connect anew, or elsewhere
                 stream = self._rounds.WatchRounds(round_pb2.WatchRoundsRequest(), metadata=metadata)
                 for answer in stream:
                     backoff, began_s = self._backoff(), time.monotonic()
@@ -310,6 +315,8 @@ class GrpcLink:
             self._token = None
         elif isinstance(error, CertificateExpired) and self._credentials.is_due(dt.datetime.now(dt.UTC)):
             self._open_channel()  # by the ticket, for a new certificate
+        elif isinstance(error, Unreachable) and self._try_next_address():
+            return type(error)
         elif not isinstance(error, (Unreachable, *retried)):
             raise error from None
         asked_s = error.retry_after_s if isinstance(error, Busy) else None
@@ -321,6 +328,15 @@ class GrpcLink:
                 hint="is the coordinator running there, and is its port open to this machine?",
             ) from None
         return type(error)
+
+    def _try_next_address(self) -> bool:
+        """Turn to the next address, if there are several, and say whether it comes before a pause."""
+        if len(self._addresses) == 1:
+            return False
+        self._turn += 1
+        self._channel.close()
+        self._open_channel()
+        return self._turn % len(self._addresses) > 0
 
 
 def _chunks(

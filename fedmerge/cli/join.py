@@ -32,7 +32,9 @@ APPROVAL_POLL_S = 2.0
 
 def join(
     *,
-    coordinator: Annotated[str, Parameter(help="The coordinator's address, HOST:PORT.")],
+    coordinator: Annotated[
+        str, Parameter(help="The coordinator's address, HOST:PORT, or several, HOST:PORT,HOST:PORT, to try in turn.")
+    ],
     trust: Annotated[Path, Parameter(help="The coordinator.pem that the operator gave you.")],
     token: Annotated[str | None, Parameter(help="The join token that the operator gave you, the first time.")] = None,
     data: Annotated[
@@ -65,7 +67,8 @@ def join(
 ) -> None:
     """Train here, send signed deltas, and end with the merged model; started again, it goes on where it was."""
     try:
-        parse_address(coordinator)
+        for address in coordinator.split(","):
+            parse_address(address)
     except ValueError as err:
         raise ConfigError(f"--coordinator {coordinator}: {err}") from err
     if (certificate is None) != (certificate_key is None):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import (
+    BigInteger,
     Column,
     Connection,
     Float,
@@ -42,7 +43,7 @@ RESTORE = "restore the folder from a backup; do not start a coordinator on it"
 RETRY_S = 0.5
 
 # The newest script in migrations/versions; here as well, because to look there takes longer than to open the ledger.
-REVISION = "0001"
+REVISION = "0002"
 
 metadata = MetaData()
 
@@ -63,6 +64,16 @@ uploads = Table(
     Column("node_id", String(64), nullable=False),
     Column("envelope", LargeBinary, nullable=False),
     Column("leaf_hashes", LargeBinary, nullable=False),
+)
+
+# A single row: the newest fencing token, who was given it, and a number that grows whenever that one shows it is alive.
+lease = Table(
+    "lease",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("token", BigInteger, nullable=False),
+    Column("beat", BigInteger, nullable=False),
+    Column("holder", String(1000), nullable=False),
 )
 
 
@@ -114,6 +125,10 @@ class Database:
                 if is_away:
                     log.info("%s: is back", self.name)
                 return result
+
+    def is_within(self, folder: Path) -> bool:
+        """Whether this is a file in `folder`."""
+        return not self._is_server and Path(self.name).resolve().is_relative_to(folder.resolve())
 
     def abandon(self) -> None:
         """End all waiting: whatever waits for the server now raises `ResourceError`."""

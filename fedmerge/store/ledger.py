@@ -7,7 +7,7 @@ because an interrupted one must survive a restart, but they are not facts and no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fedmerge.events import Event, from_json, to_json
 from fedmerge.store.database import RESTORE, Database, sqlite_url
 from fedmerge.store.database import events as _events
 from fedmerge.store.database import uploads as _uploads
+from fedmerge.store.lease import Lease
 
 GENESIS = hashlib.sha256(b"fedmerge.ledger.v1").hexdigest()
 
@@ -45,23 +46,23 @@ class UploadRow:
 
 
 class Ledger:
-    """Appends and replays events. One process writes; the caller serialises the writes."""
+    """Appends and replays events. One process writes; the caller serialises the writes.
 
-    def __init__(self, database: Database | Path) -> None:
+    Where there is a `lease`, every write needs it, and raises `Deposed` once another coordinator has taken it.
+    """
+
+    def __init__(self, database: Database | Path, *, lease: Lease | None = None) -> None:
         """Open or create the ledger in a database, or in a SQLite file of its own.
 
         Raises `ResourceError` when it can't be opened, `DigestMismatch` when it was altered.
         """
         self._database = database if isinstance(database, Database) else Database(sqlite_url(database))
+        self._lease = lease
         self._entries = list(self._replay())
 
     def close(self) -> None:
         """Close the database."""
         self._database.close()
-
-    def abandon(self) -> None:
-        """End all waiting for a database server that is away; see `Database.abandon`."""
-        self._database.abandon()
 
     @property
     def head(self) -> str:
@@ -86,7 +87,7 @@ class Ledger:
             if ends_upload is not None:
                 connection.execute(delete(_uploads).where(_uploads.c.upload_id == ends_upload))
 
-        self._database.run(write)
+        self._write(write)
         self._entries.append(entry)
         return entry
 
@@ -97,19 +98,29 @@ class Ledger:
             connection.execute(delete(_uploads).where(_uploads.c.upload_id == row.upload_id))
             connection.execute(insert(_uploads).values(**row.__dict__))
 
-        self._database.run(write)
+        self._write(write)
 
     def end_upload(self, upload_id: str) -> None:
         """Forget an upload."""
-        self._database.run(
-            lambda connection: connection.execute(delete(_uploads).where(_uploads.c.upload_id == upload_id))
-        )
+        self._write(lambda connection: connection.execute(delete(_uploads).where(_uploads.c.upload_id == upload_id)))
 
     def uploads(self) -> list[UploadRow]:
         """Return the uploads under way."""
         return self._database.run(
             lambda connection: [UploadRow(**row) for row in connection.execute(select(_uploads)).mappings()]
         )
+
+    def require_lease(self) -> None:
+        """Raise `Deposed` unless this coordinator still leads: to be asked before something is deleted."""
+        self._write(lambda connection: None)
+
+    def _write(self, work: Callable[[Connection], object]) -> None:
+        def fenced(connection: Connection) -> None:
+            if self._lease is not None:
+                self._lease.require(connection)
+            work(connection)
+
+        self._database.run(fenced)
 
     def _replay(self) -> Iterator[LedgerEntry]:
         head, name = GENESIS, self._database.name

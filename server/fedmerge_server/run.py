@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime as dt
 import logging
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedmerge.config import Config
-from fedmerge.coordinator import Coordinator
-from fedmerge.errors import FedmergeError, ResourceError
+from fedmerge.coordinator import Coordinator, check_standby, open_seat
+from fedmerge.errors import Deposed, FedmergeError, ResourceError
+from fedmerge.store.seat import Seat
 from fedmerge.v1 import delta_pb2_grpc, log_pb2_grpc, model_pb2_grpc, round_pb2_grpc, session_pb2_grpc
 from fedmerge.wire import MAX_MESSAGE_BYTES
 from fedmerge_server.admin import open_admin
+from fedmerge_server.gate import Gate
 from fedmerge_server.service import Services
 from fedmerge_server.tls import Certificates
 
@@ -57,52 +62,96 @@ class Listening:
     bundle: Path
 
 
-async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening], None]) -> Coordinator:
-    """Serve until SIGTERM or SIGINT; return the coordinator as it was left, closed.
+async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening], None]) -> None:
+    """Lead the federation, or stand by until whoever does falls silent; serve until SIGTERM or SIGINT, then drain.
 
-    `on_ready` is called once the port is open. A federation whose last round failed gets that round again. Raises
-    `ResourceError` when the port can't be opened, and what opening a `Coordinator` raises.
+    `on_ready` is called once the port is open; before this coordinator leads, every call there is answered UNAVAILABLE.
+    A federation whose last round failed gets that round again. Raises `ResourceError` when the port can't be opened,
+    `Deposed` when another coordinator has taken over, and what opening a `Coordinator` raises.
     """
-    coordinator = Coordinator(config, base_dir, clock=time.time)
-    try:
-        certificates = Certificates(config, coordinator.key.public, dt.datetime.now(dt.UTC))
-        server, services, port = _open(config, coordinator, certificates)
+    seat = open_seat(config, time.monotonic)
+    # A thread of its own: signs of life must not wait for threads that wait for the database.
+    with closing(seat), ThreadPoolExecutor(1) as lease_thread:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        coordinator = Coordinator(config, base_dir, clock=time.time, seat=seat) if seat.try_take() else None
+        key = check_standby(config, base_dir, seat) if coordinator is None else coordinator.key
+        gate = Gate("this coordinator stands by for another one", config.server.lease_s / 3)
         healthy = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-        admin = open_admin(coordinator.operator, config.federation.state)
+        certificates = Certificates(config, key.public, dt.datetime.now(dt.UTC))
+        server, listening = _open(config, certificates, gate, healthy)
+        await healthy.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         await server.start()
-        await admin.start()
-        await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
-        host = config.server.address[0]
-        on_ready(Listening(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", certificates.bundle))
-        coordinator.retry_failed()
-        rounds = asyncio.create_task(_move_rounds(coordinator, services, stop))
-        renewals = asyncio.create_task(_keep_certificates(certificates, stop))
-        await stop.wait()
-        await healthy.enter_graceful_shutdown()
-        services.stop()
-        await asyncio.gather(rounds, renewals)
-        await admin.stop(None)
-        await server.stop(GRACE_S)
-    finally:
-        coordinator.close()
-    return coordinator
+        try:
+            on_ready(listening)
+            stood_by = coordinator is None
+            if coordinator is None and await _stand_by(seat, config.server.lease_s, stop):
+                opening = partial(Coordinator, config, base_dir, clock=time.time, seat=seat, key=key)
+                coordinator = await asyncio.to_thread(opening)
+            if coordinator is None:
+                return
+            services = _add_services(coordinator, certificates, gate)
+            admin = open_admin(coordinator.operator, config.federation.state)
+            await admin.start()
+            gate.open()
+            await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+            if not stood_by:
+                await asyncio.to_thread(coordinator.retry_failed)
+            work = [
+                asyncio.create_task(stop.wait()),
+                asyncio.create_task(_move_rounds(coordinator, services, stop)),
+                asyncio.create_task(_keep_certificates(certificates, stop)),
+                asyncio.create_task(_keep_lease(seat, config.server.lease_s, lease_thread)),
+            ]
+            ended, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            # Drain: nothing new, and what is under way has a while to end. Nodes go on from there with whoever is next.
+            await healthy.enter_graceful_shutdown()
+            gate.shut("the coordinator is stopping", GRACE_S)
+            stop.set()
+            services.stop()
+            await server.stop(GRACE_S)
+            await admin.stop(None)
+            seat.database.abandon()
+            work[-1].cancel()
+            await asyncio.wait(work)
+            for task in ended:
+                task.result()
+        finally:
+            await server.stop(None)
+
+
+async def _stand_by(seat: Seat, lease_s: float, stop: asyncio.Event) -> bool:
+    """Wait until this coordinator leads; return whether it does, and not been stopped before."""
+    log.info("standing by: %s leads", seat.lease.leader)
+    while not stop.is_set():
+        if await asyncio.to_thread(seat.try_take):
+            log.warning("taking over")
+            return True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), lease_s / 6)
+    return False
+
+
+async def _keep_lease(seat: Seat, lease_s: float, thread: ThreadPoolExecutor) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(lease_s / 3)
+        try:
+            await loop.run_in_executor(thread, seat.lease.renew)
+        except Deposed:
+            raise
+        except ResourceError as err:
+            log.error("can't renew the lease: %s", err.message)
 
 
 def _open(
-    config: Config, coordinator: Coordinator, certificates: Certificates
-) -> tuple[grpc.aio.Server, Services, int]:
+    config: Config, certificates: Certificates, gate: Gate, healthy: health.aio.HealthServicer
+) -> tuple[grpc.aio.Server, Listening]:
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
-    services = Services(coordinator, certificates)
-    session_pb2_grpc.add_SessionServiceServicer_to_server(services, server)
-    round_pb2_grpc.add_RoundServiceServicer_to_server(services, server)
-    delta_pb2_grpc.add_DeltaServiceServicer_to_server(services, server)
-    model_pb2_grpc.add_ModelServiceServicer_to_server(services, server)
-    log_pb2_grpc.add_LogServiceServicer_to_server(services, server)
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    server.add_generic_rpc_handlers((gate,))
     try:
         port = server.add_secure_port(config.server.listen, certificates.credentials())
     except RuntimeError as err:
@@ -110,12 +159,24 @@ def _open(
             f"{config.server.listen}: can't listen there: another program has it, or this machine has no such address",
             hint="stop the other program, or change server.listen; fedmerge doctor tells which",
         ) from err
-    return server, services, port
+    host = config.server.address[0]
+    return server, Listening(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", certificates.bundle)
+
+
+def _add_services(coordinator: Coordinator, certificates: Certificates, gate: Gate) -> Services:
+    services = Services(coordinator, certificates)
+    server = cast("grpc.aio.Server", gate)  # which it is, as far as these functions go
+    session_pb2_grpc.add_SessionServiceServicer_to_server(services, server)
+    round_pb2_grpc.add_RoundServiceServicer_to_server(services, server)
+    delta_pb2_grpc.add_DeltaServiceServicer_to_server(services, server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(services, server)
+    log_pb2_grpc.add_LogServiceServicer_to_server(services, server)
+    return services
 
 
 async def _keep_certificates(certificates: Certificates, stop: asyncio.Event) -> None:
     while not stop.is_set():
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), TICK_S)
         await asyncio.to_thread(certificates.refresh, dt.datetime.now(dt.UTC))
 
@@ -125,6 +186,8 @@ async def _move_rounds(coordinator: Coordinator, services: Services, stop: async
         try:
             if not await asyncio.to_thread(coordinator.advance):
                 await services.wait_for_change(TICK_S)
+        except Deposed:
+            raise
         except FedmergeError as err:
             # For instance a full disk: nothing is lost, and the same step is tried again.
             log.error("round %d: %s", coordinator.journal.state.round, err.message)

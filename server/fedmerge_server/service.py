@@ -187,7 +187,8 @@ class Services(
                 num_events = len(self._coordinator.journal.ledger.entries)
                 if num_events != num_seen:
                     num_seen = num_events
-                    view = self._view(num_events)
+                    # On a thread: it needs the journal's lock, which may wait for the disk or the database.
+                    view = await asyncio.to_thread(self._view, num_events)
                     yield view
                     if view.finished:
                         return
@@ -267,7 +268,7 @@ class Services(
         """Stream a file."""
         async with answering(context):
             self._caller(context, "FetchArtifact")
-            path = self._coordinator.artifact(request.root)
+            path = await asyncio.to_thread(self._coordinator.artifact, request.root)
             if not 0 <= request.offset <= path.stat().st_size:
                 raise BadOffset(f"the file has {path.stat().st_size} bytes", hint="start again from 0")
             with path.open("rb") as file:

@@ -106,6 +106,7 @@ def test_a_ledger_of_before_migrations_is_brought_up_to_date_with_its_events(dat
     database = filled(database_url)
     with database.engine.begin() as connection:
         connection.exec_driver_sql("DROP TABLE alembic_version")
+        connection.exec_driver_sql("DROP TABLE lease")
     database.close()
     database = Database(database_url)
     assert [entry.event for entry in Ledger(database).entries] == FACTS
@@ -150,11 +151,12 @@ def test_work_waits_for_a_server_that_is_killed_and_is_done_once(own_postgres: P
 
 
 def test_whoever_waits_for_a_server_can_be_told_to_stop(own_postgres: PostgresServer) -> None:
-    ledger = Ledger(Database(own_postgres.new_database()))
+    database = Database(own_postgres.new_database())
+    ledger = Ledger(database)
     own_postgres.kill()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ledger.append, FACTS[0], at_s=1.0)
-        ledger.abandon()
+        database.abandon()
         with pytest.raises(ResourceError):
             waiting.result(60)
     own_postgres.start()
@@ -167,7 +169,7 @@ def test_an_upload_becomes_a_blob_named_by_its_root(tmp_path: Path) -> None:
     offset = 0
     for chunk in CHUNKS:
         offset = blobs.write_part("u1", offset, chunk, LEAVES, len(DATA))
-    assert blobs.finish_part("u1", ROOT).read_bytes() == DATA
+    blobs.finish_part("u1", ROOT)
     assert blobs.path(ROOT).read_bytes() == DATA
     assert blobs.part_bytes("u1") == 0
 
