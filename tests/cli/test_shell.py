@@ -75,6 +75,7 @@ OPTIONS: dict[str, list[str]] = {
     "rounds extend": ["SECONDS", "CONFIG", "--reason"],
     "rounds retry": ["CONFIG", "--reason"],
     "rounds rollback": ["ROUND", "CONFIG", "--reason"],
+    "copy": ["CONFIG", "--database", "--blobs", "--json"],
     "gc": ["CONFIG", "--forget-before", "--dry-run", "--json"],
     "keys new": ["PATH", "--algorithm", "--passphrase", "--passphrase-file", "--json"],
     "keys show": ["PATH", "--json"],
@@ -92,7 +93,7 @@ def test_the_command_list_is_deliberate() -> None:
     assert {title: list(commands) for title, commands in COMMANDS.items()} == {
         "Start": ["demo", "init", "doctor", "schema"],
         "Merge": ["merge", "statistics", "diff", "inspect", "audit", "verify"],
-        "Run": ["simulate", "serve", "join", "report", "gc"],
+        "Run": ["simulate", "serve", "join", "report", "copy", "gc"],
     }
     assert list(KEY_COMMANDS) == ["new", "show", "trust", "ca", "rotate"]
     assert list(NODE_COMMANDS) == ["list", "invite", "approve", "revoke"]

@@ -62,7 +62,7 @@ def test_a_database_server_that_is_killed_in_the_middle_of_a_round_costs_only_ti
 def test_a_coordinator_killed_at_random_moments_publishes_what_it_would_have(tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     make_base(folder / "base")
-    config, path = make_config(folder, num_rounds=2)
+    config, path = make_config(folder)
     prepare_nodes(config, list(TRAINERS))
     server = ServerProcess(path)
     moments = random.Random(7)
@@ -75,7 +75,7 @@ def test_a_coordinator_killed_at_random_moments_publishes_what_it_would_have(tmp
     assert server.stop() == 0
     assert sorted(results) == sorted(TRAINERS)
     result = result_of(config)
-    assert result.version == run_simulated(tmp_path / "undisturbed", num_rounds=2).version
+    assert result.version == run_simulated(tmp_path / "undisturbed").version
     verify_directory(result.model_dir, coordinator_key(folder))
 
 

@@ -1,14 +1,16 @@
-"""Garbage collection deletes what nothing leads to, and never what a verification or the next round needs."""
+"""Stores are copied whole, and garbage collection never deletes what a verification or the next round needs."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from fedmerge.cli.copy import copy
 from fedmerge.cli.gc import gc
 from fedmerge.config import Config
 from fedmerge.coordinator import Coordinator
@@ -16,7 +18,9 @@ from fedmerge.errors import ConfigError, ResourceError, UnknownVersion
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint
 from fedmerge.verify import History, replay, verify_directory
+from tests.buckets import BucketServer
 from tests.conftest import make_config
+from tests.databases import PostgresServer
 from tests.e2e.test_federation import coordinator_key, run_simulated
 
 # An outer state, steps, and candidates that a search leaves behind.
@@ -86,3 +90,25 @@ def test_nothing_is_deleted_while_a_coordinator_leads_or_for_rounds_to_come(tmp_
     with pytest.raises(ConfigError, match="only 1 round"):
         gc(path, forget_before=2)
     assert orphans <= {found.root for found in config.open_blobs().stored()}
+
+
+def test_a_federation_goes_on_from_another_database_and_bucket(
+    tmp_path: Path, postgres: PostgresServer, bucket_server: BucketServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in bucket_server.environ.items():
+        monkeypatch.setenv(variable, value)
+    run_simulated(tmp_path, num_rounds=1, extra=EXTRA)
+    _, path = make_config(tmp_path, num_rounds=1, extra=EXTRA)
+    database, bucket = postgres.new_database(), bucket_server.new_bucket()
+    for _ in range(2):
+        copy(path, database=database, blobs=bucket)
+    (tmp_path / "state" / "ledger.sqlite").rename(tmp_path / "old.sqlite")
+    for folder in (tmp_path / "state" / "blobs").glob("??"):
+        shutil.rmtree(folder)
+    extra = EXTRA + f"[store]\ndatabase = '{database}'\nblobs = '{bucket}'\n"
+    undisturbed = run_simulated(tmp_path / "undisturbed", num_rounds=2, extra=EXTRA)
+    assert run_simulated(tmp_path, num_rounds=2, extra=extra).version == undisturbed.version
+    config, path = make_config(tmp_path, num_rounds=2, extra=extra)
+    assert replay(history_of(tmp_path, 2), Checkpoint(tmp_path / "base"), config.open_blobs()).passed
+    with pytest.raises(ResourceError, match="another ledger"):
+        copy(path, database=f"sqlite:///{tmp_path / 'undisturbed' / 'state' / 'ledger.sqlite'}")
