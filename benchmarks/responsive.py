@@ -27,6 +27,7 @@ import torch
 from codec import Target
 from safetensors.torch import save_file
 
+from fedmerge.certificates import TLS_NAME
 from fedmerge.config import load_config
 from fedmerge.node import Node
 from fedmerge.sim.inline import prepare_nodes
@@ -34,7 +35,6 @@ from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
 from fedmerge.v1 import session_pb2, session_pb2_grpc
-from fedmerge.wire import TLS_NAME
 from fedmerge_client.link import GrpcLink
 
 NODES = ("north", "east", "south", "west")

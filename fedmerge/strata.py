@@ -43,6 +43,15 @@ def spread(values: npt.NDArray[np.float32], seed: int, num_elements: int, densit
     return dense
 
 
+def located(
+    values: npt.NDArray[np.float32], seed: int, num_elements: int, density: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return what of `spread` is not zero: indices (M,), ascending, and values (M,)."""
+    indices, scaled = np.empty(values.size, dtype=np.int64), np.empty_like(values)
+    _locate(values, draws(seed, 0, values.size), np.uint64(_threshold(density)), num_elements, indices, scaled)
+    return indices, scaled
+
+
 def _threshold(density: float) -> int:
     return min(max(1, round(density * _WORD)), _WORD)
 
@@ -80,3 +89,18 @@ def _spread(
     for i in range(values.size):
         start, size = _stratum(i, threshold, dense.size)
         dense[start + _within(drawn[i], size)] = values[i] * np.float32(size)
+
+
+@kernel
+def _locate(
+    values: npt.NDArray[np.float32],
+    drawn: npt.NDArray[np.uint32],
+    threshold: np.uint64,
+    num_elements: int,
+    indices: npt.NDArray[np.int64],
+    scaled: npt.NDArray[np.float32],
+) -> None:
+    for i in range(values.size):
+        start, size = _stratum(i, threshold, num_elements)
+        indices[i] = start + _within(drawn[i], size)
+        scaled[i] = values[i] * np.float32(size)

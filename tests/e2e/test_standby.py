@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from fedmerge.certificates import TLS_NAME
 from fedmerge.errors import Deposed
 from fedmerge.events import MergeStarted, RoundPublished
 from fedmerge.node import Node
@@ -27,7 +28,6 @@ from fedmerge.store.ledger import Ledger, UploadRow
 from fedmerge.tensors import Checkpoint, model_digest
 from fedmerge.v1 import session_pb2, session_pb2_grpc
 from fedmerge.verify import verify_directory
-from fedmerge.wire import TLS_NAME
 from fedmerge_client.link import GrpcLink
 from tests.buckets import BucketServer
 from tests.conftest import ServerProcess, make_base, make_config
