@@ -105,7 +105,9 @@ class Simulation:
     def _question(self) -> Question | None:
         """Return what is asked of nodes now, if anything."""
         state = self.coordinator.journal.state
-        if state.opened is None or not (state.phase in {Phase.OPEN, Phase.SEARCHING, Phase.PUBLISHING} or self.coordinator.finished()):
+        if state.opened is None or not (
+            state.phase in {Phase.OPEN, Phase.SEARCHING, Phase.PUBLISHING} or self.coordinator.finished()
+        ):
             return None
         return state.opened.spec_digest, str(state.phase), len(state.proposals)
 
