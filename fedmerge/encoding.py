@@ -162,10 +162,9 @@ def decode(sections: Sections, encoding: Encoding, spec: TensorSpec, codec: Code
     return dense.reshape(spec.shape)
 
 
-def decode_sparse(
-    sections: Sections, encoding: Encoding, spec: TensorSpec, codec: Codec, *, seed: int, num_kept: int
-) -> Sparse:
+def decode_sparse(sections: Sections, encoding: Encoding, spec: TensorSpec, codec: Codec, *, seed: int) -> Sparse:
     """Return the entries that `decode` puts into zeros, where a sparsifier left some out. Raises as `decode`."""
+    num_kept = num_values(encoding, spec, codec)
     values = QUANTIZERS[encoding.values].dequantize(sections, num_kept, codec.block_size)
     found = SPARSIFIERS[encoding.sparsifier].locate(Kept(sections, values), spec.num_elements, seed, codec.density)
     _require_finite(found.values)

@@ -160,9 +160,9 @@ def write_delta(
     out); `seed` is the round's seed for this sender, from which each tensor's mask is derived; `base` is the model that
     the task vector is to be added to, against which the noise of a mask is judged: without it, it is not. A
     `LowRankDelta` travels by its factors where the codec allows. `side` are further tensors, fp32 or bf16, that travel
-    whole. Tensors are read one at a time, and none is kept: frames wait in a nameless file beside `path` for the
-    header, which comes first. The file appears whole or not at all, and its owner alone can read it. The same delta,
-    codec, seed and library versions give the same bytes.
+    whole. Tensors are read one at a time, and none is kept but small ones until their frame is full. The file appears
+    whole or not at all, and its owner alone can read it. The same delta, codec, seed and library versions give the same
+    bytes.
 
     Raises `ModelMismatch` when names or shapes differ from `schema`, `InputError` for NaN or infinite values and for a
     mask that would make too much noise, and `ResourceError` when the disk does not take the file.
@@ -299,7 +299,7 @@ class DeltaFile(Mapping[str, Tensor]):
         self._last: tuple[int, dict[str, Bytes]] = -1, {}  # the last small frame and its sections
 
     def __getitem__(self, name: str) -> Tensor:
-        _, encoding = self._header.tensors[name]
+        encoding = self._header.tensors[name][1]
         return torch.zeros(self.schema[name].shape) if encoding is None else self._decode(name, encoding, decode)
 
     def sparse(self, name: str) -> Sparse | None:
@@ -307,7 +307,7 @@ class DeltaFile(Mapping[str, Tensor]):
 
         Raises as decoding it does.
         """
-        _, encoding = self._header.tensors[name]
+        encoding = self._header.tensors[name][1]
         if encoding is None:
             return Sparse(torch.empty(0, dtype=torch.int64), torch.empty(0))
         if encoding.rank or encoding.sparsifier == "none":

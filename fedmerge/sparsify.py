@@ -21,7 +21,7 @@ from torch import Tensor
 from fedmerge.indices import decode_indices, encode_indices, index_bytes, largest_of_chunks, num_indices
 from fedmerge.layerwise import counted_index_bytes, decode_counted, encode_counted, largest_of_tensor, num_largest
 from fedmerge.planes import Sections
-from fedmerge.strata import located, num_strata, positions, spread
+from fedmerge.strata import locate, num_strata, positions, spread
 
 
 class Kept(NamedTuple):
@@ -103,8 +103,9 @@ def scatter_seeded(kept: Kept, num_elements: int, seed: int, density: float) -> 
 
 
 def locate_seeded(kept: Kept, num_elements: int, seed: int, density: float) -> Sparse:
-    """Return the values of `kept`, each times the size of its stratum, and where the mask of `seed` is."""
-    return Sparse(*map(torch.from_numpy, located(kept.values.numpy(), seed, num_elements, density)))
+    """Return the values of `kept` times their stratum's size, and where the mask of `seed` has them."""
+    indices, values = locate(kept.values.numpy(), seed, num_elements, density)
+    return Sparse(torch.from_numpy(indices), torch.from_numpy(values))
 
 
 def keep_topk(values: Tensor, seed: int, density: float) -> Kept:

@@ -43,12 +43,12 @@ def spread(values: npt.NDArray[np.float32], seed: int, num_elements: int, densit
     return dense
 
 
-def located(
+def locate(
     values: npt.NDArray[np.float32], seed: int, num_elements: int, density: float
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return what of `spread` is not zero: indices (M,), ascending, and values (M,)."""
-    indices, scaled = np.empty(values.size, dtype=np.int64), np.empty_like(values)
-    _locate(values, draws(seed, 0, values.size), np.uint64(_threshold(density)), num_elements, indices, scaled)
+    """Return the indices (M,), ascending, to which `spread` brings `values` (M,), and what it writes there (M,)."""
+    indices, scaled = np.empty(values.size, dtype=np.int64), values.copy()
+    _locate(scaled, draws(seed, 0, values.size), np.uint64(_threshold(density)), num_elements, indices)
     return indices, scaled
 
 
@@ -80,6 +80,20 @@ def _choose(
 
 
 @kernel
+def _locate(
+    values: npt.NDArray[np.float32],
+    drawn: npt.NDArray[np.uint32],
+    threshold: np.uint64,
+    num_elements: int,
+    indices: npt.NDArray[np.int64],
+) -> None:
+    for i in range(values.size):
+        start, size = _stratum(i, threshold, num_elements)
+        indices[i] = start + _within(drawn[i], size)
+        values[i] *= np.float32(size)
+
+
+@kernel
 def _spread(
     values: npt.NDArray[np.float32],
     drawn: npt.NDArray[np.uint32],
@@ -89,18 +103,3 @@ def _spread(
     for i in range(values.size):
         start, size = _stratum(i, threshold, dense.size)
         dense[start + _within(drawn[i], size)] = values[i] * np.float32(size)
-
-
-@kernel
-def _locate(
-    values: npt.NDArray[np.float32],
-    drawn: npt.NDArray[np.uint32],
-    threshold: np.uint64,
-    num_elements: int,
-    indices: npt.NDArray[np.int64],
-    scaled: npt.NDArray[np.float32],
-) -> None:
-    for i in range(values.size):
-        start, size = _stratum(i, threshold, num_elements)
-        indices[i] = start + _within(drawn[i], size)
-        scaled[i] = values[i] * np.float32(size)
