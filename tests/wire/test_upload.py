@@ -11,8 +11,6 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from fedmerge.codec import Codec
 from fedmerge.delta import delta_schema
@@ -40,6 +38,7 @@ from fedmerge.v1 import delta_pb2, delta_pb2_grpc
 from fedmerge.wire import error_of
 from fedmerge_client.link import GrpcLink
 from tests.conftest import Federation, ServerProcess, make_federation
+from tests.unit.test_frame import Written, zstd
 
 
 @dataclass
@@ -304,17 +303,15 @@ def test_a_payload_with_another_shape_is_refused_when_it_is_decoded(liar: Site) 
 
 def test_nan_is_refused_with_the_tensors_name(liar: Site) -> None:
     spec, _ = liar.spec()
-    schema = delta_schema(liar.base.schema)
-    path = liar.folder / "plain.safetensors"
-    delta = {name: torch.full(s.shape, 1.0) for name, s in schema.items()}
-    write_delta(path, delta, schema, Codec.from_dict(spec.codec), seed=0)
-    frames = load_file(path)
-    frames["vector"] = torch.full_like(frames["vector"], 0xFF)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    save_file(frames, path, metadata=metadata)
-    with pytest.raises(InvalidDelta, match="vector"):
-        liar.submit(path)
+    delta = {name: torch.full(s.shape, 1.0) for name, s in delta_schema(liar.base.schema).items()}
+    written = Written(liar.folder / "plain.safetensors", Codec.from_dict(spec.codec), delta)
+    lengths, exponents = written.header["frames"][0], zstd(b"\xff" * delta["matrix"].numel())
+    start = sum(lengths[:3])
+    written.frames = written.frames[:start] + exponents + written.frames[start + lengths[3] :]
+    lengths[3] = len(exponents)
+    written.rewrite()
+    with pytest.raises(InvalidDelta, match="matrix"):
+        liar.submit(written.path)
 
 
 def test_files_are_served_by_root_only(liar: Site) -> None:
