@@ -241,7 +241,7 @@ def test_a_valid_configuration_comes_back_as_it_was_written(data: st.DataObject)
             for key, value in table.items():
                 if isinstance(got[key], Path):
                     assert got[key] == in_folder(value)
-                elif key == "max_payload_bytes":
+                elif key in {"max_payload_bytes", "max_bytes_per_s"}:
                     assert got[key] == value or isinstance(value, str)
                 else:
                     assert got[key] == (tuple(value) if isinstance(value, list) else value)
