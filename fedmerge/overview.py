@@ -97,7 +97,7 @@ def overview(entries: Iterable[LedgerEntry], trusted: Mapping[str, PublicKey]) -
             case DeadlineExtended(extra_s=extra_s, reason=reason):
                 row.notes.append(f"deadline moved by {extra_s:g} s: {reason}")
             case RolledBack(to_round=to_round, reason=reason):
-                row.notes.append(f"then rolled back to round {to_round}: {reason}")
+                row.notes.append(f"rolled back to round {to_round}: {reason}")
             case _:
                 pass
     for number, row in rows.items():
