@@ -75,7 +75,7 @@ def test_a_node_killed_while_it_trains_goes_on_at_its_checkpoint_to_the_same_mod
 ) -> None:
     config, _, data = federation(tmp_path / "undisturbed", classifier)
     trainers = {name: TextClassification(data=path) for name, path in data.items()}
-    undisturbed = simulate(config, config.model.base, trainers, clock=time.time)
+    undisturbed = simulate(config, config.model.base, trainers)
 
     config, path, data = federation(tmp_path / "killed", classifier)
     server = ServerProcess(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import stat
@@ -15,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedmerge.attest import MODEL_SIGNATURE
 from fedmerge.cli import main
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import FedmergeError, Unreachable, VerificationError, WrongPhase
 from fedmerge.node import Node
-from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE
+from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim import LocalLink, node_home, prepare_nodes
 from fedmerge.statements import Lineage, MergeRecord, Rollback
@@ -203,8 +203,8 @@ def test_a_rollback_that_nobody_signed_and_a_delta_merged_twice_do_not_verify(tm
         (published / PROVENANCE).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         trusted = coordinator_key(tmp_path)
         lineage, _ = Lineage.open((published / SIGNATURE).read_bytes(), trusted, where="lineage")
-        digest = hashlib.sha256((published / PROVENANCE).read_bytes()).hexdigest()
-        lineage = lineage.model_copy(update={"files": {**lineage.files, PROVENANCE: digest}})
+        (published / MODEL_SIGNATURE).unlink(missing_ok=True)
+        lineage = lineage.model_copy(update={"files": file_digests(published)})
         (published / LINEAGE).write_bytes(lineage.to_payload())
         (published / SIGNATURE).write_bytes(lineage.sign(key))
 
@@ -284,10 +284,10 @@ def test_the_operator_steers_a_running_coordinator_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with running(tmp_path, num_rounds=2, rounds="deadline_s = 2000\ngrace_s = 2000") as (server, path, state):
+        wait_for(path, bool)
         mode = (state / SOCKET).stat().st_mode
         assert stat.S_ISSOCK(mode)
         assert stat.S_IMODE(mode) == 0o600
-        wait_for(path, bool)
         assert main(["rounds", "extend", "-1990", str(path), "--reason", "too long"]) == 0
         [row] = wait_for(path, lambda rows: rows[0]["phase"] == "failed")
         assert row["notes"] == ["deadline moved by -1990 s: too long"]
