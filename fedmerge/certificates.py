@@ -92,6 +92,8 @@ class Authority:
     @classmethod
     def load(cls, folder: Path) -> Authority:
         """Read one; raise `InputError` when there is none, or its two files don't belong together."""
+        if not (folder / CA_KEY).exists():
+            raise InputError(f"{folder}: holds no {CA_KEY}", hint="make one with: fedmerge keys ca DIR")
         key = SigningKey.load(folder / CA_KEY)
         try:
             certificate = x509.load_pem_x509_certificate((folder / CA_CERTIFICATE).read_bytes())

@@ -232,7 +232,12 @@ def _tls(config: Config) -> Check:
     from cryptography import x509
 
     if config.server.tls_cert is None or config.server.tls_key is None:
-        return Check("tls", "ok", "a self-signed certificate is made on first start")
+        if config.server.ca is None:
+            return Check("tls", "ok", "a self-signed certificate is made on first start")
+        from fedmerge.certificates import Authority
+
+        until = Authority.load(config.server.ca).certificate.not_valid_after_utc
+        return Check("tls", "ok", f"certificates are issued by {config.server.ca}, until {until:%Y-%m-%d}")
     path = config.server.tls_cert
     config.server.tls_key.open("rb").close()
     try:

@@ -216,3 +216,5 @@ def test_an_authority_signs_no_more_than_it_should(tmp_path: Path) -> None:
     (tmp_path / "ca" / "ca.crt").write_bytes(other.pem)
     with pytest.raises(InputError, match="belong together"):
         Authority.load(tmp_path / "ca")
+    with pytest.raises(InputError, match=r"holds no ca\.key"):
+        Authority.load(tmp_path / "nowhere")
