@@ -29,7 +29,7 @@ from fedmerge.merkle import LEAF_BYTES
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import Enrolment, EnrolmentRequest, Revocation
 from fedmerge.store.ledger import Ledger
-from fedmerge.trust import Invitation, TrustStore, token_digest
+from fedmerge.trust import TrustStore, token_digest
 from fedmerge.v1 import session_pb2
 from fedmerge_client.link import GrpcLink
 from tests.conftest import Federation, ServerProcess
@@ -216,4 +216,3 @@ def test_invitations_and_keys_in_the_folder(tmp_path: Path) -> None:
     (tmp_path / "trusted" / "invited" / "west.json").write_text('{"token": 1}')
     with pytest.raises(InputError, match="not an invitation"):
         store.invitations()
-    assert Invitation.model_fields.keys() == {"token", "organisation", "expires_at_s", "approved"}
