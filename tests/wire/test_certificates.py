@@ -24,7 +24,7 @@ from fedmerge.errors import (
 )
 from fedmerge.sign import SigningKey
 from fedmerge.trust import Member, TrustStore
-from fedmerge.v1 import delta_pb2, model_pb2, round_pb2, session_pb2
+from fedmerge.v1 import delta_pb2, log_pb2, model_pb2, round_pb2, session_pb2
 from fedmerge_client.link import GrpcLink
 from fedmerge_server.access import METHODS, require_allowed
 from tests.conftest import Federation, ServerProcess, make_federation
@@ -184,7 +184,7 @@ def test_an_auditor_looks_and_does_not_touch(federation: Federation, server: Ser
 
 
 def test_every_method_has_its_line_in_the_table() -> None:
-    files = [module.DESCRIPTOR for module in (session_pb2, round_pb2, delta_pb2, model_pb2)]
+    files = [module.DESCRIPTOR for module in (session_pb2, round_pb2, delta_pb2, model_pb2, log_pb2)]
     assert all(descriptor_pool.Default().FindFileByName(file.name) for file in files)
     methods = {
         method.name for file in files for service in file.services_by_name.values() for method in service.methods
