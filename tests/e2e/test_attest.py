@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     config, _ = make_config(folder)
     SigningKey.generate(request.param).save(config.federation.key)
     trainers = {"north": StepTrainer(1), "south": StepTrainer(2)}
-    result = simulate(config, folder / "base", trainers, clock=time.time)
+    result = simulate(config, folder / "base", trainers)
     return result.model_dir, SigningKey.load(config.federation.key).public
 
 

@@ -196,7 +196,7 @@ def test_a_model_waits_for_its_witnesses(tmp_path: Path) -> None:
 def test_a_simulation_witnesses_itself(tmp_path: Path) -> None:
     config, _ = make_config(tmp_path, num_rounds=2)
     config = config.model_copy(update={"rounds": config.rounds.model_copy(update={"publish_after_cosignatures": 2})})
-    result = simulate(config, tmp_path / "base", {"a": StepTrainer(1), "b": StepTrainer(2)}, clock=time.time)
+    result = simulate(config, tmp_path / "base", {"a": StepTrainer(1), "b": StepTrainer(2)})
     key = SigningKey.load(config.federation.key).public
     _, _, checks = verify_directory(result.model_dir, {key.key_id: key})
     assert [check.passed for check in checks if check.name == "witnesses"] == [True]
