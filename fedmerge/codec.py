@@ -14,6 +14,7 @@ from fedmerge.tensors import TensorSpec
 
 LOWRANK = "lowrank"
 EXACT = "exact"
+SAME = "same"
 # Value types that are floats, narrowest first: exact factors travel in the first of these that holds them.
 EXACT_VALUES = ("bf16", "fp16", "fp32")
 REFUSE = "none"
@@ -61,8 +62,8 @@ class Codec:
 
     `sparsify` names one of `SPARSIFIERS` and `density` is the fraction of elements that it keeps; tensors with at most
     one dimension and fewer than `small_elements` elements are always sent dense. `values` names one of `QUANTIZERS`,
-    `block_size` is the number of values that share a scale, in the types that have scales. `zstd_level` is 1 (fast) to
-    19.
+    `small_values` the one for those small tensors, or is "same"; `block_size` is the number of values that share a
+    scale, in the types that have scales. `zstd_level` is 1 (fast) to 19.
 
     The noise of a `seeded` mask may be at most `max_noise_ratio` of a tensor's weights (`fedmerge.encoding`); a tensor
     in which it would be more travels dense as `fallback` values, or is refused if that is "none".
@@ -78,6 +79,7 @@ class Codec:
     values: str = "int8"
     block_size: int = 1024
     small_elements: int = 4096
+    small_values: str = SAME
     zstd_level: int = 3
     max_noise_ratio: float = 0.1
     fallback: str = "lloyd3"
@@ -93,6 +95,7 @@ class Codec:
                 raise ConfigError(f"codec.{field.name}: {value!r} is not of type {field.type}")
         _require_known("codec.sparsify", self.sparsify, [*SPARSIFIERS, LOWRANK])
         _require_known("codec.values", self.values, QUANTIZERS)
+        _require_known("codec.small_values", self.small_values, [SAME, *QUANTIZERS])
         _require_known("codec.fallback", self.fallback, [REFUSE, *QUANTIZERS])
         _require_known("codec.factors", self.factors, [EXACT, *QUANTIZERS])
         for name, (low, high) in _RANGES.items():
@@ -133,7 +136,9 @@ class Codec:
 
     def encoding(self, spec: TensorSpec) -> Encoding:
         """Return the encoding of a tensor of this shape that is not all zero, has no factors and makes no noise."""
-        if self.sparsify == LOWRANK or travels_dense(spec.shape, self.small_elements):
+        if travels_dense(spec.shape, self.small_elements):
+            return Encoding("none", self.values if self.small_values == SAME else self.small_values)
+        if self.sparsify == LOWRANK:
             return Encoding("none", self.values)
         return Encoding(self.sparsify, self.values)
 

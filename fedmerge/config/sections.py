@@ -214,6 +214,8 @@ class Delta(Section):
     """Elements that share a scale, in number formats that have scales."""
     small_elements: int = Field(default=4096, ge=0, le=1 << 31)
     """Vectors (biases, norms) of fewer elements than this are never thinned."""
+    small_values: ValueType | Literal["same"] = "same"
+    """Number format of those: as for values ("same"), or for instance "fp32", with which they arrive exactly."""
     zstd_level: int = Field(default=3, ge=1, le=19)
     """Effort of the final compression, from 1 (fast) to 19 (small)."""
     max_noise_ratio: float = Field(default=0.1, ge=0, le=1e6)

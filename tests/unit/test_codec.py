@@ -10,7 +10,7 @@ from fedmerge.codec import Codec
 from fedmerge.errors import ConfigError
 
 KEYS = (
-    "one of: sparsify, density, values, block_size, small_elements, zstd_level, "
+    "one of: sparsify, density, values, block_size, small_elements, small_values, zstd_level, "
     "max_noise_ratio, fallback, rank, factors"
 )
 VALUES = "one of: fp32, bf16, fp16, int8, int4, lloyd3, lloyd2, sign"
@@ -33,6 +33,7 @@ VALUES = "one of: fp32, bf16, fp16, int8, int4, lloyd3, lloyd2, sign"
         ({"block_size": 64.0}, "codec.block_size: 64.0 is not of type int", None),
         ({"block_size": 0}, "codec.block_size: 0 is not between", None),
         ({"zstd_level": 22}, "codec.zstd_level: 22 is not between 1 and 19", None),
+        ({"small_values": "exact"}, "codec.small_values: unknown name 'exact'", f"one of: same, {VALUES[8:]}"),
         ({"small_elements": -1}, "codec.small_elements: -1 is not between", None),
         ({"sparsify": "seeded", "density": 0.0}, "codec.density: 0.0 is not between", None),
         ({"sparsify": "seeded", "density": 1.5}, "codec.density: 1.5 is not between", None),

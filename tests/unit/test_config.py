@@ -139,6 +139,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
                 {},
                 {
                     "small_elements": st.integers(0, 2**31),
+                    "small_values": st.sampled_from(["same", "fp32", "int8"]),
                     "downlink": values | st.sampled_from(["auto", "steps"]),
                     "snapshot_every": counts,
                 },

@@ -210,6 +210,18 @@ def test_any_shape_and_any_value_comes_back(
         assert (np.abs(decoded - wide) <= RELATIVE_ERROR[values] * scale + smallest).all()
 
 
+@pytest.mark.parametrize("sparsify", ["none", "seeded", "topk", "lowrank"])
+def test_small_vectors_arrive_exactly_where_the_plan_says_so(tmp_path: Path, sparsify: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"bias": (768,), "scale": (), "embedding": (5000,), "matrix": (64, 96)}
+    delta = {name: torch.randn(shape, generator=generator) * 1e-3 for name, shape in shapes.items()}
+    settings = {"rank": 4} if sparsify == "lowrank" else {} if sparsify == "none" else {"density": 0.05}
+    codec = Codec.from_dict({"sparsify": sparsify, "values": "lloyd2", "small_values": "fp32", **settings})
+    write_delta(tmp_path / "d", delta, schema_of(delta), codec, seed=1)
+    arrived = DeltaFile(tmp_path / "d", schema_of(delta), codec, seed=1)
+    assert [name for name in shapes if torch.equal(arrived[name], delta[name])] == ["bias", "scale"]
+
+
 @given(
     array=arrays(np.float32, array_shapes(min_dims=1, max_dims=4, max_side=7), elements=ELEMENTS),
     values=VALUE_TYPES,
