@@ -266,11 +266,16 @@ def cases(seed: int, subjects: dict[str, Subject]) -> Iterator[tuple[str, str, C
         rng.choice(FRAME_MUTATIONS)(sections, rng) if any(section.raw_bytes for section in sections) else ""
         for sections in frames
     ]
-    subject.path.write_bytes(subject.data(frames))
+    data = subject.data(frames)
+    subject.path.write_bytes(data)
     try:
         opened = subject.open()
     except InvalidDelta as err:
-        raise Failure(f"a right header was refused: {err.message}") from err
+        # Several bombs together may be more than any sound file has, which is told before the header is.
+        if "more than this model can need" not in err.message or len(data) <= len(subject.data(subject.frames)):
+            raise Failure(f"a right header was refused: {err.message}") from err
+        yield what, "too long frames", lambda: outcome(subject)
+        return
     for names, kind in zip(subject.names, kinds, strict=True):
         if kind:
             yield f"{what}: {names[0]}", kind, lambda names=names: outcome(subject, opened, names)
