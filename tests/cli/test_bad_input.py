@@ -294,7 +294,7 @@ WRONG_SIMULATIONS: list[tuple[str, str, int, str, str | None]] = [
         NODES + "[train]\nstebs = 3",
         2,
         "[train]: stebs: unknown key; did you mean 'steps'?",
-        "known keys: st",
+        "known keys: fed",
     ),
     ("[train]", NODES + '[train]\ntrainer = "x"', 2, "unknown trainer 'x'", "one of "),
 ]
