@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +85,7 @@ def test_every_version_is_the_papers(
     lossless = "[delta]\nvalues = 'fp32'\ndownlink = 'fp32'\n"
     config, _ = make_config(tmp_path, num_rounds=NUM_ROUNDS, extra=f"{lossless}[outer]\n{section}\n")
     trainers: dict[str, Trainer] = {name: Descender(seed) for name, seed in (("north", 1), ("south", 2), ("west", 3))}
-    simulate(config, tmp_path / "base", trainers, clock=time.time)
+    simulate(config, tmp_path / "base", trainers)
     base = Checkpoint(tmp_path / "base")
     for name in ("matrix", "vector"):
         for number, expected in enumerate(reference(base[name].double(), [1, 2, 3]), start=1):

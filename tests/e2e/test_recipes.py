@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_values_by_name_stand_in_the_signed_record_and_replay(tmp_path: Path) ->
 def test_a_pattern_that_fits_nothing_is_refused_before_a_round_opens(tmp_path: Path) -> None:
     config, _ = make_config(tmp_path, extra="[merge]\nmethod = 'ties'\ndensity = {'*.vektor' = 0.5}\n")
     with pytest.raises(ConfigError, match=r"fits no tensor; did you mean 'vector'\?"):
-        Coordinator(config, tmp_path / "base")
+        Coordinator(config, tmp_path / "base", clock=time.time)
 
 
 STEPS = """[outer]
