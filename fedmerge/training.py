@@ -90,7 +90,7 @@ def require_statistics(trainer: Trainer, kind: str, method: str) -> StatisticsTr
     """Return `trainer` if it computes statistics; raise `ConfigError` if a round asks for what it does not have."""
     if not isinstance(trainer, StatisticsTrainer):
         raise ConfigError(
-            f"merge method {method} needs {kind} statistics, which {type(trainer).__name__} does not compute",
+            f"merge method {method} needs {kind} statistics, which this node's trainer does not compute",
             hint="the plan needs another merge.method, or this node another trainer",
         )
     return trainer

@@ -133,11 +133,17 @@ def _statement(path: Path) -> dict[str, Any]:
 
 
 def _provenance(path: Path) -> dict[str, Any]:
-    """Read what a published directory keeps in provenance.jsonl: an envelope on each line."""
+    """Read what a published directory keeps in provenance.jsonl: an envelope, or a cosigned note, on each line."""
+    from fedmerge.publish import COSIGNATURE
+
     statements = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         with _reporting(f"{path}:{number}: not a provenance entry"):
-            statements.append(_opened(json_module.loads(json_module.loads(line)["envelope"])))
+            entry = json_module.loads(line)
+            if entry["kind"] == COSIGNATURE:  # a note of C2SP's, which is text
+                statements.append({"kind": COSIGNATURE, "note": entry["envelope"].splitlines()})
+            else:
+                statements.append(_opened(json_module.loads(entry["envelope"])))
     return {"kind": "provenance", "statements": statements}
 
 

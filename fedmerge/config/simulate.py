@@ -45,9 +45,9 @@ class Simulate(Section):
     ray_address: str | None = Field(default=None, min_length=1, examples=["auto"])
     """Ray cluster to use, HOST:PORT, or "auto" for the one that runs here. Without it one is started."""
     ray_cpus: float = Field(default=1.0, ge=0, le=1e4)
-    """Cores that a node takes on Ray,"""
+    """Cores that a node takes on Ray; fractions share one."""
     ray_gpus: float = Field(default=0.0, ge=0, le=1e4)
-    """and accelerators. Fractions share one."""
+    """Accelerators that a node takes on Ray; fractions share one."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of everything below that is drawn at random, by node."""
     train_s: float = Field(default=0.0, ge=0, le=1e9)
@@ -61,9 +61,9 @@ class Simulate(Section):
     spread: float = Field(default=0.0, ge=0, le=5)
     """How nodes differ: the standard deviation of the logarithm of each of these three, whose medians stand above."""
     stragglers: float = Field(default=0.0, ge=0, le=1)
-    """Share of nodes that train more slowly than the others,"""
+    """Share of nodes that train more slowly than the others."""
     straggler_factor: float = Field(default=4.0, ge=1, le=1e6)
-    """so many times."""
+    """How many times more slowly."""
     online: float = Field(default=1.0, gt=0, le=1)
     """Share of hours in which a node is there; away, it neither begins a round nor delivers."""
     dropout: float = Field(default=0.0, ge=0, le=1)

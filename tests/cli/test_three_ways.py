@@ -144,8 +144,15 @@ def test_inspect_reads_every_kind_of_artefact(deployed: tuple[Path, dict[str, Pa
     outputs = run_all(folder, environ, *(f"inspect {path} --json" for path in artefacts))
     assert [json.loads(output)["kind"] for output in outputs] == list(artefacts.values())
     provenance = json.loads(outputs[-1])["statements"]
-    kinds = [statement["kind"].split(".")[2] for statement in provenance]
-    assert kinds == 2 * ["roundspec", "delta", "delta", "mergerecord"]
+    kinds = [statement["kind"].removeprefix("application/vnd.fedmerge.").partition(".")[0] for statement in provenance]
+    assert [kind for kind in kinds if kind not in {"enrolment", "cosignature"}] == 2 * [
+        "roundspec",
+        "delta",
+        "delta",
+        "mergerecord",
+    ]
+    assert kinds.count("enrolment") == 2
+    assert "cosignature" in kinds
     # And for people: the same, as text.
     assert all(run_all(folder, environ, *(f"inspect {path}" for path in artefacts)))
 

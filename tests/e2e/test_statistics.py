@@ -136,7 +136,7 @@ def test_the_order_in_which_nodes_arrive_does_not_matter(tmp_path: Path, method:
 
 
 def test_a_trainer_without_statistics_is_told_before_it_trains(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="fisher needs fisher statistics, which StepTrainer does not compute"):
+    with pytest.raises(ConfigError, match="fisher needs fisher statistics, which this node's trainer does not compute"):
         federate(tmp_path, LOSSLESS.format(method="fisher"), {"north": StepTrainer(1), "south": StepTrainer(2)})
     assert not list((tmp_path / "nodes").rglob("tuned"))
 

@@ -417,7 +417,7 @@ BAD: list[tuple[str, list[str]]] = [
         MINIMAL + "[merge]\nthreads = -1\nmemory_budget = 'much'\n",
         [
             "6: merge.threads: should be at least 0, not -1",
-            '7: merge.memory_budget: should be a number of bytes, or a text like "500MB" or "2GiB", not \'much\'',
+            '7: merge.memory_budget: should be a number of bytes, or a text like "500MB" or "2GiB"',
         ],
     ),
     (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +152,7 @@ def federate(folder: Path, base: Path, sites: list[list[str]], *, train: str, nu
     text = path.read_text().replace('trainer = "text-classification"\n', plan + train)
     config = parse_config(text, folder=folder, where="fedmerge.toml")
     trainers: dict[str, Trainer] = {f"site{i}": site(folder / f"data{i}", labels) for i, labels in enumerate(sites)}
-    return simulate(config, base_copy, trainers, clock=time.time).model_dir
+    return simulate(config, base_copy, trainers).model_dir
 
 
 def test_a_federation_with_scaffold_is_the_papers_algorithm(base: Path, tmp_path: Path) -> None:
