@@ -273,7 +273,7 @@ def test_interrupted_before_any_event_a_search_goes_on_to_the_same_model(tmp_pat
     num_crashes, result = 0, None
     while result is None:
         # Far enough apart to get on, and never long at the same distance.
-        num_calls, crash_at = 0, 8 + num_crashes % 5
+        num_calls, crash_at = 0, 19 + num_crashes % 5
         try:
             result = simulate(config, folder / "base", make_judges(folder), world=FragileWorld())
         except Crash:
