@@ -50,6 +50,7 @@ from fedmerge.indices import CHUNK_ELEMENTS, kept_of_chunk
 from fedmerge.layerwise import num_largest
 from fedmerge.planes import unpack_codes
 from fedmerge.quantize import QUANTIZERS
+from fedmerge.regime import with_small_values
 from fedmerge.seeds import derive_seed
 from fedmerge.sparsify import SPARSIFIERS
 from fedmerge.tensors import Checkpoint, TensorMap, TensorSpec, schema_of, tensor_bytes
@@ -150,20 +151,21 @@ def bound_of(delta: TensorMap, codec: Codec) -> Bound:
     for name, tensor in delta.items():
         if not tensor.any():
             continue
-        sparsifier = codec.encoding(TensorSpec(tuple(tensor.shape), "F32")).sparsifier
+        encoding = codec.encoding(TensorSpec(tuple(tensor.shape), "F32"))
+        sparsifier, type_ = encoding.sparsifier, encoding.values
         seed = derive_seed(SEED, name)
         kept = SPARSIFIERS[sparsifier].sparsify(tensor.float().reshape(-1), seed, codec.density).values
         if "topk" in sparsifier:
             indices += choices_bits(tensor.numel(), codec.density, sparsifier)
             num_indices += kept.numel()
-        sections = dict(QUANTIZERS[codec.values].quantize(kept, codec.block_size))
+        sections = dict(QUANTIZERS[type_].quantize(kept, codec.block_size))
         if "scales" in sections:
-            num_planes = 4 if codec.values == "int8" else 2
+            num_planes = 4 if type_ == "int8" else 2
             scales += sum(entropy_bits(plane) for plane in sections.pop("scales").reshape(num_planes, -1))
-        if codec.values == "bf16":
+        if type_ == "bf16":
             values += 8 * sections.pop("plane0").size
-        if codec.values in NUM_LEVELS:
-            num_levels = len(NUM_LEVELS[codec.values].levels)
+        if type_ in NUM_LEVELS:
+            num_levels = len(NUM_LEVELS[type_].levels)
             meaning = np.arange(num_levels, dtype=np.uint8)
             sections["codes"] = unpack_codes(sections["codes"], kept.numel(), num_levels, meaning)
         values += sum(entropy_bits(section) for section in sections.values())
@@ -194,7 +196,8 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 
 
 def measure(vector: str, delta: TensorMap, codec_name: str, directory: Path) -> Row:
-    codec, schema, path = CODECS[codec_name], schema_of(delta), directory / "delta"
+    schema, path = schema_of(delta), directory / "delta"
+    codec = with_small_values(CODECS[codec_name], schema)
     megabytes = sum(4 * tensor.numel() for tensor in delta.values()) / 1e6
 
     def decode() -> None:
@@ -287,7 +290,8 @@ def memory_of(codec_name: str, quick: bool) -> dict[str, float]:
     Decoding includes the tensor that comes out, and the frame in the mapped file.
     """
     delta = heavy_tailed(quick)
-    codec, schema = CODECS[codec_name], schema_of(delta)
+    schema = schema_of(delta)
+    codec = with_small_values(CODECS[codec_name], schema)
     largest = 4 * max(tensor.numel() for tensor in delta.values())
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "delta"

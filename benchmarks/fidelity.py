@@ -42,6 +42,7 @@ from transformers import AutoModel, AutoTokenizer
 from fedmerge.codec import Codec
 from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.merge import Recipe, merge_deltas
+from fedmerge.regime import with_small_values
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import schema_of
 from fedmerge_client.train.huggingface import quiet_transformers
@@ -261,13 +262,14 @@ class Bench:
     def merged(self, codec: Codec, seed: int, *, gated: bool) -> Scores:
         """Score the merge of task vectors that have been through delta files."""
         base = self.encoder.base if gated else None
+        schema = schema_of(self.encoder.base)
+        codec = with_small_values(codec, schema)
 
         def work() -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 files, stats = [], []
                 for task, delta in self.deltas.items():
-                    path, schema = Path(folder) / f"{task}.delta", schema_of(delta)
-                    mask_seed = derive_seed(seed, task)
+                    path, mask_seed = Path(folder) / f"{task}.delta", derive_seed(seed, task)
                     stats.append(write_delta(path, delta, schema, codec, seed=mask_seed, base=base))
                     files.append(DeltaFile(path, schema, codec, seed=mask_seed))
                 recipe = Recipe("task_arithmetic", {"lambda": self.lam})

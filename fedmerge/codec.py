@@ -62,8 +62,8 @@ class Codec:
 
     `sparsify` names one of `SPARSIFIERS` and `density` is the fraction of elements that it keeps; tensors with at most
     one dimension and fewer than `small_elements` elements are always sent dense. `values` names one of `QUANTIZERS`,
-    `small_values` the one for those small tensors, or is "same"; `block_size` is the number of values that share a
-    scale, in the types that have scales. `zstd_level` is 1 (fast) to 19.
+    `small_values` the one for those small tensors ("fp32": they arrive exactly), or is "same"; `block_size` is the
+    number of values that share a scale, in the types that have scales. `zstd_level` is 1 (fast) to 19.
 
     The noise of a `seeded` mask may be at most `max_noise_ratio` of a tensor's weights (`fedmerge.encoding`); a tensor
     in which it would be more travels dense as `fallback` values, or is refused if that is "none".

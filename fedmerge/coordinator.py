@@ -107,7 +107,7 @@ class Coordinator:
         Plan(config.recipe(), [], self.schema)  # what fits no tensor is reported now, not in every round
         if search := config.search_settings():
             Search(search, config.recipe(), num_models=2, seed=0)  # so is a library that is not installed
-        self.uplink = config.uplink(sum(spec.num_elements for spec in self.schema.values()))
+        self.uplink = config.uplink(self.schema)
         if config.delta.codec == "auto":
             log.info("codec: %s", self.uplink)
         self._base_files = model_files(base_dir)

@@ -21,6 +21,7 @@ from rich.table import Table
 from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json, stderr, stdout
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import Config, load_config
+from fedmerge.delta import delta_schema
 from fedmerge.errors import MissingExtra, ResourceError
 from fedmerge.node import NodeEvent
 from fedmerge.sim import FederationResult, node_home, simulate_processes
@@ -213,13 +214,14 @@ def _report(
         for node in result.nodes
     ]
     num_nodes, num_rounds = len(result.nodes), result.num_rounds
+    schema = delta_schema(Checkpoint(result.model_dir).schema)
     return {
         "organisations": organisations,
         "base_on_all": everywhere["models"]["base"],
         "merged_on_all": everywhere["models"]["merged"],
         "num_rounds": num_rounds,
-        "codec": config.uplink(result.dense_bytes // 4).codec.summary(),
-        "downlink": config.downlink_codec(Checkpoint(result.model_dir).schema).summary(),
+        "codec": config.uplink(schema).codec.summary(),
+        "downlink": config.downlink_codec(schema).summary(),
         "sent_bytes": sum(node.sent_bytes for node in result.nodes),
         "fetched_bytes": num_nodes * result.fetched_bytes,
         "fp32_bytes": num_nodes * num_rounds * result.dense_bytes,

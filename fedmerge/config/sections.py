@@ -214,8 +214,9 @@ class Delta(Section):
     """Elements that share a scale, in number formats that have scales."""
     small_elements: int = Field(default=4096, ge=0, le=1 << 31)
     """Vectors (biases, norms) of fewer elements than this are never thinned."""
-    small_values: ValueType | Literal["same"] = "same"
-    """Number format of those: as for values ("same"), or for instance "fp32", with which they arrive exactly."""
+    small_values: ValueType | Literal["same", "auto"] = "auto"
+    """Number format of those: "fp32", with which they arrive exactly, as for values ("same"), or "auto", which is
+    "fp32" unless that would make a delta more than a tenth larger, as it does in small models."""
     zstd_level: int = Field(default=3, ge=1, le=19)
     """Effort of the final compression, from 1 (fast) to 19 (small)."""
     max_noise_ratio: float = Field(default=0.1, ge=0, le=1e6)
@@ -447,19 +448,18 @@ class Config(Section):
 
     # The builders import late: they need torch, which a mistake in the file should not have to wait for.
 
-    def uplink(self, num_parameters: int) -> Uplink:
-        """Return how nodes encode the task vectors of a model of `num_parameters`, chosen for them with "auto"."""
-        from fedmerge.codec import Codec
+    def uplink(self, schema: Schema) -> Uplink:
+        """Return how nodes encode task vectors of this `schema`, chosen for them with "auto"."""
         from fedmerge.merge.methods import LINEAR
         from fedmerge.regime import Regime, Uplink, choose
 
         if self.delta.codec == "custom":
-            return Uplink(Codec(**self.delta.codec_settings()), self.delta.error_feedback, "as configured")
+            return Uplink(self._codec(schema), self.delta.error_feedback, "as configured")
         lora_rank = self.train.extras.get("lora_rank", 0)
         recipe = self.recipe()
         return choose(
             Regime(
-                num_parameters=num_parameters,
+                schema=schema,
                 num_rounds=self.rounds.num_rounds,
                 lora_rank=lora_rank if isinstance(lora_rank, int) else 0,
                 merge="+".join(step.name for step in recipe.steps),
@@ -484,11 +484,17 @@ class Config(Section):
 
         Where nodes fetch steps it loses nothing, as only auditors read it.
         """
-        from fedmerge.codec import Codec
-
         values = "fp32" if self.takes_steps(schema) else self.delta.downlink.replace("auto", "int8")
-        whole = {"sparsify": "none", "density": 1.0, "rank": 0, "values": values}
-        return Codec(**self.delta.codec_settings() | whole)
+        return self._codec(schema, sparsify="none", density=1.0, rank=0, values=values)
+
+    def _codec(self, schema: Schema, **changes: Any) -> Codec:
+        from fedmerge.codec import SAME, Codec
+        from fedmerge.regime import with_small_values
+
+        settings = self.delta.codec_settings() | changes
+        if settings["small_values"] == "auto":
+            return with_small_values(Codec(**settings | {"small_values": SAME}), schema)
+        return Codec(**settings)
 
     def recipe(self) -> Recipe:
         """Return the merge method and its parameters; the seed stays in `merge.seed`."""

@@ -38,6 +38,7 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 
 FOLDER = Path("/federation")
 ALL_SECTIONS: list[type[Section]] = [*SECTIONS.values(), SimulatedNode]
+LARGE = {"w": TensorSpec((10**5, 10**4), "F32")}
 MINIMAL = '[federation]\nname = "f"\n[model]\nbase = "base"\n'
 
 
@@ -139,7 +140,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
                 {},
                 {
                     "small_elements": st.integers(0, 2**31),
-                    "small_values": st.sampled_from(["same", "fp32", "int8"]),
+                    "small_values": st.sampled_from(["same", "auto", "fp32", "int8"]),
                     "downlink": values | st.sampled_from(["auto", "steps"]),
                     "snapshot_every": counts,
                 },
@@ -248,7 +249,8 @@ def test_a_valid_configuration_comes_back_as_it_was_written(data: st.DataObject)
                     assert got[key] == (tuple(value) if isinstance(value, list) else value)
     assert len(config.nodes) == len(wanted["nodes"])
     if config.delta.codec == "custom":
-        assert config.uplink(10**9).codec.to_dict().items() <= config.delta.model_dump().items()
+        settings = config.delta.model_dump() | ({} if config.delta.small_values != "auto" else {"small_values": "fp32"})
+        assert config.uplink(LARGE).codec.to_dict().items() <= settings.items()
     downlink = {"auto": "int8", "steps": "fp32"}.get(config.delta.downlink, config.delta.downlink)
     assert config.downlink_codec({}).to_dict().items() >= {"sparsify": "none", "values": downlink}.items()
     assert config.recipe().method == wanted.get("merge", {}).get("method", "fedavg")
@@ -264,7 +266,7 @@ def test_the_codec_is_chosen_for_what_the_steps_do() -> None:
     def reason(*names: str, num_rounds: int = 1) -> str:
         steps = "".join(f"[[merge.steps]]\nmethod = '{name}'\n" for name in names)
         text = f"[server]\nlisten = '0.0.0.0:1'\n[rounds]\nnum_rounds = {num_rounds}\n[delta]\ncodec = 'auto'\n"
-        return parse(MINIMAL + text + steps).uplink(10**9).reason
+        return parse(MINIMAL + text + steps).uplink(LARGE).reason
 
     assert "keeps the mean of random masks" in reason("fedavg", "scale", num_rounds=1)
     assert "trim+fedavg or a robust rule looks at every entry" in reason("trim", "fedavg")
@@ -604,8 +606,8 @@ def test_what_nodes_fetch_depends_on_the_base_model(
 
 def test_defaults_are_those_of_the_parts_they_configure() -> None:
     config = parse(MINIMAL)
-    assert config.uplink(10**9)[:2] == (Codec(), 0.0)
-    assert config.downlink_codec({}) == Codec(values="int8")
+    assert config.uplink(LARGE)[:2] == (Codec(small_values="fp32"), 0.0)
+    assert config.downlink_codec(LARGE) == Codec(values="int8", small_values="fp32")
     assert config.recipe() == Recipe("fedavg")
     assert config.screen_policy() == ScreenPolicy()
     assert config.outer_settings() == {"name": "sgd", "lr": 1.0}

@@ -13,10 +13,12 @@ from fedmerge.coordinator import Coordinator
 from fedmerge.regime import Regime, choose
 from fedmerge.sign import SigningKey
 from fedmerge.statements import RoundSpec
+from fedmerge.tensors import TensorSpec
 from tests.conftest import make_config
 
+LARGE = {"w": TensorSpec((10**5, 10**4), "BF16")}
 ONE_SHOT = Regime(
-    num_parameters=10**9,
+    schema=LARGE,
     num_rounds=1,
     lora_rank=0,
     merge="fedavg",
@@ -33,7 +35,7 @@ DENSE = Codec(values="lloyd3", block_size=256)
         ({}, Codec(sparsify="seeded", density=0.01, values="lloyd2", block_size=64), 0, "one round, merged by fedavg"),
         ({"is_linear": False, "merge": "ties"}, DENSE, 0, "one round, and ties or a robust rule looks at every entry"),
         ({"lora_rank": 16}, Codec(sparsify="lowrank", rank=16), 0, "adapters of rank 16"),
-        ({"num_parameters": 10**7}, Codec(), 0, "the model is small, 10,000,000 parameters"),
+        ({"schema": {"w": TensorSpec((10**4, 10**3), "F32")}}, Codec(), 0, "the model is small, 10,000,000 parameters"),
         ({"is_local": True}, Codec(), 0, "the coordinator's own network"),
         ({"num_rounds": 4}, DENSE, 0, "4 rounds, too few"),
         ({"num_rounds": 30, "has_momentum": True}, Codec(values="int4", block_size=64), 0, "outer momentum"),
@@ -49,31 +51,55 @@ def test_each_regime_has_its_codec(
     changes: dict[str, object], codec: Codec, error_feedback: float, reason: str
 ) -> None:
     chosen = choose(replace(ONE_SHOT, **changes))  # type: ignore[arg-type]
-    assert (chosen.codec, chosen.error_feedback) == (codec, error_feedback)
+    assert (chosen.codec, chosen.error_feedback) == (replace(codec, small_values="fp32"), error_feedback)
     assert reason in chosen.reason
     assert str(chosen).startswith(codec.summary())
 
 
-MINIMAL = "[federation]\nname = 'f'\n[model]\nbase = 'base'\n[delta]\ncodec = 'auto'\n"
+@pytest.mark.parametrize(
+    ("codec", "fewest"),
+    [
+        # The number of matrix elements that make a thousand vector elements' 32,000 bits a tenth.
+        ("values = 'int8'", 40_000),
+        ("values = 'fp32'", 10_000),
+        ("values = 'lloyd2'\nsparsify = 'seeded'\ndensity = 0.01", 16_000_000),
+        # 64 of 4096, a bit each, and log2(e * 4096 / 64) = 7.44 bits for where.
+        ("values = 'sign'\nsparsify = 'topk'\ndensity = 0.015625", 2_426_000),
+        # Two exact factors of rank 4 of matrices with rows of 1,000: 4 * (1,000 + rows) elements.
+        ("sparsify = 'lowrank'\nrank = 4", 1_500_000),
+    ],
+)
+def test_vectors_travel_exactly_unless_that_makes_a_delta_a_tenth_larger(codec: str, fewest: int) -> None:
+    def small_values(num_elements: int) -> str:
+        config = parse_config(f"{FEDERATION}[delta]\n{codec}\n", folder=Path(), where="fedmerge.toml")
+        schema = {"w": TensorSpec((num_elements // 1000, 1000), "F32"), "b": TensorSpec((1000,), "F32")}
+        return config.uplink(schema).codec.small_values
+
+    assert small_values(fewest + 1000) == "fp32"
+    assert small_values(fewest - 1000) == "same"
+
+
+FEDERATION = "[federation]\nname = 'f'\n[model]\nbase = 'base'\n"
+MINIMAL = f"{FEDERATION}[delta]\ncodec = 'auto'\n"
 
 
 @pytest.mark.parametrize(
     ("text", "summary"),
     [
-        ("[rounds]\nnum_rounds = 1\n", "seeded 1 % lloyd2/64 "),
-        ("[rounds]\nnum_rounds = 1\n[merge]\nmethod = 'ties'\n", "lloyd3/256 "),
-        ("[rounds]\nnum_rounds = 40\n", "topk 1.56 % sign/64, error feedback 0.95 "),
-        ("[rounds]\nnum_rounds = 40\n[outer]\nname = 'nesterov'\n", "int4/64 "),
-        ("[train]\nlora_rank = 8\n", "lowrank 8 exact, else int8/1024 "),
-        ("[server]\nlisten = '192.168.1.5:8700'\n", "int8/1024 "),
-        ("[server]\nlisten = '[fd00::1]:8700'\n", "int8/1024 "),
-        ("[server]\nlisten = '0.0.0.0:8700'\n", "lloyd3/256 "),
-        ("[server]\nlisten = 'coordinator.example.org:8700'\n", "lloyd3/256 "),
+        ("[rounds]\nnum_rounds = 1\n", "seeded 1 % lloyd2/64, vectors fp32 "),
+        ("[rounds]\nnum_rounds = 1\n[merge]\nmethod = 'ties'\n", "lloyd3/256, vectors fp32 "),
+        ("[rounds]\nnum_rounds = 40\n", "topk 1.56 % sign/64, vectors fp32, error feedback 0.95 "),
+        ("[rounds]\nnum_rounds = 40\n[outer]\nname = 'nesterov'\n", "int4/64, vectors fp32 "),
+        ("[train]\nlora_rank = 8\n", "lowrank 8 exact, else int8/1024, vectors fp32 "),
+        ("[server]\nlisten = '192.168.1.5:8700'\n", "int8/1024, vectors fp32 "),
+        ("[server]\nlisten = '[fd00::1]:8700'\n", "int8/1024, vectors fp32 "),
+        ("[server]\nlisten = '0.0.0.0:8700'\n", "lloyd3/256, vectors fp32 "),
+        ("[server]\nlisten = 'coordinator.example.org:8700'\n", "lloyd3/256, vectors fp32 "),
     ],
 )
 def test_the_regime_is_read_from_the_configuration(text: str, summary: str, tmp_path: Path) -> None:
     config = parse_config(MINIMAL + text, folder=tmp_path, where="fedmerge.toml")
-    assert str(config.uplink(10**9)).startswith(summary)
+    assert str(config.uplink(LARGE)).startswith(summary)
 
 
 def test_the_choice_is_signed_into_the_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -86,5 +112,5 @@ def test_the_choice_is_signed_into_the_round(tmp_path: Path, caplog: pytest.LogC
         spec, _ = RoundSpec.open(coordinator.spec_envelope(), {key.key_id: key}, where="spec")
     finally:
         coordinator.close()
-    assert Codec.from_dict(spec.codec) == Codec()
-    assert "codec: int8/1024 (the model is small, 600,300 parameters: next to no loss)" in caplog.text
+    assert Codec.from_dict(spec.codec) == Codec(small_values="fp32")
+    assert "codec: int8/1024, vectors fp32 (the model is small, 600,300 parameters: next to no loss)" in caplog.text
