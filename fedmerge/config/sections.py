@@ -170,6 +170,9 @@ class Rounds(Section):
     async_buffer: Positive | None = Field(default=None, examples=[4])
     """Closes a round as soon as so many deltas are there, late ones included, whoever they are of: nodes at their own
     pace, none of which waits for a slower one. Then fraction and grace_s have no effect."""
+    dynamic_steps: float | None = Field(default=None, gt=0, le=1, examples=[0.25])
+    """With async_buffer: asks slow nodes for fewer of the steps in [train], so that their deltas come as often as those
+    of the fastest, but for this share of them at least (DyLU). Without it all take the same number."""
     publish_after_cosignatures: int = Field(default=0, ge=0)
     """Members that must have checked the coordinator's log, with the merge in it, and cosigned it before a model is
     published; more than half of them, and no two groups can be shown different models. 0 publishes at once."""
@@ -358,18 +361,34 @@ class Search(Section):
 class Outer(Section):
     """The optimizer that takes the merged task vector as its step."""
 
-    name: Literal["sgd", "momentum", "nesterov", "adam", "yogi", "adagrad"] = "sgd"
+    name: Literal[
+        "sgd",
+        "momentum",
+        "nesterov",
+        "delayed_nesterov",
+        "adam",
+        "yogi",
+        "adagrad",
+        "flower_adam",
+        "flower_yogi",
+        "flower_adagrad",
+    ] = "sgd"
     """The step: lr times the merged task vector ("sgd"), or with momentum across rounds, as in FedAvgM ("momentum") and
-    DiLoCo ("nesterov"), or adapted to each entry's past, as in FedAdam, FedYogi and FedAdagrad."""
+    DiLoCo ("nesterov"), for async_buffer moved once in so many rounds ("delayed_nesterov"), or adapted to each entry's
+    past, as in FedAdam, FedYogi and FedAdagrad, by their paper, or as Flower has them ("flower_...")."""
     lr: float = Field(default=1.0, gt=0)
     """Learning rate. 1.0 with "sgd" adds the merged task vector as it is; DiLoCo takes 0.7 with "nesterov". Adaptive
     ones need about 0.01 or less: their steps do not grow with the task vectors."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum of "momentum" and "nesterov"."""
+    """Momentum of "momentum" and both kinds of Nesterov."""
+    delay: Positive = 4
+    """Rounds between two moves of the momentum in "delayed_nesterov": about the nodes over async_buffer."""
+    activation: float = Field(default=0.0, ge=0, le=1)
+    """Momentum's share of the steps in between: none (0), up to as much as in each of them (1)."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the mean of updates in "adam", "yogi" and "adagrad" (whose authors take 0)."""
+    """Decay of the mean of updates in "adam" and "yogi", in both forms, and "adagrad" (whose authors take 0)."""
     beta2: float = Field(default=0.99, ge=0, lt=1)
-    """Decay of the mean of their squares in "adam" and "yogi"."""
+    """Decay of the mean of their squares in "adam" and "yogi", in both forms."""
     tau: float = Field(default=1e-3, gt=0)
     """How little the adaptive ones adapt: it is added to the root of the squares."""
 
@@ -380,9 +399,13 @@ _OUTER_KEYS: dict[str, set[str]] = {
     "sgd": {"lr"},
     "momentum": {"lr", "momentum"},
     "nesterov": {"lr", "momentum"},
+    "delayed_nesterov": {"lr", "momentum", "delay", "activation"},
     "adam": _ADAPTIVE,
     "yogi": _ADAPTIVE,
     "adagrad": _ADAPTIVE - {"beta2"},
+    "flower_adam": _ADAPTIVE,
+    "flower_yogi": _ADAPTIVE,
+    "flower_adagrad": {"lr", "tau"},
 }
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedYogi
 from torch import Tensor
 
 from fedmerge.errors import ConfigError, InputError
@@ -75,6 +77,71 @@ def test_adaptive_ones_are_their_paper(name: str, tau: float) -> None:
     deltas = [-gradient for gradient in gradients(12, torch.float64)]
     expected = by_algorithm_2(name, deltas, **params)
     torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "options"),
+    [
+        ("flower_adam", {"lr": 0.02, "beta1": 0.8, "beta2": 0.95}, {"eta": 0.02, "beta_1": 0.8, "beta_2": 0.95}),
+        ("flower_adam", {}, {}),
+        ("flower_yogi", {"lr": 0.02, "beta1": 0.8, "beta2": 0.95}, {"eta": 0.02, "beta_1": 0.8, "beta_2": 0.95}),
+        ("flower_yogi", {}, {}),
+        ("flower_adagrad", {"lr": 0.03, "tau": 0.1}, {"eta": 0.03, "tau": 0.1}),
+        ("flower_adagrad", {}, {}),
+    ],
+)
+def test_flowers_are_what_flower_does(name: str, params: dict[str, Any], options: dict[str, Any]) -> None:
+    strategies = {"flower_adam": FedAdam, "flower_yogi": FedYogi, "flower_adagrad": FedAdagrad}
+    strategy = strategies[name](**options)
+    theirs = torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4)
+    ours, state = theirs.clone(), OUTER[name].init(theirs)
+    for server_round, gradient in enumerate(gradients(12, torch.float64), start=1):
+        strategy.current_arrays = {"w": theirs.numpy()}
+        arrays = ArrayRecord({"w": Array((theirs - gradient).numpy())})
+        content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 3})})
+        reply = Message(content, metadata=Metadata(0, "", 1, 0, "", "", 0.0, 60.0, "train"))
+        stepped, _ = strategy.aggregate_train(server_round, [reply])
+        assert stepped is not None
+        theirs = torch.from_numpy(stepped["w"].numpy().copy())
+        step, state = OUTER[name].update(gradient, state, **params)
+        ours = ours + step
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        paper, _ = OUTER[name.removeprefix("flower_")].update(gradient, {}, lr=0.02)
+        if server_round == 1:
+            assert (paper - step).abs().max() > 1e-5
+
+
+def by_algorithm_3(gradients: list[Tensor], *, lr: float, beta: float, n: int, c: float) -> list[Tensor]:
+    """The server's loop of arXiv 2401.09135's delayed Nesterov."""
+    theta = m = buffer = torch.zeros(6, 4, dtype=torch.float64)
+    seen = []
+    for t, g in enumerate(gradients):
+        buffer = buffer + g
+        if (t + 1) % n == 0:
+            m = beta * m + buffer / n
+            theta = theta - lr * ((1 - c * n + c) * beta * m + g / n)
+            buffer = torch.zeros_like(g)
+        else:
+            theta = theta - lr * (c * beta * m + g / n)
+        seen.append(theta)
+    return seen
+
+
+@pytest.mark.parametrize(("n", "activation"), [(1, 0.0), (1, 1.0), (3, 0.0), (4, 0.5), (5, 1.0)])
+def test_delayed_nesterov_is_its_paper(n: int, activation: float) -> None:
+    given = gradients(13, torch.float64)
+    parameter = torch.zeros(6, 4, dtype=torch.float64)
+    state = OUTER["delayed_nesterov"].init(parameter)
+    expected = by_algorithm_3(given, lr=0.3, beta=0.8, n=n, c=activation / n)
+    for gradient, theta in zip(given, expected, strict=True):
+        step, state = OUTER["delayed_nesterov"].update(
+            gradient, state, lr=0.3, momentum=0.8, delay=n, activation=activation
+        )
+        parameter = parameter + step
+        torch.testing.assert_close(parameter, theta, rtol=1e-9, atol=1e-12)
+    if n == 1:
+        nesterov = run("nesterov", torch.zeros(6, 4, dtype=torch.float64), given, lr=0.3, momentum=0.8)
+        torch.testing.assert_close(parameter, nesterov)
 
 
 def test_plain_sgd_adds_the_merged_task_vector() -> None:
