@@ -39,6 +39,7 @@ from fedmerge.members import Members
 from fedmerge.merge import Plan, Recipe
 from fedmerge.merging import RoundMerge, drop_candidates
 from fedmerge.operator import Operator
+from fedmerge.pace import dynamic_steps
 from fedmerge.policy import Action, RoundPolicy, Standing, next_action, standing
 from fedmerge.publish import COSIGNATURE, publish
 from fedmerge.rounds import FederationState, Phase, after
@@ -259,6 +260,7 @@ class Coordinator:
             min_nodes=self.policy.min_nodes,
             sample=sample,
             max_staleness=self.policy.max_staleness,
+            steps=self._dynamic_steps(),
             deadline_s=self.policy.deadline_s,
             max_payload_bytes=config.server.max_payload_bytes,
             publish_after_cosignatures=self.policy.cosignatures,
@@ -275,6 +277,14 @@ class Coordinator:
             )
         )
         log.info("round %d open%s", spec.round, f" for {len(sample)} nodes" if sample else "")
+
+    def _dynamic_steps(self) -> dict[str, int]:
+        """Return the steps of nodes that are to take fewer than the plan's, if it says so."""
+        least_share, num_steps = self.config.rounds.dynamic_steps, self.config.train.extras.get("steps")
+        if least_share == 1 or not isinstance(num_steps, int):
+            return {}
+        entries = self.journal.ledger.entries
+        return dynamic_steps(entries, self.journal.spec_in, self.trust.keys(), num_steps, least_share)
 
     def _seal(self) -> None:
         state, found = self.journal.state, self._standing()

@@ -48,13 +48,14 @@ class Journal:
 
     def spec(self) -> RoundSpec | None:
         """The current round's spec; None before the first round."""
-        return None if self.state.opened is None else self._spec_in(self.state.opened)
+        return None if self.state.opened is None else self.spec_in(self.state.opened)
 
     def plan(self, round_number: int) -> RoundSpec:
         """The spec of the current round, or of an earlier one that did not fail."""
-        return self._spec_in(self.state.plans[round_number])
+        return self.spec_in(self.state.plans[round_number])
 
-    def _spec_in(self, opened: RoundOpened) -> RoundSpec:
+    def spec_in(self, opened: RoundOpened) -> RoundSpec:
+        """The spec that an event holds."""
         return RoundSpec.open(opened.spec_envelope.encode(), self.own_key, where="round spec")[0]
 
     def record(self) -> MergeRecord | None:

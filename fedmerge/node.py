@@ -244,7 +244,8 @@ class Node:
         self._evaluate("global", model_dir, spec.model.digest, spec, spec.round - 1)
         task = TrainTask(
             model_dir=model_dir,
-            settings={key: value for key, value in spec.train.items() if key != "trainer"},
+            settings=spec.train_settings(self.node_id),
+            share=spec.steps_share(self.node_id),
             round=spec.round,
             seed=spec.train_seed(self.node_id),
             workspace=outbox,

@@ -153,7 +153,8 @@ class RoundSpec(Statement):
     """What the coordinator promises and asks in a round; a node's delta is bound to its digest.
 
     `sample` are the nodes that are asked, sorted; when it is empty, every node that the coordinator trusts is. A delta
-    that comes too late for the round counts in a later merge, up to `max_staleness` rounds on.
+    that comes too late for the round counts in a later merge, up to `max_staleness` rounds on. `steps` are those of the
+    nodes that are asked for another number of them than `train` says.
     `visibility` says who sees single deltas: the coordinator does.
     """
 
@@ -180,6 +181,7 @@ class RoundSpec(Statement):
     min_nodes: Annotated[int, Field(ge=1)]
     sample: list[Digest]
     max_staleness: Count
+    steps: dict[Digest, Annotated[int, Field(ge=1)]]
     deadline_s: float
     max_payload_bytes: Size
     publish_after_cosignatures: Count = 0
@@ -192,6 +194,20 @@ class RoundSpec(Statement):
     def asks(self, node_id: str) -> bool:
         """Whether the round asks this node for a delta."""
         return not self.sample or node_id in self.sample
+
+    def num_steps(self, node_id: str) -> int | None:
+        """Return how many steps a node is asked to train for; None where the plan does not say."""
+        steps = self.steps.get(node_id, self.train.get("steps"))
+        return steps if isinstance(steps, int) else None
+
+    def steps_share(self, node_id: str) -> float:
+        """Return which share of the steps in `train` a node is asked for."""
+        return self.steps[node_id] / self.train["steps"] if node_id in self.steps else 1.0
+
+    def train_settings(self, node_id: str) -> dict[str, Any]:
+        """Return what the plan says to a node's trainer."""
+        settings = {key: value for key, value in self.train.items() if key != "trainer"}
+        return settings | ({"steps": self.steps[node_id]} if node_id in self.steps else {})
 
     # Seeds come from what the plan fixes, not from the nonce, so that the same plan and nodes replay to the same bits.
 

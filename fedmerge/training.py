@@ -28,7 +28,7 @@ class TrainTask:
     `model_dir` is the global model, a Hugging Face directory that must be left as it is; `settings` is what the
     round's plan says under `[train]`; `round` (of `num_rounds`) and `seed` determine everything that is drawn at
     random; `workspace` is the node's private scratch directory, which exists; `progress` is called with (step,
-    num_steps, loss).
+    num_steps, loss). `share` is which part of the plan's steps this node is asked for; `settings` has its own number.
 
     A trainer may keep an optimizer's state and the like in the folder `workspace / STATE`. `previous_state` is that
     folder of the last round that this node sent a delta in, None in its first. It must be left as it is: if a round is
@@ -42,6 +42,7 @@ class TrainTask:
     workspace: Path
     progress: Callable[[int, int, float], None] | None = None
     num_rounds: int = 1
+    share: float = 1.0
     previous_state: Path | None = None
 
 

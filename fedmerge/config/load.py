@@ -112,6 +112,11 @@ def _rounds_problems(config: Config | None) -> list[_Problem]:
     if rounds.async_buffer is not None and rounds.async_buffer < rounds.min_nodes:
         text = f"should be min_nodes, {rounds.min_nodes}, at least"
         problems.append(_Problem(("rounds", "async_buffer"), text))
+    if rounds.dynamic_steps < 1:
+        steps = config.train.extras.get("steps")
+        if rounds.async_buffer is None or isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            text = "needs async_buffer, and steps in [train], of which it asks some nodes for fewer"
+            problems.append(_Problem(("rounds", "dynamic_steps"), text))
     if rounds.staleness_limit and config.search.strategy != "none":
         # A search has one factor for each node, and asks each for its scores.
         text = "does not go with late deltas ([rounds] late or async_buffer)"

@@ -170,9 +170,9 @@ class Rounds(Section):
     async_buffer: Positive | None = Field(default=None, examples=[4])
     """Closes a round as soon as so many deltas are there, late ones included, whoever they are of: nodes at their own
     pace, none of which waits for a slower one. Then fraction and grace_s have no effect."""
-    dynamic_steps: float | None = Field(default=None, gt=0, le=1, examples=[0.25])
-    """With async_buffer: asks slow nodes for fewer of the steps in [train], so that their deltas come as often as those
-    of the fastest, but for this share of them at least (DyLU). Without it all take the same number."""
+    dynamic_steps: float = Field(default=1.0, gt=0, le=1)
+    """With async_buffer, and below 1: asks slow nodes for fewer of the steps in [train], so that their deltas come as
+    often as those of the fastest, but for this share of them at least (DyLU). 1 asks all for the same number."""
     publish_after_cosignatures: int = Field(default=0, ge=0)
     """Members that must have checked the coordinator's log, with the merge in it, and cosigned it before a model is
     published; more than half of them, and no two groups can be shown different models. 0 publishes at once."""

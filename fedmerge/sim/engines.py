@@ -84,7 +84,7 @@ def _portable(argument: Any) -> Any:
 
 
 class SimulatedTrainer:
-    """A trainer as a simulated node sees it: `engine` does the work, and it takes `train_s` of the world's time."""
+    """A trainer as a simulated node sees it: `engine` does the work, and a round takes `train_s` of that time."""
 
     def __init__(self, trainer: Trainer, engine: Engine, world: World, train_s: float) -> None:
         self._trainer, self._engine, self._world, self._train_s = trainer, engine, world, train_s
@@ -95,7 +95,7 @@ class SimulatedTrainer:
 
     def train(self, task: TrainTask) -> TrainResult:
         """Train, and let others get on meanwhile."""
-        result: TrainResult = self._do(self._train_s, "train", task)
+        result: TrainResult = self._do(self._train_s * task.share, "train", task)
         return result
 
     def evaluate(self, model_dir: Path) -> dict[str, float]:

@@ -18,14 +18,18 @@ from fedmerge.sim.inline import KnownNodes
 from fedmerge.store.database import Database
 from fedmerge.store.ledger import Ledger, LedgerEntry
 from fedmerge.tensors import Checkpoint
+from fedmerge.verify import verify_directory
 from tests.conftest import StepTrainer, make_config
+from tests.e2e.test_federation import coordinator_key
 
 NODES = {f"node-{number}": StepTrainer(number, num_examples=10) for number in range(6)}
 DAY_S = 86_400.0
 
 
-def run(folder: Path, simulated: str = "", trainers: Mapping[str, StepTrainer] = NODES, **settings: object):  # type: ignore[no-untyped-def]
-    config, _ = make_config(folder, extra=f"[simulate]\n{simulated}\n", **settings)  # type: ignore[arg-type]
+def run(
+    folder: Path, simulated: str = "", trainers: Mapping[str, StepTrainer] = NODES, train: str = "", **settings: object
+):  # type: ignore[no-untyped-def]
+    config, _ = make_config(folder, extra=f"{train}\n[simulate]\n{simulated}\n", **settings)  # type: ignore[arg-type]
     return simulate(config, folder / "base", trainers), config
 
 
@@ -143,3 +147,22 @@ def test_an_error_in_a_worker_comes_out_as_it_is(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+def test_slow_nodes_take_fewer_steps_and_deliver_as_often(tmp_path: Path) -> None:
+    """DyLU, arXiv 2401.09135: H_w = floor(H * v_w / v_max), once a node's speed is known."""
+    trainers = dict(list(NODES.items())[:3])
+    simulated = "train_s = 1000.0\nstragglers = 0.4\nstraggler_factor = 4.0\nseed = 1"
+    rounds = "async_buffer = 1\nmax_staleness = 9\ndynamic_steps = 0.2"
+    result, config = run(tmp_path, simulated, trainers, train="steps = 40", num_rounds=15, min_nodes=1, rounds=rounds)
+    ids = {name: key_id for key_id, name in KnownNodes(config.federation.trusted).names().items()}
+    slow = {name for name in trainers if make_site(config.simulate, name).train_s == 4000.0}
+    assert 1 <= len(slow) < 3
+    _, history, _ = verify_directory(result.model_dir, coordinator_key(tmp_path))
+    asked = [spec.steps for spec in sorted(history.specs.values(), key=lambda spec: spec.round)]
+    assert asked[0] == {}
+    assert asked[-1] == {ids[name]: 10 for name in slow}
+    for name in trainers:
+        times = [at_s for (_, node), at_s in arrivals(config).items() if node == name]
+        assert times[0] == (4000.0 if name in slow else 1000.0)
+        assert times[2] - times[1] == 1000.0

@@ -363,6 +363,10 @@ BAD: list[tuple[str, list[str]]] = [
             "8: search.strategy: does not go with late deltas ([rounds] late or async_buffer)",
         ],
     ),
+    (
+        MINIMAL + "[rounds]\nasync_buffer = 2\ndynamic_steps = 0.5\n",
+        ["7: rounds.dynamic_steps: needs async_buffer, and steps in [train], of which it asks some nodes for fewer"],
+    ),
     (MINIMAL + "[rounds]\ndeadline_s = 0\n", ["6: rounds.deadline_s: should be above 0, not 0"]),
     (MINIMAL + "[rounds]\ndeadline_s = inf\n", ["6: rounds.deadline_s: should be a number, not inf"]),
     (MINIMAL + "[rounds]\n'deadline.s' = 1\n", ["6: rounds.\"deadline.s\": unknown key; did you mean 'deadline_s'?"]),
