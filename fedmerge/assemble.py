@@ -409,7 +409,7 @@ def _restricted(part: _Part, names: Sequence[str]) -> _Part:
 
     before, method, after = part.recipe.before, Step(part.recipe.method, part.recipe.params), part.recipe.after
     method = step(method)
-    recipe = Recipe(method.name, method.params, tuple(map(step, before)), tuple(map(step, after)))
+    recipe = Recipe(method.name, method.params, tuple(map(step, before)), tuple(map(step, after)), part.recipe.scope)
     weights = tuple(
         fit(weight, f"weight of {path}") for weight, (path, _) in zip(part.weights, part.tuned, strict=True)
     )

@@ -52,6 +52,10 @@ def merge(
         tuple[str, ...],
         Parameter(help="A parameter of the method, KEY=VALUE, such as density=0.2 or density=[0.4,0.2]. Repeatable."),
     ] = (),
+    scope: Annotated[
+        Literal["tensor", "model"] | None,
+        Parameter(help="Merge each tensor by itself, or the model as one vector, which takes far more memory."),
+    ] = None,
     statistics: Annotated[
         tuple[Path, ...],
         Parameter(
@@ -102,8 +106,8 @@ def merge(
     from fedmerge.publish import publish_local
 
     if from_ is None:
-        job = _job(models, base, method, weights, set, statistics=statistics)
-    elif models or base or method or weights or set or statistics:
+        job = _job(models, base, method, weights, set, scope=scope or "tensor", statistics=statistics)
+    elif models or base or method or weights or set or scope or statistics:
         raise ConfigError("--from says what to merge and how: give it alone, with --out", hint=SEE_HELP)
     else:
         from fedmerge.interop.mergekit_yaml import read_mergekit
@@ -174,6 +178,7 @@ def _job(
     weights: str | None,
     assignments: tuple[str, ...],
     *,
+    scope: Literal["tensor", "model"],
     statistics: tuple[Path, ...],
 ) -> MergeJob:
     """Return the merge that a command line asks for."""
@@ -183,7 +188,7 @@ def _job(
         if not given:
             raise ConfigError(f"{name} is missing", hint=SEE_HELP)
     origin = base or Path()
-    recipe = _recipe(method or "task_arithmetic", _parameters(assignments))
+    recipe = replace(_recipe(method or "task_arithmetic", _parameters(assignments)), scope=scope)
     _require_statistics(recipe, statistics, models)
     files = statistics or [None] * len(models)
     sources = [

@@ -6,6 +6,7 @@ Only what one value can show to be wrong is checked here; that a path exists is 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -300,6 +301,9 @@ class Merge(_WithParameters):
         tuple[MergeStep, ...], Field(strict=False, examples=[[{"method": "dare"}, {"method": "elect"}]])
     ] = ()
     """Several steps instead of one method: what thins each task vector out, a method, and what averages over rounds."""
+    scope: Literal["tensor", "model"] = "tensor"
+    """What a method looks at, and what a density is a share of: each tensor, or the whole model flattened into one
+    vector, as the authors of TIES and PCB have it, which takes memory for all deltas at once."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of methods that draw random numbers; the same seed gives the same model, bit for bit."""
     threads: int = Field(default=0, ge=0, le=1024)
@@ -524,8 +528,9 @@ class Config(Section):
         from fedmerge.merge import Recipe
 
         if self.merge.steps:
-            return Recipe.from_steps([(step.method, step.extras) for step in self.merge.steps])
-        return Recipe(self.merge.method, self.merge.extras)
+            recipe = Recipe.from_steps([(step.method, step.extras) for step in self.merge.steps])
+            return replace(recipe, scope=self.merge.scope)
+        return Recipe(self.merge.method, self.merge.extras, scope=self.merge.scope)
 
     def merge_workers(self) -> Workers:
         """Return on how many threads and in how much memory rounds are merged, which is not part of their plan."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from fedmerge.delta import TaskVector, apply_one, working_dtype
 from fedmerge.errors import InputError, ModelMismatch
 from fedmerge.frame import DeltaFile
 from fedmerge.merge.average import fold
+from fedmerge.merge.flat import MODEL, Flattened, flattened
 from fedmerge.merge.flight import Workers, in_order
 from fedmerge.merge.fused import BY_LINE, FUSED, MergeBlock, is_compiled
 from fedmerge.merge.layers import Value
@@ -55,9 +57,10 @@ def merge_deltas(
     may decode lazily and into one buffer. `weights` are K numbers, or values that vary over the model
     (`fedmerge.merge.layers`), `scales` K factors on the deltas (norm clipping), `statistics` K maps of what
     `recipe.statistics` asks for, by the parameters that have any (see `fedmerge.statistics`). Linear methods hold one
-    tensor at a time, the others a stack of K at most. The outcome is `METHODS[recipe.method]` on each stack of what the
-    steps before it make of the deltas, with the seed `derive_seed(seed, name)`, and depends on the order of the deltas:
-    sort them first. The recipe's steps over rounds are not taken: see `Plan.follow`.
+    tensor at a time, the others a stack of K at most; with the scope "model" all is held at once. The outcome is
+    `METHODS[recipe.method]` on each stack of what the steps before it make of the deltas, with the seed
+    `derive_seed(seed, name)`, and depends on the order of the deltas: sort them first. The recipe's steps over rounds
+    are not taken: see `Plan.follow`.
 
     Raises `InputError` when the numbers of deltas, weights, scales and statistics differ, or statistics are missing,
     and `ModelMismatch` when names (at once) or shapes (when reached) do; `ConfigError` when a value varies by a pattern
@@ -114,6 +117,7 @@ class _Merge:
         workers: Workers,
     ) -> None:
         self.deltas, self.recipe, self.base, self.seed = deltas, recipe, base, seed
+        self.workers = workers
         self.scales = [1.0] * len(deltas) if scales is None else scales
         self.statistics = statistics or ()
         self.compiled = workers.device is None and recipe.method in FUSED
@@ -130,7 +134,7 @@ class _Merge:
                 hint="compute them with fedmerge statistics, or merge by another method",
             )
         self.names = sorted(deltas[0])
-        self.plan = Plan(recipe, weights, self.names)
+        self.plan, self.given_weights = Plan(recipe, weights, self.names), weights
         for index, delta in enumerate(deltas):
             odd = sorted(set(self.names) ^ set(delta))
             if odd:
@@ -143,6 +147,8 @@ class _Merge:
                 f"the base model misses {min(set(self.names) - base.keys())}, which the task vectors have"
             )
         self._local = threading.local()
+        self._lock = threading.Lock()
+        self._whole: dict[str, Tensor] | None = None
 
     def cost_bytes(self, *, whole: bool) -> Callable[[str], int]:
         """Return a function from a parameter's name to about how much memory merging it takes, given the result."""
@@ -158,6 +164,8 @@ class _Merge:
 
     def task_vector(self, name: str) -> Tensor:
         """Return the merged task vector of one parameter."""
+        if self.recipe.scope == "model":
+            return self._merged_whole()[name]
         rows = self._rows(name)
         if rows is None:
             return self._by_torch(name).cpu()
@@ -171,7 +179,7 @@ class _Merge:
 
     def model_tensor(self, name: str, before: Tensor, write: Write) -> None:
         """Merge one parameter, add it to the base's tensor `before`, and write it."""
-        rows = None if self.recipe.after else self._rows(name)
+        rows = None if self.recipe.after or self.recipe.scope == "model" else self._rows(name)
         if rows is None or not Operand(before).compiled:
             after = apply_one(before, self.plan.follow(name, self.task_vector(name), {})[0])
             if not after.isfinite().all():
@@ -186,6 +194,24 @@ class _Merge:
                 if not update.apply(start, stop):
                     raise _not_finite(name)
                 write(name, start, update.after[: stop - start])
+
+    def _merged_whole(self) -> dict[str, Tensor]:
+        """Return all merged task vectors, which are made together as one."""
+        with self._lock:
+            if self._whole is None:
+                vectors, statistics = flattened(self.deltas, self.given_weights, self.statistics, self.names)
+                merge = _Merge(
+                    vectors,
+                    self.given_weights,
+                    replace(self.recipe, scope="tensor", after=()),
+                    base=Flattened(self.base, self.names) if self.base is not None else None,
+                    seed=self.seed,
+                    scales=self.scales,
+                    statistics=statistics,
+                    workers=self.workers,
+                )
+                self._whole = vectors[0].split(merge.task_vector(MODEL))
+        return self._whole
 
     def _rows(self, name: str) -> Rows | None:
         """Return the task vectors of a parameter for a compiled method; None where there is none, or none for them."""

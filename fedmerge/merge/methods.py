@@ -103,6 +103,9 @@ NEEDS_BASE: frozenset[str] = frozenset({"slerp", "nuslerp", "multislerp", "karch
 # further argument, `statistics`: (K, *shape) for "fisher", (K, in, in) for "gram".
 NEEDS_STATISTICS: dict[str, str] = {"fisher": "fisher", "regmean": "gram"}
 
+# Methods that decompose matrices, or weigh by their Gram matrices: a model flattened into one vector has none.
+BY_SHAPE: frozenset[str] = frozenset({"tsv", "iso_c", "iso_cts", "subspace_boosting", "knots", "regmean"})
+
 # Methods that merge two task vectors (or one) and refuse more.
 PAIRWISE: frozenset[str] = frozenset({"slerp", "nuslerp"})
 

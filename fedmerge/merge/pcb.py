@@ -27,7 +27,7 @@ def pcb(
 ) -> Tensor:
     """Return `lambda_` times the balanced mean of `deltas` (K, *shape): (*shape,) in fp32 (or fp64 if they are).
 
-    PCB-Merging, arXiv 2410.02396, with one tensor as the scope of ranking (the authors' is the whole model flattened)
+    PCB-Merging, arXiv 2410.02396, with one tensor as the scope of ranking (the authors' is the model: `Recipe.scope`)
     and their pcb_ratio, 0.05 to 0.2, as `ratio`; their lambda is 1.0 to 1.4. It depends on the scale of the deltas,
     through a tanh, and one node does not get its delta back. Where no task vector has two different scores, as in a
     tensor of one entry, the outcome is the TIES mean without a trim. The weights (K,) are checked, not used. Raises

@@ -8,16 +8,16 @@ makes one of them; and steps over rounds, which act on what is then added to the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, product
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from fedmerge.errors import ConfigError, did_you_mean
 from fedmerge.merge.layers import EACH, Value, at, depths, is_each, leaves, require_fitting, varies
-from fedmerge.merge.methods import METHODS, NEEDS_STATISTICS
+from fedmerge.merge.methods import BY_SHAPE, METHODS, NEEDS_STATISTICS
 from fedmerge.merge.parameters import Parameter, config_key, parameters_of, resolve
 from fedmerge.merge.trajectory import OVER_ROUNDS, State
 from fedmerge.merge.transforms import TRANSFORMS
@@ -25,6 +25,9 @@ from fedmerge.seeds import derive_seed
 
 _TRIAL = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
 MAX_TRIALS = 100
+
+Scope: TypeAlias = Literal["tensor", "model"]
+SCOPES: tuple[str, ...] = get_args(Scope)
 
 
 def parameters(method: str) -> dict[str, Parameter]:
@@ -56,8 +59,14 @@ class Recipe:
 
     `params` may be partial and may write `lambda_` as `lambda`; afterwards it holds every parameter by its Python name,
     so that a recipe on record does not change its meaning when a default does. A value may vary over depth and with the
-    names of tensors, in a transform also by fine-tune (`fedmerge.merge.layers`). Raises `ConfigError` when the method
-    or a parameter is unknown, or a value has the wrong type or range.
+    names of tensors, in a transform also by fine-tune (`fedmerge.merge.layers`).
+
+    `scope` is what steps and method look at, and what densities are shares of: each "tensor" by itself, or the "model"
+    flattened into one vector, its tensors in the order of their names, as the authors of TIES, PCB and EMR have it.
+    That takes memory for all models at once.
+
+    Raises `ConfigError` when the method, the scope or a parameter is unknown, a value has the wrong type or range, or
+    the scope is the model and the method works on matrices or on statistics, or a value varies over the model.
 
     >>> Recipe("ties", {"lambda": 0.5, "density": {"*.mlp.*": [0.4, 0.2]}}).params["lambda_"]
     0.5
@@ -67,6 +76,7 @@ class Recipe:
     params: Mapping[str, Any] = field(default_factory=dict)
     before: tuple[Step, ...] = ()
     after: tuple[Step, ...] = ()
+    scope: Scope = "tensor"
 
     def __post_init__(self) -> None:
         resolved = resolve(f"merge method {self.method}", parameters(self.method), self.params)
@@ -77,12 +87,25 @@ class Recipe:
         object.__setattr__(
             self, "after", tuple(_resolved("step over rounds", step, OVER_ROUNDS) for step in self.after)
         )
+        self._check_scope()
         # Some values make no sense together, and only the method knows: it says so now, not when a round is merged.
         for trial in _trials(resolved):
             METHODS[self.method](_TRIAL, torch.tensor([0.5, 0.5]), base=_TRIAL[0], **trial)
         for step in self.before:
             for trial in _trials(step.params):
                 TRANSFORMS[step.name](_TRIAL, **trial)
+
+    def _check_scope(self) -> None:
+        if self.scope not in SCOPES:
+            raise ConfigError(f"scope: unknown {self.scope!r:.50}", hint=f"one of: {', '.join(SCOPES)}")
+        if self.scope == "tensor":
+            return
+        if self.method in BY_SHAPE:
+            raise ConfigError(f'{self.method} works tensor by tensor: it does not go with scope = "model"')
+        for step in (*self.before, Step(self.method, self.params)):
+            for key, value in step.params.items():
+                if any(map(varies, value[EACH] if is_each(value) else [value])):
+                    raise ConfigError(f'{step.name}: {config_key(key)} varies, which does not go with scope = "model"')
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -107,14 +130,17 @@ class Recipe:
             {"method": step.name, "params": {config_key(name): value for name, value in step.params.items()}}
             for step in self.steps
         ]
-        return steps[0] if len(steps) == 1 else {"steps": steps}
+        recipe: dict[str, Any] = steps[0] if len(steps) == 1 else {"steps": steps}
+        return recipe | ({} if self.scope == "tensor" else {"scope": self.scope})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Read what `to_dict` wrote; raise `ConfigError` when it is not a recipe."""
-        several = data.keys() == {"steps"} and isinstance(data["steps"], list)
-        steps = [_step(one) for one in data["steps"]] if several else [_step(data)]
-        return cls.from_steps(steps) if several else cls(*steps[0])
+        rest = {key: value for key, value in data.items() if key != "scope"}
+        several = rest.keys() == {"steps"} and isinstance(rest["steps"], list)
+        steps = [_step(one) for one in rest["steps"]] if several else [_step(rest)]
+        recipe = cls.from_steps(steps) if several else cls(*steps[0])
+        return replace(recipe, scope=data.get("scope", "tensor"))
 
 
 def _step(data: Any) -> tuple[str, Mapping[str, Any]]:

@@ -36,7 +36,7 @@ def ties(
     The paper's defaults (density 0.2, disjoint mean, lambda 1) with one tensor as the scope of trimming. Other
     implementations are these settings:
 
-        authors    trim="authors", zero_sum="majority", normalizer="count", on the whole model flattened, weights 1;
+        authors    trim="authors", zero_sum="majority", normalizer="count", scope "model" in the recipe, weights 1;
                    their "sum" is normalize=False, their "max" is aggregation="max"
         mergekit   election="weighted"
         PEFT       normalizer="count"; its "frequency" method is election="count"

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_shell_block_leaves_its_model(folder: Path) -> None:
     outs = re.findall(r"--out ([\w-]+)", PAGE)
-    assert {key for kind, key in BLOCKS if kind == "run"} == {"layers", "steps", "time", "analogy", "stack"}
+    assert {key for kind, key in BLOCKS if kind == "run"} == {"layers", "scope", "steps", "time", "analogy", "stack"}
     assert all((folder / out / "lineage.json").exists() for out in outs)
 
 
@@ -69,7 +69,7 @@ def test_the_stack_is_six_layers_deep(folder: Path) -> None:
     assert {name.split(".")[2] for name in read(folder, "deeper") if "layers" in name} == set("012345")
 
 
-@pytest.mark.parametrize("name", ["layers", "steps"])
+@pytest.mark.parametrize("name", ["layers", "scope", "steps"])
 def test_the_sections_of_fedmerge_toml_are_valid(tmp_path: Path, name: str) -> None:
     text = f'[federation]\nname = "x"\n[model]\nbase = "base"\n{BLOCKS["toml", name]}'
     assert parse_config(text, folder=tmp_path, where="fedmerge.toml").recipe().steps

@@ -51,7 +51,7 @@ OPTIONS: dict[str, list[str]] = {
     "doctor": ["CONFIG", "--json"],
     "schema": [],
     "merge": [
-        "MODEL", "--out", "--base", "--from", "--method", "--weights", "--set", "--statistics", "--align",
+        "MODEL", "--out", "--base", "--from", "--method", "--weights", "--set", "--scope", "--statistics", "--align",
         "--search", "--evaluate", "--search-set", "--seed", "--key",
         "--max-shard-size", "--threads", "--memory", "--device", "--force", "--json",
     ],
