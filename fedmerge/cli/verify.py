@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.markup import escape
 
-from fedmerge.cli.output import JsonFlag, print_json, stdout
+from fedmerge.cli.output import JsonFlag, print_json, printable, stdout
 from fedmerge.config import Config, load_config
-from fedmerge.errors import ConfigError, InputError, UnknownVersion
+from fedmerge.errors import ConfigError, InputError, VerificationError
 from fedmerge.sign import PublicKey
 from fedmerge.trust import TrustStore
 
 if TYPE_CHECKING:
-    from fedmerge.verify import Check
+    from fedmerge.verify import Checklist
 
 
 def verify(
@@ -36,7 +35,10 @@ def verify(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Check a published model: signatures, digests, history; with --replay, the merge itself, bit for bit."""
+    """Check a published model: signatures, digests, history; with --replay, the merge itself, bit for bit.
+
+    All is checked, whatever fails: each line says ok, !! with the reason, or -- and why it was not checked.
+    """
     if (key is None) == (trusted is None):
         raise ConfigError(
             "whose signature should it have? Give --key or --trusted",
@@ -54,8 +56,7 @@ def verify(
         base = base or _coordinators_base(replay if config is None else config.federation.state, config)
     from fedmerge.store.blobs import BlobStore
     from fedmerge.tensors import Checkpoint
-    from fedmerge.verify import Check, is_local, verify_directory, verify_local
-    from fedmerge.verify import replay as replay_history
+    from fedmerge.verify import Checklist, examine_directory, examine_local, is_local, replay_rounds
 
     if trusted is not None:
         keys = TrustStore(trusted).keys()
@@ -63,21 +64,21 @@ def verify(
         assert key is not None
         public = PublicKey.load(key)
         keys = {public.key_id: public}
+    checks = Checklist()
     if is_local(directory):
-        local, checks = verify_local(directory, keys)
-        _report(local.model_digest, checks, json=json)
+        local = examine_local(directory, keys, checks)
+        _report(local.model_digest if local else None, checks, json=json)
         return
-    lineage, history, checks = verify_directory(directory, keys)
+    found = examine_directory(directory, keys, checks)
     if replay is None or base is None:
-        checks.append(Check("replay", None, "not asked for; --replay STATE merges the stored deltas again"))
-    else:
+        checks.skip("replay", "not asked for; --replay STATE merges the stored deltas again")
+    elif found is not None:
         blobs = BlobStore(replay / "blobs") if config is None else config.open_blobs()
-        try:
-            checks.append(replay_history(history, Checkpoint(base), blobs))
-        except UnknownVersion as err:
+        if not replay_rounds(found[1], Checkpoint(base), blobs, checks) and not checks.failures:
+            missing = checks.errors[0]
             hint = "is it the state folder of the coordinator that published this model?"
-            raise InputError(f"{replay}: {err.message}", hint=hint) from err
-    _report(lineage.model.digest, checks, json=json)
+            raise InputError(f"{replay}: {missing.message}", hint=hint)
+    _report(found[0].model.digest if found else None, checks, json=json)
 
 
 def _coordinators_base(state_dir: Path, config: Config | None) -> Path:
@@ -89,11 +90,20 @@ def _coordinators_base(state_dir: Path, config: Config | None) -> Path:
     return base
 
 
-def _report(version: str, checks: list[Check], *, json: bool) -> None:
+def _report(version: str | None, checks: Checklist, *, json: bool) -> None:
+    """Print what was checked; raise the first failure, as an error that counts them."""
+    failures = checks.failures
     if json:
-        print_json({"version": version, "verified": True, "checks": [asdict(check) for check in checks]})
-        return
-    for check in checks:
-        mark = "[green]ok[/]" if check.passed else "[yellow]--[/]"
-        stdout.print(f"{mark}  {check.name:<10} {escape(check.detail)}{'' if check.passed else ' (not checked)'}")
-    stdout.print(f"[bold green]verified[/]: version {version}")
+        listed = [check.to_dict() for check in checks.checks]
+        print_json({"version": version, "verified": not failures, "checks": listed})
+    else:
+        for check in checks.checks:
+            mark = {"ok": "[green]ok[/]", "failed": "[bold red]!![/]", "not checked": "[yellow]--[/]"}[check.outcome]
+            suffix = {"ok": "", "failed": f" ({check.reason})", "not checked": " (not checked)"}[check.outcome]
+            stdout.print(f"{mark}  {check.name:<10} {escape(printable(check.detail))}{suffix}")
+    if failures:
+        first = next(err for err in checks.errors if isinstance(err, VerificationError))
+        more = f" (the first of {len(failures)} failures)" if len(failures) > 1 else ""
+        raise type(first)(f"{first.message}{more}", hint=first.hint)
+    if not json:
+        stdout.print(f"[bold green]verified[/]: version {version}")

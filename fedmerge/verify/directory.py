@@ -1,0 +1,166 @@
+"""A published directory, checked without any other file than the coordinator's public key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from fedmerge.attest import MODEL_KEY, MODEL_SIGNATURE, check_model_signature
+from fedmerge.errors import BadSignature, DigestMismatch, InputError, VerificationError
+from fedmerge.publish import ADAPTER, LINEAGE, PROVENANCE, SIGNATURE, file_digests
+from fedmerge.sign import MAX_ENVELOPE_BYTES, PublicKey
+from fedmerge.statements import PREDICATE_ROOT, Lineage, LocalMerge
+from fedmerge.tensors import Checkpoint, model_digest
+from fedmerge.verify.checks import Check, Checklist
+from fedmerge.verify.history import Entry, History, Origin, read_history
+
+PLAIN_FILES = "only plain files belong in a published model"
+MAX_PROVENANCE_BYTES = 1 << 30
+
+Published = TypeVar("Published", Lineage, LocalMerge)
+
+
+def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[Lineage, History, list[Check]]:
+    """Do as `examine_directory`, and return what was checked. Raises the first thing that does not hold."""
+    checks = Checklist()
+    found = examine_directory(directory, trusted, checks)
+    checks.require()
+    assert found is not None
+    return *found, checks.checks
+
+
+def examine_directory(
+    directory: Path, trusted: Mapping[str, PublicKey], checks: Checklist
+) -> tuple[Lineage, History] | None:
+    """Check everything that needs no other file, note what holds and what does not, and go on after it.
+
+    `trusted` are the coordinators' keys by key id. Returns None when no trusted key signed it, so that there is nothing
+    to check against. Raises `InputError` when the directory is not a published model.
+    """
+    opened = _open(directory, Lineage, trusted, checks)
+    if opened is None:
+        for name in ("files", "version", "history"):
+            checks.skip(name, f"no trusted key says what the {name} should be")
+        return None
+    lineage, signer = opened
+    _check_files(directory, lineage.files, checks)
+    _check_version(directory, lineage.model.digest, checks)
+    node_keys: dict[str, PublicKey] = {}
+    for key_id, pem in lineage.node_keys.items():
+        with checks.attempt("statements"):
+            node_keys[key_id] = PublicKey.from_pem(pem, where=f"{LINEAGE}: node key {key_id[:12]}")
+    origin = Origin(lineage.federation, lineage.run, {signer.key_id: signer}, node_keys)
+    history = read_history(_entries(directory / PROVENANCE, checks), origin, lineage.model, checks)
+    strangers = sorted(key_id for key_id in lineage.node_keys if key_id not in trusted)
+    if strangers:
+        shown = ", ".join(key_id[:12] for key_id in strangers)
+        checks.skip("node keys", f"the coordinator vouches for the node keys {shown}; you do not know them")
+    return lineage, history
+
+
+def verify_local(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[LocalMerge, list[Check]]:
+    """Check a directory that `fedmerge merge --key` wrote, as `verify_directory` does a federation's."""
+    checks = Checklist()
+    merge = examine_local(directory, trusted, checks)
+    checks.require()
+    assert merge is not None
+    return merge, checks.checks
+
+
+def examine_local(directory: Path, trusted: Mapping[str, PublicKey], checks: Checklist) -> LocalMerge | None:
+    """Check a directory that `fedmerge merge --key` wrote, as `examine_directory` does a federation's."""
+    opened = _open(directory, LocalMerge, trusted, checks)
+    if opened is None:
+        for name in ("files", "version"):
+            checks.skip(name, f"no trusted key says what the {name} should be")
+        return None
+    merge, _ = opened
+    _check_files(directory, merge.files, checks)
+    _check_version(directory, merge.model_digest, checks)
+    return merge
+
+
+def is_local(directory: Path) -> bool:
+    """Whether a directory says it was merged locally; its signature must then be one over such a statement."""
+    return f"{PREDICATE_ROOT}/{LocalMerge.kind}/".encode() in _read(directory / LINEAGE)
+
+
+def _open(
+    directory: Path, kind: type[Published], trusted: Mapping[str, PublicKey], checks: Checklist
+) -> tuple[Published, PublicKey] | None:
+    payload, where = _read(directory / LINEAGE), str(directory / SIGNATURE)
+    with checks.attempt("signature"):
+        if not (directory / SIGNATURE).exists():
+            raise BadSignature(
+                f"{directory}: not signed, has no {SIGNATURE}", hint="to sign a merge: fedmerge merge --key"
+            )
+        lineage, signed = kind.open(_read(directory / SIGNATURE), trusted, where=where)
+        if signed.payload != payload:  # what was signed is there all the same, to go on with
+            checks.fail("signature", DigestMismatch(f"{directory / LINEAGE}: differs from what was signed"))
+        else:
+            checks.ok("signature", f"{LINEAGE} is signed by key {signed.signer.short}")
+        return lineage, signed.signer
+    return None
+
+
+def _check_files(directory: Path, signed_files: Mapping[str, str], checks: Checklist) -> None:
+    for path in directory.iterdir():
+        inner = list(path.iterdir()) if path.name == ADAPTER and path.is_dir() and not path.is_symlink() else [path]
+        for each in inner:
+            if each.is_symlink() or not each.is_file():
+                checks.fail("files", VerificationError(f"{each}: {PLAIN_FILES}"))
+    found = file_digests(directory) if checks.holds("files") else {}
+    for name in sorted(signed_files.keys() | found.keys()) if checks.holds("files") else ():
+        if name not in found:
+            checks.fail("files", DigestMismatch(f"{directory / name}: is missing"))
+        elif name not in signed_files:
+            checks.fail("files", DigestMismatch(f"{directory / name}: is not part of what was signed"))
+        elif found[name] != signed_files[name]:
+            hint = "fetch the model again; do not use this copy"
+            checks.fail("files", DigestMismatch(f"{directory / name}: was changed after it was signed", hint=hint))
+    if checks.holds("files"):
+        checks.ok("files", f"all {len(signed_files)} files have their signed SHA-256, and no other file is there")
+    if MODEL_SIGNATURE not in signed_files:
+        return
+    with checks.attempt("model.sig"):
+        model_key, where = PublicKey.load(directory / MODEL_KEY), str(directory / MODEL_SIGNATURE)
+        check_model_signature(_read(directory / MODEL_SIGNATURE), signed_files, model_key, where=where)
+        detail = f"{MODEL_SIGNATURE} names the same files, for OpenSSF model-signing tools and the key in {MODEL_KEY}"
+        checks.ok("model.sig", detail)
+
+
+def _check_version(directory: Path, expected: str, checks: Checklist) -> None:
+    with checks.attempt("version"):
+        found = model_digest(Checkpoint(directory))
+        if found != expected:
+            raise DigestMismatch(f"{directory}: the weights are version {found[:12]}, not {expected[:12]}")
+        checks.ok("version", f"the weights are version {found[:12]}")
+
+
+def _entries(path: Path, checks: Checklist) -> Iterator[Entry]:
+    """Yield the lines of provenance.jsonl."""
+    data = b""
+    with checks.attempt("statements"):
+        data = _read(path, MAX_PROVENANCE_BYTES)
+    for number, line in enumerate(data.splitlines(), start=1):
+        where = f"{path}:{number}"
+        try:
+            entry = json.loads(line)
+            yield Entry(where, str(entry["kind"]), entry["envelope"].encode())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            checks.fail("statements", BadSignature(f"{where}: not a provenance entry"))
+
+
+def _read(path: Path, max_bytes: int = MAX_ENVELOPE_BYTES) -> bytes:
+    """Read a file that nobody has vouched for yet, and no more of it than `max_bytes` and one."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise VerificationError(f"{path}: {PLAIN_FILES}")
+    try:
+        with path.open("rb") as file:
+            return file.read(max_bytes + 1)
+    except OSError as err:
+        raise InputError(
+            f"{path}: can't be read ({err.strerror})", hint="is this a directory that fedmerge published?"
+        ) from err
