@@ -25,7 +25,7 @@ from fedmerge.lowrank import LowRankDelta
 from fedmerge.merge import Recipe, Step, Workers, Write, merge_models
 from fedmerge.merge.layers import Value, layer_of, require_fitting, restrict
 from fedmerge.merge.recipe import step_names
-from fedmerge.rebasin import groups_of, permuted, read_config, weight_matching
+from fedmerge.rebasin import Group, groups_of, permuted, read_config, weight_matching
 from fedmerge.statements import LocalInput
 from fedmerge.statistics import read_statistics
 from fedmerge.tensors import (
@@ -41,7 +41,7 @@ from fedmerge.tensors import (
     model_digest,
     schema_of,
 )
-from fedmerge.weights import split_shards
+from fedmerge.weights import split_shards, writing_weights
 
 CONFIG = "config.json"
 
@@ -84,13 +84,15 @@ class MergeJob:
     """A merge as it was asked for. `host` is the model directory whose config and tokenizer the result takes.
 
     `dtype`, as safetensors names it, is that of the result; that of the base, or of the first source, where it is None.
-    With `align` each model's hidden units are first permuted towards the base's (`fedmerge.rebasin`).
+    With `align` each model's hidden units are first permuted towards the base's (`fedmerge.rebasin`). `repair` says by
+    which data, its SHA-256, and trainer the merged units are given the moments that those of the models have.
     """
 
     slices: tuple[Slice, ...]
     host: Path
     dtype: str | None = None
     align: Literal["git_rebasin"] | None = None
+    repair: Mapping[str, str] | None = None
 
     @property
     def models(self) -> list[Path]:
@@ -105,7 +107,8 @@ class MergeJob:
     def to_dict(self) -> dict[str, Any]:
         """Return how the models are merged as JSON types: the recipe, or each slice's."""
         if self._is_plain():
-            return self.slices[0].recipe.to_dict() | ({"align": self.align} if self.align else {})
+            more = {"align": self.align, "repair": self.repair and dict(self.repair)}
+            return self.slices[0].recipe.to_dict() | {key: value for key, value in more.items() if value}
         slices = [
             {
                 "merge": part.recipe.to_dict(),
@@ -150,8 +153,9 @@ class Assembly:
     def __init__(self, job: MergeJob) -> None:
         self.job = job
         self._models: dict[Path, Checkpoint] = {}
-        # Of each model that was aligned, how many units were moved, of how many.
-        self.alignments: dict[Path, tuple[int, int]] = {}
+        # What may be permuted, and where the units of each model that was aligned went, by group.
+        self.groups: list[Group] = []
+        self.alignments: dict[Path, dict[str, Tensor]] = {}
         if job.align is not None and (self._is_sliced() or job.slices[0].base is None):
             raise ConfigError("models are aligned whole, and to a base: not slices, and not without one")
         self.host = self._open(job.host)
@@ -214,6 +218,14 @@ class Assembly:
                 workers=workers,
             )
 
+    def write(self, directory: Path, *, seed: int, workers: Workers) -> None:
+        """Merge into a new `directory`: weights, config and tokenizer. Raises `ResourceError` as the disk does."""
+        directory.mkdir()
+        with writing_weights(directory, self.schema, self.shards(None)) as writer:
+            for _ in self.merge(writer.write, seed=seed, workers=workers):
+                pass
+        self.write_side_files(directory)
+
     def write_side_files(self, directory: Path) -> None:
         """Put the host's config and tokenizer beside the merged weights. Raises `InputError` as `config_changes`."""
         changes = self.config_changes()
@@ -272,11 +284,8 @@ class Assembly:
         """Return `model`, which computes the same, with its units in the order that brings it closest to `base`."""
         if isinstance(model, LowRankDelta):
             return model  # an adapter of the base, whose units are where they were
-        groups = groups_of(base.schema, read_config(base.directory))
-        permutations = weight_matching(base, model, groups)
-        num_moved = sum(unit != place for units in permutations.values() for place, unit in enumerate(units.tolist()))
-        self.alignments[path] = num_moved, sum(group.num_units for group in groups)
-        return permuted(model, groups, permutations)
+        self.alignments[path] = weight_matching(base, model, self.groups)
+        return permuted(model, self.groups, self.alignments[path])
 
     def _whole(self, path: Path, opened: TensorMap) -> TensorMap:
         """Return the model that was `opened` from `path`, under its own names."""
@@ -288,6 +297,7 @@ class Assembly:
             sources = tuple((source.model, self._open_tuned(source.model, only.base)) for source in only.sources)
             if self.job.align is not None and only.base is not None:
                 reference = self._open(only.base.model)
+                self.groups = groups_of(reference.schema, read_config(reference.directory))
                 sources = tuple((path, self._aligned(path, model, reference)) for path, model in sources)
             base = self._wide(self._open(only.base.model) if only.base else _Zeros(sources[0][1]))
             weights = tuple(source.weight for source in only.sources)

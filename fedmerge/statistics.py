@@ -91,9 +91,19 @@ def _gram_problem(matrix: Tensor) -> str | None:
     return "the matrix is not positive semidefinite" if failed else None
 
 
+def _moments_shape(spec: TensorSpec) -> tuple[int, ...] | None:
+    """Return (2, out) for what may be the weight (out, in) of a linear layer."""
+    return (2, spec.shape[0]) if len(spec.shape) == 2 else None
+
+
+def _moments_problem(moments: Tensor) -> str | None:
+    return None if torch.isfinite(moments).all() and (moments[1] >= 0).all() else "not means and standard deviations"
+
+
 # fisher: the diagonal of the Fisher information at the fine-tune, per example. Its last bits mean nothing: bf16.
 # gram: X' X / rows for the inputs X of a linear layer. A rounded one may stop being positive semidefinite, so it
 # travels in fp32, as its upper triangle.
+# moments: mean and standard deviation of the outputs of a linear layer, for `fedmerge.rebasin.repair`.
 STATISTICS: dict[str, Statistic] = {
     "fisher": Statistic(
         dtype="BF16",
@@ -110,6 +120,14 @@ STATISTICS: dict[str, Statistic] = {
         pack=_upper_triangle,
         unpack=_symmetric,
         problem=_gram_problem,
+    ),
+    "moments": Statistic(
+        dtype="F32",
+        shape=_moments_shape,
+        packed=_moments_shape,
+        pack=lambda moments: moments,
+        unpack=lambda moments: moments,
+        problem=_moments_problem,
     ),
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,11 +20,12 @@ from fedmerge.errors import ConfigError, ResourceError, did_you_mean, reporting_
 from fedmerge.sign import SigningKey
 
 if TYPE_CHECKING:
-    from fedmerge.assemble import MergeJob
+    from fedmerge.assemble import Assembly, MergeJob
     from fedmerge.merge import Recipe
     from fedmerge.merge.layers import Value
     from fedmerge.search import Candidate, SearchSettings
     from fedmerge.search.local import Evaluate
+    from fedmerge.tensors import TensorMap
 
 MAX_VALUE_CHARS = 1000  # of a parameter's value
 SEE_HELP = "see: fedmerge merge --help"
@@ -68,6 +71,14 @@ def merge(
         Literal["git_rebasin"] | None,
         Parameter(help="First permute each model's hidden units towards the base's, for models trained apart."),
     ] = None,
+    repair: Annotated[
+        Path | None,
+        Parameter(help="With --align: data on which the merged hidden units shall vary as the models' do (REPAIR)."),
+    ] = None,
+    trainer: Annotated[str, Parameter(help="For --repair: what the models were tuned with.")] = "text-classification",
+    option: Annotated[
+        tuple[str, ...], Parameter(help="For --repair: a setting of the trainer, KEY=VALUE. Repeatable.")
+    ] = (),
     search: Annotated[
         str | None, Parameter(help="Try many merges and keep the best: greedy_soup or cma_es.", show_default=False)
     ] = None,
@@ -104,6 +115,7 @@ def merge(
     from fedmerge.cli.progress import counting
     from fedmerge.merge import Workers, Write
     from fedmerge.publish import publish_local
+    from fedmerge.repaired import merge_repaired
 
     if from_ is None:
         job = _job(models, base, method, weights, set, scope=scope or "tensor", statistics=statistics)
@@ -115,25 +127,37 @@ def merge(
         job = read_mergekit(from_)
     if align is not None and statistics:
         raise ConfigError("--align and --statistics do not go together: those are of models that were not aligned")
+    measure = None
+    if repair is not None:
+        if align is None:
+            raise ConfigError("--repair goes with --align: it is for models that were trained apart", hint=SEE_HELP)
+        measure, facts = _measuring(repair, trainer, option)
+        job = replace(job, repair=facts)
+    elif option:
+        raise ConfigError("--option goes with --repair", hint=SEE_HELP)
     job = replace(job, align=align)
     workers = Workers(threads or num_cores(), parse_bytes("--memory", memory), require_device(device))
     max_shard_bytes = None if max_shard_size is None else parse_bytes("--max-shard-size", max_shard_size)
     signing_key = SigningKey.load(key) if key is not None else None
     history: dict[str, str] = {}
+    scratch = out.absolute().parent
+    if settings is not None or measure is not None:
+        with reporting_os_errors(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
     if settings is not None and score is not None:
         from fedmerge.search.local import search_local
 
-        scratch = out.absolute().parent
-        with reporting_os_errors(scratch):
-            scratch.mkdir(parents=True, exist_ok=True)
         job, history["search.json"] = search_local(
             job, settings, score, seed=seed, workers=workers, scratch=scratch, on_candidate=_show
         )
     assembly = Assembly(job)
-    for path, (num_moved, num_units) in assembly.alignments.items():
-        stderr.print(f"{printable(str(path))}: moved {num_moved} of {num_units} units", markup=False)
+    _show_alignments(assembly)
 
     def fill(write: Write) -> None:
+        if measure is not None:
+            num_repaired = merge_repaired(assembly, measure, write, seed=seed, workers=workers, scratch=scratch)
+            stderr.print(f"repaired {num_repaired} layers")
+            return
         counting(assembly.merge(write, seed=seed, workers=workers), len(assembly.schema), "merging")
 
     digest = publish_local(
@@ -164,6 +188,27 @@ def _search(
     values = _parameters(assignments, option="--search-set") | {"strategy": strategy}
     settings = validated(Search, values, where="--search").settings()
     return settings, None if settings is None else evaluation_command(evaluate, timeout_s=settings.deadline_s)
+
+
+def _measuring(
+    data: Path, trainer: str, options: tuple[str, ...]
+) -> tuple[Callable[[Path], TensorMap], dict[str, str]]:
+    """Return a function from a model directory to the moments of its layers on `data`, and what to say of that."""
+    from fedmerge.cli.join import key_values
+    from fedmerge.training import load_trainer, require_statistics
+
+    measuring = require_statistics(load_trainer(trainer, {"data": data, **key_values(options)}), "moments", "REPAIR")
+    measuring.check()
+    with reporting_os_errors(data):
+        digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    return lambda model: measuring.statistics(model, "moments"), {"data": digest, "trainer": trainer}
+
+
+def _show_alignments(assembly: Assembly) -> None:
+    for path, permutations in assembly.alignments.items():
+        num_units = sum(map(len, permutations.values()))
+        num_moved = sum(unit != place for units in permutations.values() for place, unit in enumerate(units.tolist()))
+        stderr.print(f"{printable(str(path))}: moved {num_moved} of {num_units} units", markup=False)
 
 
 def _show(candidate: Candidate, score: float) -> None:

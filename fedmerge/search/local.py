@@ -18,7 +18,6 @@ from fedmerge.merge.layers import leaves, varies
 from fedmerge.search.board import score_of
 from fedmerge.search.strategies import Candidate, Search, SearchSettings
 from fedmerge.seeds import derive_seed
-from fedmerge.weights import writing_weights
 
 PLACEHOLDER = "{model}"
 JUDGE = "command"
@@ -55,8 +54,7 @@ def search_local(
         for candidate in search.generation:
             with reporting_os_errors(scratch), TemporaryDirectory(prefix=".fedmerge-search-", dir=scratch) as folder:
                 directory = Path(folder) / f"candidate-{len(history):03d}"
-                directory.mkdir()
-                _merge(as_job(candidate, job), directory, seed=seed, workers=workers)
+                Assembly(as_job(candidate, job)).write(directory, seed=seed, workers=workers)
                 metrics = dict(evaluate(directory))
             score = score_of(metrics, settings.metric)
             if score is None:
@@ -90,14 +88,6 @@ def as_job(candidate: Candidate, job: MergeJob) -> MergeJob:
     sources = [replace(source, weight=weight) for source, weight in zip(part.sources, weights, strict=True)]
     kept = tuple(source for source in sources if any(leaves(source.weight)))
     return replace(job, slices=(replace(part, recipe=candidate.recipe(part.recipe), sources=kept),))
-
-
-def _merge(job: MergeJob, directory: Path, *, seed: int, workers: Workers) -> None:
-    assembly = Assembly(job)
-    with writing_weights(directory, assembly.schema, assembly.shards(None)) as writer:
-        for _ in assembly.merge(writer.write, seed=seed, workers=workers):
-            pass
-    assembly.write_side_files(directory)
 
 
 def evaluation_command(command: str, *, timeout_s: float) -> Evaluate:

@@ -52,7 +52,7 @@ OPTIONS: dict[str, list[str]] = {
     "schema": [],
     "merge": [
         "MODEL", "--out", "--base", "--from", "--method", "--weights", "--set", "--scope", "--statistics", "--align",
-        "--search", "--evaluate", "--search-set", "--seed", "--key",
+        "--repair", "--trainer", "--option", "--search", "--evaluate", "--search-set", "--seed", "--key",
         "--max-shard-size", "--threads", "--memory", "--device", "--force", "--json",
     ],
     "statistics": ["MODEL", "--method", "--data", "--out", "--trainer", "--option", "--json"],

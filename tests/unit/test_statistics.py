@@ -49,6 +49,8 @@ def found(kind: str) -> dict[str, Tensor]:
     if kind == "gram":
         inputs = normal(100, 40) @ normal(40, 40, seed=1)
         return {"weight": inputs.T @ inputs / 100}
+    if kind == "moments":
+        return {"weight": normal(2, 6).square()}
     return {name: normal(*spec.shape).square() for name, spec in FLOATS.items() if name != "bias"}
 
 

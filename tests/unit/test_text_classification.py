@@ -359,8 +359,8 @@ def test_statistics_of_a_classifier_can_be_sent(kind: str, base: Path, trainer: 
     sent = side_tensors(found, kind, checkpoint.schema)
     assert sorted(sent) == sorted(statistics_schema(kind, checkpoint.schema))
     linear = "bert.encoder.layer.1.output.dense.weight"
-    assert found[linear].shape == ((64, 64) if kind == "gram" else checkpoint[linear].shape)
-    # Of the embeddings, the words that occur have Fisher information; none have a Gram matrix.
+    assert found[linear].shape == {"gram": (64, 64), "moments": (2, 32)}.get(kind, checkpoint[linear].shape)
+    # Of the embeddings, the words that occur have Fisher information; none have what only linear layers have.
     embeddings = "bert.embeddings.word_embeddings.weight"
     assert (embeddings in found) == (kind == "fisher")
     assert kind != "fisher" or found[embeddings].any(1).sum() == len({*FRUIT, *TOOLS, *ANIMALS}) + 5

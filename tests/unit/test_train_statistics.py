@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedmerge.errors import ConfigError
 from fedmerge.statistics import first_problem
 from fedmerge.tensors import schema_of
-from fedmerge_client.train.statistics import collect, diagonal_fisher, gram_matrices, spread
+from fedmerge_client.train.statistics import collect, diagonal_fisher, gram_matrices, output_moments, spread
 
 
 class Classifier(nn.Module):
@@ -54,6 +54,14 @@ def test_fisher_information_repeats_with_its_seed_and_leaves_nothing_behind() ->
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_moments_are_those_of_all_outputs() -> None:
+    model, inputs = Classifier(hidden=True), normal(7, 3, 5)
+    found = output_moments(model, ({"inputs": rows} for rows in inputs), seed=0)
+    outputs = model.first(inputs.reshape(21, 5))
+    assert found.keys() == {"first.weight", "last.weight"}
+    torch.testing.assert_close(found["first.weight"], torch.stack([outputs.mean(0), outputs.std(0, correction=0)]))
+
+
 def test_gram_matrices_are_the_mean_outer_products_of_inputs() -> None:
     model, inputs = Classifier(hidden=True), normal(7, 3, 5)
     found = gram_matrices(model, ({"inputs": rows} for rows in inputs), seed=0)
@@ -80,7 +88,7 @@ def test_only_parameters_that_are_saved_have_statistics() -> None:
     assert collect("gram", model, [{"inputs": normal(1, 5)}], schema, seed=0).keys() == {"last.weight"}
     with pytest.raises(ConfigError, match="entropy") as caught:
         collect("entropy", model, [], schema, seed=0)
-    assert caught.value.hint == "one of fisher, gram"
+    assert caught.value.hint == "one of fisher, gram, moments"
 
 
 @pytest.mark.parametrize(("num_examples", "most", "expected"), [(3, 5, [0, 1, 2]), (10, 4, [0, 2, 5, 7]), (0, 4, [])])

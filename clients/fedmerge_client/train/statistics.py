@@ -63,11 +63,38 @@ def gram_matrices(model: Any, examples: Iterable[Inputs], seed: int) -> dict[str
 
         return add
 
-    hooks = [
-        module.register_forward_pre_hook(listen_to(f"{name}.weight"))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
+    _run(model, examples, lambda name, module: module.register_forward_pre_hook(listen_to(f"{name}.weight")))
+    return {name: _without_traces((total / num_rows[name]).cpu()) for name, total in sums.items()}
+
+
+def output_moments(model: Any, examples: Iterable[Inputs], seed: int) -> dict[str, Tensor]:
+    """Return mean and standard deviation of each output of a `torch.nn.Linear`, by its weight: (2, out), fp32.
+
+    They are over all tokens of all examples, and what REPAIR (arXiv 2211.08403) compares. `seed` is not used.
+    """
+    sums: dict[str, Tensor] = {}
+    num_rows: dict[str, int] = {}
+
+    def listen_to(name: str) -> Callable[[Any, Any, Tensor], None]:
+        def add(_: Any, __: Any, output: Tensor) -> None:
+            rows = output.detach().reshape(-1, output.shape[-1]).to(torch.float64)
+            pair = torch.stack([rows.sum(0), rows.square().sum(0)])
+            sums[name] = sums[name].add_(pair) if name in sums else pair
+            num_rows[name] = num_rows.get(name, 0) + len(rows)
+
+        return add
+
+    _run(model, examples, lambda name, module: module.register_forward_hook(listen_to(f"{name}.weight")))
+    found = {name: (total / num_rows[name]).cpu() for name, total in sums.items()}
+    return {
+        name: torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt()]).float()
+        for name, (mean, square) in found.items()
+    }
+
+
+def _run(model: Any, examples: Iterable[Inputs], listen: Callable[[str, Any], Any]) -> None:
+    """Send `examples` through a model with the hook that `listen(name, module)` puts on each linear layer."""
+    hooks = [listen(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     try:
         with torch.inference_mode():
             for inputs in examples:
@@ -75,7 +102,6 @@ def gram_matrices(model: Any, examples: Iterable[Inputs], seed: int) -> dict[str
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: _without_traces((total / num_rows[name]).cpu()) for name, total in sums.items()}
 
 
 def _without_traces(matrix: Tensor) -> Tensor:
@@ -88,6 +114,7 @@ def _without_traces(matrix: Tensor) -> Tensor:
 COLLECTORS: dict[str, Callable[[Any, Iterable[Inputs], int], dict[str, Tensor]]] = {
     "fisher": diagonal_fisher,
     "gram": gram_matrices,
+    "moments": output_moments,
 }
 
 
