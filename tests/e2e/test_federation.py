@@ -52,9 +52,9 @@ def test_two_rounds_of_nesterov_follow_the_formula(tmp_path: Path) -> None:
     torch.testing.assert_close(merged["vector"].double(), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("method", ["fedavg", "dare_ties"])
 @pytest.mark.parametrize("codec", ["values = 'bf16'", "values = 'int8'\nsparsify = 'seeded'\ndensity = 0.25"])
-def test_every_method_and_codec_verifies_and_replays_bit_for_bit(tmp_path: Path, method: str, codec: str) -> None:
+def test_folded_and_random_merges_verify_and_replay_bit_for_bit(tmp_path: Path, method: str, codec: str) -> None:
     extra = f"[delta]\n{codec}\ndownlink = 'bf16'\n[merge]\nmethod = '{method}'\n"
     result = run_simulated(tmp_path, num_rounds=2, extra=extra)
     config, _ = make_config(tmp_path, num_rounds=2, extra=extra)
