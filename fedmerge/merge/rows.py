@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedmerge.merge.kernels import INFINITE, TILE, add_scaled, apply_bf16, apply_fp32, read
+from fedmerge.merge.kernels import INFINITE, TILE, add_four_scaled, add_scaled, apply_bf16, apply_fp32, read
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -74,6 +74,8 @@ class Rows:
         self.num_columns = num_columns = max(1, line_elements, most // max(1, line_elements) * line_elements)
         self._stored = [_stored(operand.tuned) for operand in operands]
         self._bases = [None if operand.base is None else _stored(operand.base) for operand in operands]
+        # Whether all rows are read in the same way, as the fine-tunes of one checkpoint are.
+        self._are_alike = len({_kind(operand) for operand in operands}) == 1 and operands[0].scale == 1
         self._widened = np.empty(num_columns, dtype=np.float32)
         self._scratch = np.empty(num_columns, dtype=np.float32)
         self._stack: Array | None = None
@@ -103,12 +105,19 @@ class Rows:
 
     def fold(self, coefficients: Sequence[np.float32], start: int, stop: int, *, out: Array) -> None:
         """Set `out` to the sum of coefficient * row over the columns `start` to `stop`, added in the rows' order."""
-        for index, coefficient in enumerate(coefficients):
+        num_together = len(coefficients) // 4 * 4 if self._are_alike else 0
+        for index in range(0, num_together, 4):
+            one, two, three, four = (stored[start:stop] for stored in self._stored[index : index + 4])
+            before, factors = self._before(index, start, stop), np.array(coefficients[index : index + 4])
+            if add_four_scaled(one, two, three, four, before, factors, index == 0, out) >= INFINITE:
+                for row in range(index, index + 4):
+                    self.read_row(row, start, stop)  # which checks each by itself
+        for index in range(num_together, len(coefficients)):
             if self.operands[index].scale != 1:
                 stored, before = self.read_row(index, start, stop), None
             else:
                 stored, before = self._block(index, start, stop, self._scratch), self._before(index, start, stop)
-            self._check(index, add_scaled(stored, before, coefficient, index == 0, out))
+            self._check(index, add_scaled(stored, before, coefficients[index], index == 0, out))
 
     def _before(self, index: int, start: int, stop: int) -> Array | None:
         base = self._bases[index]
@@ -145,6 +154,13 @@ class Update:
         with np.errstate(over="ignore"):
             np.copyto(after, change, casting="same_kind")
         return bool(np.isfinite(after).all())
+
+
+def _kind(operand: Operand) -> tuple[object, ...]:
+    """Return what two operands have in common if one kernel can read both: dtypes, base, scale."""
+    base = None if operand.base is None else (operand.base.dtype, operand.base.data_ptr())
+    is_half = operand.tuned.dtype == torch.float16
+    return operand.tuned.dtype, id(operand) if is_half else None, base, operand.scale
 
 
 def _stored(tensor: Tensor) -> Array:
