@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 
 from fedmerge.errors import BadSignature, NoSession, UntrustedKey
 from fedmerge.sign import PublicKey, claimed_signer
@@ -12,6 +13,8 @@ from fedmerge.trust import Member, TrustStore
 
 NONCE_LIFETIME_S = 60.0
 MAX_PENDING_NONCES = 10_000
+# Of one key; its oldest gives way. A node that opens more has lost the others, or wants to fill the memory.
+MAX_SESSIONS = 64
 
 
 class Sessions:
@@ -22,13 +25,16 @@ class Sessions:
         self._trust = trust
         self._nonces: dict[str, float] = {}
         self._key_ids: dict[str, str] = {}
+        self._tokens: dict[str, deque[str]] = {}
 
     def begin(self) -> bytes:
         """Return a fresh nonce."""
         now_s = time.monotonic()
-        self._nonces = {nonce: made_s for nonce, made_s in self._nonces.items() if now_s < made_s + NONCE_LIFETIME_S}
-        if len(self._nonces) >= MAX_PENDING_NONCES:
-            self._nonces.pop(next(iter(self._nonces)))
+        while self._nonces:  # the oldest first: giving one out must not cost more where many are waiting
+            oldest, made_s = next(iter(self._nonces.items()))
+            if now_s < made_s + NONCE_LIFETIME_S and len(self._nonces) < MAX_PENDING_NONCES:
+                break
+            del self._nonces[oldest]
         nonce = secrets.token_bytes(32)
         self._nonces[nonce.hex()] = now_s
         return nonce
@@ -42,12 +48,16 @@ class Sessions:
     def open(self, envelope: bytes) -> str:
         """Exchange a signed nonce for a token. Raises `BadSignature`, `UntrustedKey` or `RevokedKey`."""
         key = self._trust.require(claimed_signer(envelope, where="session proof")).key
-        proof, signed = SessionProof.open(envelope, {key.key_id: key}, where="session proof")
+        proof, _ = SessionProof.open(envelope, {key.key_id: key}, where="session proof")
         self.use(proof.nonce)
         if proof.coordinator_key != self._coordinator_id:
             raise BadSignature("session proof: made for another coordinator")
         token = secrets.token_urlsafe(32)
-        self._key_ids[token] = signed.signer.key_id
+        self._key_ids[token] = key.key_id
+        tokens = self._tokens.setdefault(key.key_id, deque())
+        tokens.append(token)
+        if len(tokens) > MAX_SESSIONS:
+            self._key_ids.pop(tokens.popleft(), None)
         return token
 
     def caller(self, token: str) -> Member:
