@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,20 +18,17 @@ from fedmerge.delta import delta_schema
 from fedmerge.errors import BadSignature, ConfigError, InputError, InvalidDelta, RoundFailed, UnknownVersion
 from fedmerge.events import (
     CandidatesScored,
-    CheckpointCosigned,
     DeltaAccepted,
     FederationCreated,
-    MemberAdmitted,
-    MemberRevoked,
     MergeFinished,
     MergeStarted,
     MetricsReported,
-    RolledBack,
     RoundOpened,
     RoundPublished,
     RoundSealed,
 )
 from fedmerge.events import RoundFailed as RoundFailedEvent
+from fedmerge.export import export
 from fedmerge.intake import Intake
 from fedmerge.journal import Journal
 from fedmerge.logkeeper import LogKeeper
@@ -41,19 +38,15 @@ from fedmerge.merging import RoundMerge, drop_candidates
 from fedmerge.operator import Operator
 from fedmerge.pace import dynamic_steps
 from fedmerge.policy import Action, RoundPolicy, Standing, next_action, standing
-from fedmerge.publish import COSIGNATURE, publish
-from fedmerge.rounds import FederationState, Phase, after
+from fedmerge.provenance import provenance_of
+from fedmerge.publish import publish
+from fedmerge.rounds import Phase
 from fedmerge.search import Search
 from fedmerge.seeds import derive_seed
 from fedmerge.sign import SigningKey
 from fedmerge.statements import (
-    Candidates,
     DeltaStatement,
-    Enrolment,
-    MergeRecord,
     MetricsStatement,
-    Revocation,
-    Rollback,
     RoundSpec,
     UpdateRef,
     digest_of,
@@ -356,7 +349,8 @@ class Coordinator:
     def _publish(self) -> None:
         record = self.journal.record()
         assert record is not None
-        target = self.published_dir(record.round)
+        target, node_keys = self.published_dir(record.round), self._node_keys()
+        named = node_keys.keys() | self.journal.state.cosigned.keys()
         publish(
             open_model(record.model, self.base, self._find_update),
             self.base,
@@ -365,41 +359,17 @@ class Coordinator:
             base_name=self.config.model.name or self.config.model.base.name,
             key=self.key,
             model_key=self._model_key(),
-            provenance=self._provenance(),
-            node_keys=self._node_keys(),
+            provenance=[(each.kind, each.envelope) for each in provenance_of(self.journal.ledger.entries, named)],
+            node_keys=node_keys,
             adapter_rank=self.config.publish.adapter_rank,
         )
         self.journal.append(RoundPublished(round=record.round, version=record.model.digest))
         log.info("round %d published in %s", record.round, target)
 
-    def _provenance(self) -> list[tuple[str, str]]:
-        """Return (kind, envelope) of all that was signed on the way to the newest version, in order."""
-        kept: list[tuple[str, str]] = []
-        state, named = FederationState(), self._node_keys().keys() | self.journal.state.cosigned.keys()
-        for entry in self.journal.ledger.entries:
-            state = after(state, entry)
-            match entry.event:
-                case RoundOpened(spec_envelope=envelope):
-                    kept.append((RoundSpec.kind, envelope))
-                case CheckpointCosigned(note=note, cosignature=cosignature):
-                    kept.append((COSIGNATURE, note + cosignature))
-                case MemberAdmitted(node_id=node_id, envelope=envelope) if node_id in named:
-                    kept.append((Enrolment.kind, envelope))
-                case MemberRevoked(node_id=node_id, envelope=envelope) if node_id in named:
-                    kept.append((Revocation.kind, envelope))
-                case DeltaAccepted(statement_envelope=envelope):
-                    kept.append((DeltaStatement.kind, envelope))
-                case MergeStarted():
-                    # Only now: a search that failed led nowhere, and of what nodes reported not all counted.
-                    kept += [(Candidates.kind, proposal.proposal_envelope) for proposal in state.generations()]
-                    kept += [(MetricsStatement.kind, envelope) for envelope in state.answers.values()]
-                case MergeFinished(record_envelope=envelope):
-                    kept.append((MergeRecord.kind, envelope))
-                case RolledBack(envelope=envelope):
-                    kept.append((Rollback.kind, envelope))
-                case _:
-                    pass
-        return kept
+    def export(self, target: Path, rounds: Collection[int] | None, *, with_deltas: bool) -> None:
+        """Write what an auditor needs to check these rounds, or all, to `target`. Raises as `fedmerge.export` does."""
+        models = self.published_dir(1).parent
+        export(self.journal.ledger, self.blobs, models, self.key, target, rounds=rounds, with_deltas=with_deltas)
 
     def _model_key(self) -> SigningKey:
         """Return the key for model.sig, which must be a P-256 one: the coordinator's if it is, or one of its own."""

@@ -22,10 +22,10 @@ from fedmerge.errors import (
     UntrustedKey,
 )
 from fedmerge.events import DeltaAccepted, DeltaRejected
-from fedmerge.journal import Journal
+from fedmerge.journal import Journal, receipt_of
 from fedmerge.rounds import FederationState, Phase
 from fedmerge.sign import PublicKey
-from fedmerge.statements import DeltaStatement, Receipt, digest_of
+from fedmerge.statements import DeltaStatement, digest_of
 from fedmerge.store.blobs import BlobStore, split_leaf_hashes
 from fedmerge.store.ledger import UploadRow
 from fedmerge.trust import TrustStore
@@ -209,21 +209,12 @@ class Intake:
         log.warning("round %d: delta of %s rejected: %s", statement.round, statement.node_id[:12], err.message)
 
     def _receipt(self, node_id: str, statement_digest: str) -> bytes | None:
-        # Built from the ledger each time: Ed25519 signs the same bytes the same way, so it need not be stored.
+        # Built from the ledger each time: keys sign the same bytes the same way, so it need not be stored.
         created = self._journal.created
         for entry in self._journal.ledger.entries:
             fact = entry.event
             if isinstance(fact, DeltaAccepted) and (fact.node_id, fact.statement_digest) == (node_id, statement_digest):
-                receipt = Receipt(
-                    federation=created.federation,
-                    run=created.run,
-                    round=fact.round,
-                    node_id=node_id,
-                    statement_digest=statement_digest,
-                    event=entry.number,
-                    event_hash=entry.hash,
-                )
-                return receipt.sign(self._journal.key)
+                return receipt_of(entry, created).sign(self._journal.key)
         return None
 
     def _resume(self, row: UploadRow) -> None:

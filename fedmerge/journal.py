@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from fedmerge.events import Event, FederationCreated, MergeFinished, RoundOpened
+from fedmerge.events import DeltaAccepted, Event, FederationCreated, MergeFinished, RoundOpened
 from fedmerge.rounds import FederationState, after, replay
 from fedmerge.sign import PublicKey, SigningKey
-from fedmerge.statements import MergeRecord, ModelRef, RoundSpec
+from fedmerge.statements import MergeRecord, ModelRef, Receipt, RoundSpec
 from fedmerge.store.ledger import Ledger, LedgerEntry
 
 
@@ -76,6 +76,21 @@ class Journal:
                 return self._record_in(merge).model
         base = self.created.base_digest
         return ModelRef(digest=base, base_digest=base, updates=[])
+
+
+def receipt_of(entry: LedgerEntry, created: FederationCreated) -> Receipt:
+    """Return the receipt of a delta, whose acceptance `entry` is; signed, it is the same bytes each time."""
+    fact = entry.event
+    assert isinstance(fact, DeltaAccepted)
+    return Receipt(
+        federation=created.federation,
+        run=created.run,
+        round=fact.round,
+        node_id=fact.node_id,
+        statement_digest=fact.statement_digest,
+        event=entry.number,
+        event_hash=entry.hash,
+    )
 
 
 def merged_rounds(state: FederationState, node_id: str) -> list[int]:

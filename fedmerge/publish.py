@@ -34,7 +34,6 @@ from fedmerge.weights import writing_weights
 LINEAGE = "lineage.json"
 SIGNATURE = "lineage.sig.json"
 PROVENANCE = "provenance.jsonl"
-COSIGNATURE = "cosignature"
 CARD = "README.md"
 ADAPTER = "adapter"
 
@@ -140,10 +139,8 @@ def appearing_whole(target: Path) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True)
             yield partial
-            for path in plain_files(partial):
-                sync_file(path)
-            for folder in partial.glob("*/"):
-                sync_directory(folder)
+            for path in partial.rglob("*"):
+                sync_directory(path) if path.is_dir() else sync_file(path)
             if target.exists():
                 shutil.rmtree(target)
             partial.rename(target)

@@ -497,6 +497,30 @@ class Lineage(Statement):
         return dict(sorted(self.files.items()))
 
 
+class Export(Statement):
+    """What stands in an export's export.json: its files by digest, and what they are about (`fedmerge.export`).
+
+    `num_events` is the size of the log in it, `rounds` are those whose receipts, publications and deltas are there. The
+    blobs that deltas and updates are in are not among the files: their names are their digests, and merge records, in
+    the log, say which there must be.
+    """
+
+    kind: ClassVar[str] = "export"
+
+    federation: str
+    run: str
+    base_digest: Digest
+    num_events: Count
+    rounds: list[Count]
+    with_deltas: bool
+    files: dict[str, Digest]
+    software: dict[str, str]
+
+    def subject(self) -> dict[str, str]:
+        """Every file of the export, by SHA-256."""
+        return dict(sorted(self.files.items()))
+
+
 class LocalMerge(Statement):
     """What stands in the lineage.json of a directory that was merged from local checkpoints, without a federation."""
 

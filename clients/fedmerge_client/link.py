@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -245,6 +245,26 @@ class GrpcLink:
     def cosign(self, note: bytes, cosignature: bytes) -> None:
         """Hand in a cosignature."""
         self._call(lambda: self._log.Cosign, log_pb2.CosignRequest(note=note, cosignature=cosignature))
+
+    def fetch_export(self, target: Path, rounds: Sequence[int] | None, *, with_deltas: bool) -> None:
+        """Fetch an export into the new file `target`. Raises `NotAllowed` unless the key is an auditor's."""
+        request = log_pb2.FetchExportRequest(rounds=rounds or (), with_deltas=with_deltas)
+        partial, backoff = target.with_name(f".{target.name}.partial"), self._backoff()
+        try:
+            while True:
+                try:
+                    metadata = self._metadata()
+                    with reporting_os_errors(target), partial.open("wb") as file:
+                        for answer in self._log.FetchExport(request, metadata=metadata):
+                            backoff = self._backoff()
+                            file.write(answer.data)
+                    with reporting_os_errors(target):
+                        partial.rename(target)
+                    return
+                except grpc.RpcError as err:
+                    self._wait_or_raise(err, backoff, retried=(Busy,))
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _call(
         self, method: Callable[[], Callable[..., Answer]], request: object, *, timeout_s: float = CALL_TIMEOUT_S

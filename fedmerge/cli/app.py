@@ -100,6 +100,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "serve": ("fedmerge.cli.serve:serve", "Run the coordinator."),
         "join": ("fedmerge.cli.join:join", "Take part in a federation as a node."),
         "report": ("fedmerge.cli.report:report", "Show what merged models keep of the nodes' own."),
+        "export": ("fedmerge.cli.export:export", "Write what an outsider needs to check rounds offline."),
         "copy": ("fedmerge.cli.copy:copy", "Copy a coordinator's ledger and blobs elsewhere."),
         "gc": ("fedmerge.cli.gc:gc", "Delete what nothing leads to from a store."),
     },

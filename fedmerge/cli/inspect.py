@@ -134,7 +134,7 @@ def _statement(path: Path) -> dict[str, Any]:
 
 def _provenance(path: Path) -> dict[str, Any]:
     """Read what a published directory keeps in provenance.jsonl: an envelope, or a cosigned note, on each line."""
-    from fedmerge.publish import COSIGNATURE
+    from fedmerge.provenance import COSIGNATURE
 
     statements = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):

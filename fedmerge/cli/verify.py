@@ -1,8 +1,10 @@
-"""`fedmerge verify`: check a published model."""
+"""`fedmerge verify`: check a published model, or an export."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -15,11 +17,12 @@ from fedmerge.sign import PublicKey
 from fedmerge.trust import TrustStore
 
 if TYPE_CHECKING:
-    from fedmerge.verify import Checklist
+    from fedmerge.store.blobs import BlobStore
+    from fedmerge.verify import Checklist, History
 
 
 def verify(
-    directory: Annotated[Path, Parameter(help="The published model's directory.")],
+    directory: Annotated[Path, Parameter(help="The published model's directory, or an export.")],
     /,
     *,
     key: Annotated[
@@ -31,7 +34,10 @@ def verify(
         Parameter(help="The coordinator's state folder or fedmerge.toml: merge its stored deltas again and compare."),
     ] = None,
     base: Annotated[
-        Path | None, Parameter(help="The base model, for --replay. [default: the coordinator's]", show_default=False)
+        Path | None,
+        Parameter(
+            help="The base model, for --replay or an export's deltas. [default: the coordinator's]", show_default=False
+        ),
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -44,7 +50,8 @@ def verify(
             "whose signature should it have? Give --key or --trusted",
             hint="the coordinator.pem that the federation's operator gave you will do",
         )
-    if base is not None and replay is None:
+    is_archive = (directory / "export.json").is_file() or directory.suffix == ".tar"
+    if base is not None and replay is None and not is_archive:
         raise ConfigError("--base goes with --replay", hint="give --replay STATE, the coordinator's state folder")
     if trusted is not None and not trusted.is_dir():
         raise InputError(f"{trusted}: no such folder of public keys")
@@ -54,31 +61,74 @@ def verify(
             hint = "it has a folder blobs with the deltas; where they lie elsewhere, give fedmerge.toml"
             raise InputError(f"{replay}: not a coordinator's state folder", hint=hint)
         base = base or _coordinators_base(replay if config is None else config.federation.state, config)
-    from fedmerge.store.blobs import BlobStore
-    from fedmerge.tensors import Checkpoint
-    from fedmerge.verify import Checklist, examine_directory, examine_local, is_local, replay_rounds
-
     if trusted is not None:
         keys = TrustStore(trusted).keys()
     else:
         assert key is not None
         public = PublicKey.load(key)
         keys = {public.key_id: public}
-    checks = Checklist()
-    if is_local(directory):
+    from fedmerge.verify import Checklist, examine_directory, examine_local, is_local
+
+    checks, version = Checklist(), None
+    if is_archive:
+        version = _verify_export(directory, keys, checks, base=base, state=replay, config=config)
+    elif is_local(directory):
         local = examine_local(directory, keys, checks)
-        _report(local.model_digest if local else None, checks, json=json)
-        return
-    found = examine_directory(directory, keys, checks)
-    if replay is None or base is None:
-        checks.skip("replay", "not asked for; --replay STATE merges the stored deltas again")
-    elif found is not None:
-        blobs = BlobStore(replay / "blobs") if config is None else config.open_blobs()
-        if not replay_rounds(found[1], Checkpoint(base), blobs, checks) and not checks.failures:
-            missing = checks.errors[0]
+        version = local.model_digest if local else None
+    else:
+        found = examine_directory(directory, keys, checks)
+        version = found[0].model.digest if found else None
+        if replay is None or base is None:
+            checks.skip("replay", "not asked for; --replay STATE merges the stored deltas again")
+        elif found is not None:
             hint = "is it the state folder of the coordinator that published this model?"
-            raise InputError(f"{replay}: {missing.message}", hint=hint)
-    _report(found[0].model.digest if found else None, checks, json=json)
+            _replay(found[1], base, _blobs_of(replay, config), checks, place=replay, hint=hint)
+    _report(version, checks, json=json)
+
+
+def _verify_export(
+    path: Path,
+    keys: Mapping[str, PublicKey],
+    checks: Checklist,
+    *,
+    base: Path | None,
+    state: Path | None,
+    config: Config | None,
+) -> str | None:
+    """Check an export, and replay its rounds where there is a base; return the version that they lead to."""
+    from fedmerge.archive import opened
+    from fedmerge.export import BLOBS
+    from fedmerge.store.blobs import BlobStore
+    from fedmerge.store.shelves import FolderShelf
+    from fedmerge.verify import examine_export
+
+    with opened(path) as folder, TemporaryDirectory(prefix="fedmerge-parts-") as scratch:
+        found = examine_export(folder, keys, checks)
+        if found is None:
+            return None
+        blobs = BlobStore(Path(scratch), FolderShelf(folder / BLOBS)) if state is None else _blobs_of(state, config)
+        if state is None and not (folder / BLOBS).is_dir():
+            checks.skip("replay", "there are no deltas in it; fedmerge export --with-deltas puts them in")
+        elif base is None:
+            checks.skip("replay", "the base model is needed to merge the deltas again; give --base")
+        else:
+            hint = "an export has the deltas of the rounds that were asked for"
+            _replay(found[1], base, blobs, checks, place=path, hint=hint)
+        return found[1].records[-1].model.digest if found[1].records else None
+
+
+def _replay(history: History, base: Path, blobs: BlobStore, checks: Checklist, *, place: Path, hint: str) -> None:
+    from fedmerge.tensors import Checkpoint
+    from fedmerge.verify import replay_rounds
+
+    if not replay_rounds(history, Checkpoint(base), blobs, checks) and not checks.failures:
+        raise InputError(f"{place}: {checks.errors[0].message}", hint=hint)
+
+
+def _blobs_of(state: Path, config: Config | None) -> BlobStore:
+    from fedmerge.store.blobs import BlobStore
+
+    return BlobStore(state / "blobs") if config is None else config.open_blobs()
 
 
 def _coordinators_base(state_dir: Path, config: Config | None) -> Path:

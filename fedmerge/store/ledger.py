@@ -74,11 +74,16 @@ class Ledger:
         """All events, in order."""
         return self._entries
 
+    def bodies(self) -> list[bytes]:
+        """Return the events as they are stored and chained, in order; one more may be there than among the entries."""
+        query = select(_events.c.body).order_by(_events.c.number)
+        return self._database.run(lambda connection: [bytes(row.body) for row in connection.execute(query)])
+
     def append(self, fact: Event, *, at_s: float, ends_upload: str | None = None) -> LedgerEntry:
         """Commit an event durably, and in the same transaction forget the upload that it ends."""
         body = to_json(fact)
         number = len(self._entries)
-        entry = LedgerEntry(number, at_s, fact, _chain(self.head, number, at_s, body))
+        entry = LedgerEntry(number, at_s, fact, chain_hash(self.head, number, at_s, body))
 
         def write(connection: Connection) -> None:
             if _hash_of(connection, number) == entry.hash:
@@ -130,7 +135,7 @@ class Ledger:
         for expected, row in enumerate(rows):
             # SQLite columns hold whatever type was written, so an altered row may hold anything.
             well_formed = row.number == expected and isinstance(row.at_s, float) and isinstance(row.body, bytes)
-            head = _chain(head, expected, row.at_s, row.body) if well_formed else ""
+            head = chain_hash(head, expected, row.at_s, row.body) if well_formed else ""
             if row.hash != head:
                 raise DigestMismatch(
                     f"{name}: event {expected} does not continue the hash chain; the ledger was altered", hint=RESTORE
@@ -146,7 +151,8 @@ def _hash_of(connection: Connection, number: int) -> str | None:
     return connection.execute(select(_events.c.hash).where(_events.c.number == number)).scalar()
 
 
-def _chain(head: str, number: int, at_s: float, body: bytes) -> str:
+def chain_hash(head: str, number: int, at_s: float, body: bytes) -> str:
+    """Return the chain's hash (hex) after event `number`, whose JSON is `body`; `head` is the hash before it."""
     digest = hashlib.sha256(bytes.fromhex(head))
     digest.update(number.to_bytes(8, "big") + at_s.hex().encode() + b"\n" + body)
     return digest.hexdigest()

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x66\x65\x64merge/v1/log.proto\x12\x0b\x66\x65\x64merge.v1\"(\n\x14GetCheckpointRequest\x12\x10\n\x08old_size\x18\x01 \x01(\x03\"4\n\x15GetCheckpointResponse\x12\x0c\n\x04note\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x03(\x0c\"2\n\x13GetInclusionRequest\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x0c\n\x04size\x18\x02 \x01(\x03\"%\n\x14GetInclusionResponse\x12\r\n\x05proof\x18\x01 \x03(\x0c\"2\n\rCosignRequest\x12\x0c\n\x04note\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63osignature\x18\x02 \x01(\x0c\"\x10\n\x0e\x43osignResponse2\xfc\x01\n\nLogService\x12V\n\rGetCheckpoint\x12!.fedmerge.v1.GetCheckpointRequest\x1a\".fedmerge.v1.GetCheckpointResponse\x12S\n\x0cGetInclusion\x12 .fedmerge.v1.GetInclusionRequest\x1a!.fedmerge.v1.GetInclusionResponse\x12\x41\n\x06\x43osign\x12\x1a.fedmerge.v1.CosignRequest\x1a\x1b.fedmerge.v1.CosignResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x66\x65\x64merge/v1/log.proto\x12\x0b\x66\x65\x64merge.v1\"(\n\x14GetCheckpointRequest\x12\x10\n\x08old_size\x18\x01 \x01(\x03\"4\n\x15GetCheckpointResponse\x12\x0c\n\x04note\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x03(\x0c\"2\n\x13GetInclusionRequest\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x0c\n\x04size\x18\x02 \x01(\x03\"%\n\x14GetInclusionResponse\x12\r\n\x05proof\x18\x01 \x03(\x0c\"2\n\rCosignRequest\x12\x0c\n\x04note\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63osignature\x18\x02 \x01(\x0c\"\x10\n\x0e\x43osignResponse\"9\n\x12\x46\x65tchExportRequest\x12\x0e\n\x06rounds\x18\x01 \x03(\x05\x12\x13\n\x0bwith_deltas\x18\x02 \x01(\x08\"#\n\x13\x46\x65tchExportResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xd0\x02\n\nLogService\x12V\n\rGetCheckpoint\x12!.fedmerge.v1.GetCheckpointRequest\x1a\".fedmerge.v1.GetCheckpointResponse\x12S\n\x0cGetInclusion\x12 .fedmerge.v1.GetInclusionRequest\x1a!.fedmerge.v1.GetInclusionResponse\x12\x41\n\x06\x43osign\x12\x1a.fedmerge.v1.CosignRequest\x1a\x1b.fedmerge.v1.CosignResponse\x12R\n\x0b\x46\x65tchExport\x12\x1f.fedmerge.v1.FetchExportRequest\x1a .fedmerge.v1.FetchExportResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,6 +43,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COSIGNREQUEST']._serialized_end=275
   _globals['_COSIGNRESPONSE']._serialized_start=277
   _globals['_COSIGNRESPONSE']._serialized_end=293
-  _globals['_LOGSERVICE']._serialized_start=296
-  _globals['_LOGSERVICE']._serialized_end=548
+  _globals['_FETCHEXPORTREQUEST']._serialized_start=295
+  _globals['_FETCHEXPORTREQUEST']._serialized_end=352
+  _globals['_FETCHEXPORTRESPONSE']._serialized_start=354
+  _globals['_FETCHEXPORTRESPONSE']._serialized_end=389
+  _globals['_LOGSERVICE']._serialized_start=392
+  _globals['_LOGSERVICE']._serialized_end=728
 # @@protoc_insertion_point(module_scope)

@@ -160,3 +160,53 @@ class CosignResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CosignResponse: _TypeAlias = CosignResponse  # noqa: Y015
+
+@_typing.final
+class FetchExportRequest(_message.Message):
+    """Asks for an export."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    WITH_DELTAS_FIELD_NUMBER: _builtins.int
+    with_deltas: _builtins.bool
+    """Whether deltas are to be in it, and what else it takes to merge them again."""
+    @_builtins.property
+    def rounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rounds whose receipts, publications and deltas are to be in it; all that were merged when there are none."""
+
+    def __init__(
+        self,
+        *,
+        rounds: _abc.Iterable[_builtins.int] | None = ...,
+        with_deltas: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rounds", b"rounds", "with_deltas", b"with_deltas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchExportRequest: _TypeAlias = FetchExportRequest  # noqa: Y015
+
+@_typing.final
+class FetchExportResponse(_message.Message):
+    """One piece of an export."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """At most 1 MiB, in order."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchExportResponse: _TypeAlias = FetchExportResponse  # noqa: Y015

@@ -50,6 +50,11 @@ class LogServiceStub:
                 request_serializer=fedmerge_dot_v1_dot_log__pb2.CosignRequest.SerializeToString,
                 response_deserializer=fedmerge_dot_v1_dot_log__pb2.CosignResponse.FromString,
                 _registered_method=True)
+        self.FetchExport = channel.unary_stream(
+                '/fedmerge.v1.LogService/FetchExport',
+                request_serializer=fedmerge_dot_v1_dot_log__pb2.FetchExportRequest.SerializeToString,
+                response_deserializer=fedmerge_dot_v1_dot_log__pb2.FetchExportResponse.FromString,
+                _registered_method=True)
 
 
 class LogServiceServicer:
@@ -83,6 +88,15 @@ class LogServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchExport(self, request, context):
+        """Stream a signed export, a tar file, with all that it takes to check rounds offline. For auditors.
+
+        INVALID_ARGUMENT `INPUT_INVALID`: a round has no merge. RESOURCE_EXHAUSTED `BUSY`: another export is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LogServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -100,6 +114,11 @@ def add_LogServiceServicer_to_server(servicer, server):
                     servicer.Cosign,
                     request_deserializer=fedmerge_dot_v1_dot_log__pb2.CosignRequest.FromString,
                     response_serializer=fedmerge_dot_v1_dot_log__pb2.CosignResponse.SerializeToString,
+            ),
+            'FetchExport': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchExport,
+                    request_deserializer=fedmerge_dot_v1_dot_log__pb2.FetchExportRequest.FromString,
+                    response_serializer=fedmerge_dot_v1_dot_log__pb2.FetchExportResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -184,6 +203,33 @@ class LogService:
             '/fedmerge.v1.LogService/Cosign',
             fedmerge_dot_v1_dot_log__pb2.CosignRequest.SerializeToString,
             fedmerge_dot_v1_dot_log__pb2.CosignResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchExport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedmerge.v1.LogService/FetchExport',
+            fedmerge_dot_v1_dot_log__pb2.FetchExportRequest.SerializeToString,
+            fedmerge_dot_v1_dot_log__pb2.FetchExportResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,11 @@ class LogServiceStub:
 
     UNAUTHENTICATED `BAD_SIGNATURE`: the checkpoint is not one of this log, or the cosignature does not verify.
     """
+    FetchExport: _grpc.UnaryStreamMultiCallable[_log_pb2.FetchExportRequest, _log_pb2.FetchExportResponse]
+    """Stream a signed export, a tar file, with all that it takes to check rounds offline. For auditors.
+
+    INVALID_ARGUMENT `INPUT_INVALID`: a round has no merge. RESOURCE_EXHAUSTED `BUSY`: another export is under way.
+    """
 
 @_typing.type_check_only
 class LogServiceAsyncStub(LogServiceStub):
@@ -68,6 +73,11 @@ class LogServiceAsyncStub(LogServiceStub):
     """Record the caller's cosignature of a checkpoint that it has checked.
 
     UNAUTHENTICATED `BAD_SIGNATURE`: the checkpoint is not one of this log, or the cosignature does not verify.
+    """
+    FetchExport: _aio.UnaryStreamMultiCallable[_log_pb2.FetchExportRequest, _log_pb2.FetchExportResponse]  # type: ignore[assignment]
+    """Stream a signed export, a tar file, with all that it takes to check rounds offline. For auditors.
+
+    INVALID_ARGUMENT `INPUT_INVALID`: a round has no merge. RESOURCE_EXHAUSTED `BUSY`: another export is under way.
     """
 
 class LogServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -104,6 +114,17 @@ class LogServiceServicer(metaclass=_abc_1.ABCMeta):
         """Record the caller's cosignature of a checkpoint that it has checked.
 
         UNAUTHENTICATED `BAD_SIGNATURE`: the checkpoint is not one of this log, or the cosignature does not verify.
+        """
+
+    @_abc_1.abstractmethod
+    def FetchExport(
+        self,
+        request: _log_pb2.FetchExportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_log_pb2.FetchExportResponse], _abc.AsyncIterator[_log_pb2.FetchExportResponse]]:
+        """Stream a signed export, a tar file, with all that it takes to check rounds offline. For auditors.
+
+        INVALID_ARGUMENT `INPUT_INVALID`: a round has no merge. RESOURCE_EXHAUSTED `BUSY`: another export is under way.
         """
 
 def add_LogServiceServicer_to_server(servicer: LogServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,4 +1,4 @@
-"""Check offline what a federation published, without trusting whoever handed it over.
+"""Check offline what a federation published or exported, without trusting whoever handed it over.
 
 What is checked: the coordinator's signature, every file's digest, that the weights are the version they claim to be,
 that each delta statement was signed by its node and each merge record follows from the one before. With the deltas at
@@ -8,6 +8,7 @@ hand, the whole history is computed again and compared bit for bit. A verificati
 
 from fedmerge.verify.checks import Check, Checklist
 from fedmerge.verify.directory import examine_directory, examine_local, is_local, verify_directory, verify_local
+from fedmerge.verify.export import examine_export
 from fedmerge.verify.history import History
 from fedmerge.verify.replay import replay, replay_rounds
 
@@ -16,6 +17,7 @@ __all__ = [
     "Checklist",
     "History",
     "examine_directory",
+    "examine_export",
     "examine_local",
     "is_local",
     "replay",

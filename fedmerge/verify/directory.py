@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from fedmerge.attest import MODEL_KEY, MODEL_SIGNATURE, check_model_signature
-from fedmerge.errors import BadSignature, DigestMismatch, InputError, VerificationError
+from fedmerge.errors import BadSignature, DigestMismatch, VerificationError
 from fedmerge.publish import ADAPTER, LINEAGE, PROVENANCE, SIGNATURE, file_digests
-from fedmerge.sign import MAX_ENVELOPE_BYTES, PublicKey
+from fedmerge.sign import PublicKey
 from fedmerge.statements import PREDICATE_ROOT, Lineage, LocalMerge
 from fedmerge.tensors import Checkpoint, model_digest
 from fedmerge.verify.checks import Check, Checklist
 from fedmerge.verify.history import Entry, History, Origin, read_history
-
-PLAIN_FILES = "only plain files belong in a published model"
-MAX_PROVENANCE_BYTES = 1 << 30
-
-Published = TypeVar("Published", Lineage, LocalMerge)
+from fedmerge.verify.plain import MAX_TEXT_BYTES, PLAIN_FILES, open_manifest, read_plain
 
 
 def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[Lineage, History, list[Check]]:
@@ -39,7 +34,7 @@ def examine_directory(
     `trusted` are the coordinators' keys by key id. Returns None when no trusted key signed it, so that there is nothing
     to check against. Raises `InputError` when the directory is not a published model.
     """
-    opened = _open(directory, Lineage, trusted, checks)
+    opened = open_manifest(directory / LINEAGE, directory / SIGNATURE, Lineage, trusted, checks)
     if opened is None:
         for name in ("files", "version", "history"):
             checks.skip(name, f"no trusted key says what the {name} should be")
@@ -71,7 +66,7 @@ def verify_local(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[Loc
 
 def examine_local(directory: Path, trusted: Mapping[str, PublicKey], checks: Checklist) -> LocalMerge | None:
     """Check a directory that `fedmerge merge --key` wrote, as `examine_directory` does a federation's."""
-    opened = _open(directory, LocalMerge, trusted, checks)
+    opened = open_manifest(directory / LINEAGE, directory / SIGNATURE, LocalMerge, trusted, checks)
     if opened is None:
         for name in ("files", "version"):
             checks.skip(name, f"no trusted key says what the {name} should be")
@@ -84,25 +79,7 @@ def examine_local(directory: Path, trusted: Mapping[str, PublicKey], checks: Che
 
 def is_local(directory: Path) -> bool:
     """Whether a directory says it was merged locally; its signature must then be one over such a statement."""
-    return f"{PREDICATE_ROOT}/{LocalMerge.kind}/".encode() in _read(directory / LINEAGE)
-
-
-def _open(
-    directory: Path, kind: type[Published], trusted: Mapping[str, PublicKey], checks: Checklist
-) -> tuple[Published, PublicKey] | None:
-    payload, where = _read(directory / LINEAGE), str(directory / SIGNATURE)
-    with checks.attempt("signature"):
-        if not (directory / SIGNATURE).exists():
-            raise BadSignature(
-                f"{directory}: not signed, has no {SIGNATURE}", hint="to sign a merge: fedmerge merge --key"
-            )
-        lineage, signed = kind.open(_read(directory / SIGNATURE), trusted, where=where)
-        if signed.payload != payload:  # what was signed is there all the same, to go on with
-            checks.fail("signature", DigestMismatch(f"{directory / LINEAGE}: differs from what was signed"))
-        else:
-            checks.ok("signature", f"{LINEAGE} is signed by key {signed.signer.short}")
-        return lineage, signed.signer
-    return None
+    return f"{PREDICATE_ROOT}/{LocalMerge.kind}/".encode() in read_plain(directory / LINEAGE)
 
 
 def _check_files(directory: Path, signed_files: Mapping[str, str], checks: Checklist) -> None:
@@ -126,7 +103,7 @@ def _check_files(directory: Path, signed_files: Mapping[str, str], checks: Check
         return
     with checks.attempt("model.sig"):
         model_key, where = PublicKey.load(directory / MODEL_KEY), str(directory / MODEL_SIGNATURE)
-        check_model_signature(_read(directory / MODEL_SIGNATURE), signed_files, model_key, where=where)
+        check_model_signature(read_plain(directory / MODEL_SIGNATURE), signed_files, model_key, where=where)
         detail = f"{MODEL_SIGNATURE} names the same files, for OpenSSF model-signing tools and the key in {MODEL_KEY}"
         checks.ok("model.sig", detail)
 
@@ -143,7 +120,7 @@ def _entries(path: Path, checks: Checklist) -> Iterator[Entry]:
     """Yield the lines of provenance.jsonl."""
     data = b""
     with checks.attempt("statements"):
-        data = _read(path, MAX_PROVENANCE_BYTES)
+        data = read_plain(path, MAX_TEXT_BYTES)
     for number, line in enumerate(data.splitlines(), start=1):
         where = f"{path}:{number}"
         try:
@@ -151,16 +128,3 @@ def _entries(path: Path, checks: Checklist) -> Iterator[Entry]:
             yield Entry(where, str(entry["kind"]), entry["envelope"].encode())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             checks.fail("statements", BadSignature(f"{where}: not a provenance entry"))
-
-
-def _read(path: Path, max_bytes: int = MAX_ENVELOPE_BYTES) -> bytes:
-    """Read a file that nobody has vouched for yet, and no more of it than `max_bytes` and one."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise VerificationError(f"{path}: {PLAIN_FILES}")
-    try:
-        with path.open("rb") as file:
-            return file.read(max_bytes + 1)
-    except OSError as err:
-        raise InputError(
-            f"{path}: can't be read ({err.strerror})", hint="is this a directory that fedmerge published?"
-        ) from err

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fedmerge.errors import BadSignature, VerificationError
 from fedmerge.merge import Recipe
-from fedmerge.publish import COSIGNATURE
+from fedmerge.provenance import COSIGNATURE
 from fedmerge.scoring import candidate_of, is_as_planned, outcome, proposed
 from fedmerge.sign import PublicKey
 from fedmerge.statements import (

@@ -90,11 +90,11 @@ class _Rounds:
 
     def replay(self, record: MergeRecord) -> None:
         """Compute a round again. Raises `UnknownVersion` for want of a file, and `DigestMismatch`."""
-        if self._unknown is not None:
-            raise UnknownVersion(f"the version that it starts from is not there ({self._unknown.message})")
         try:
             if record.round in self._history.unsound:
                 raise UnknownVersion("its merge record does not hold")
+            if self._unknown is not None:
+                raise UnknownVersion(f"the version that it starts from is not there ({self._unknown.message})")
             self._replay(record)
         except (UnknownVersion, VerificationError, RoundFailed, InvalidDelta, InputError, ConfigError) as err:
             self._take_published(record, err)
@@ -103,11 +103,10 @@ class _Rounds:
     def _take_published(self, record: MergeRecord, err: FedmergeError) -> None:
         """Go on from what was published, where this round was not made again."""
         try:
-            update = _checked(self._blobs, record.model.updates[-1].root)
+            self._updates = [_checked(self._blobs, update.root) for update in record.model.updates]
             state = _checked(self._blobs, record.outer_state_root) if record.outer_state_root else None
-            self._updates = [*self._updates[: len(record.before.updates)], update]
-            require_version(self._model(record), record.model.digest, "the published update leads to")
-            self._state = load_file(state) if state is not None else {}
+            require_version(self._model(record), record.model.digest, "the published updates lead to")
+            self._state, self._unknown = load_file(state) if state is not None else {}, None
         except (UnknownVersion, VerificationError, InvalidDelta, OSError, ValueError) as problem:
             self._unknown = problem if isinstance(problem, FedmergeError) else err
 

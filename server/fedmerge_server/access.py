@@ -21,6 +21,7 @@ class Rule:
 
 MEMBERS: frozenset[Role] = frozenset({"node", "auditor"})
 NODES: frozenset[Role] = frozenset({"node"})
+AUDITORS: frozenset[Role] = frozenset({"auditor"})
 
 # None: anybody, with no session. Those calls give out nonces, and check what is signed themselves.
 METHODS: dict[str, Rule | None] = {
@@ -39,6 +40,7 @@ METHODS: dict[str, Rule | None] = {
     "GetCheckpoint": Rule(MEMBERS),
     "GetInclusion": Rule(MEMBERS),
     "Cosign": Rule(MEMBERS),
+    "FetchExport": Rule(AUDITORS),
 }
 
 

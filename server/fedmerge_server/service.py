@@ -12,9 +12,12 @@ import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import BadOffset, Busy, Refused, ResourceError, Unreachable, VerificationError
@@ -61,6 +64,8 @@ def _for_caller(err: Exception) -> Exception:
     """Return what a caller is told: of the coordinator's own troubles only that there are some."""
     if isinstance(err, (Refused, VerificationError, Unreachable)):
         return err
+    if isinstance(err, DecodeError):  # of a stream's message; those of other calls never get here
+        return Refused("the message can't be parsed", hint="is the node of a version that this coordinator knows?")
     if isinstance(err, ResourceError):
         log.error("%s", err.message)
         return Busy("the coordinator can't store anything at present", hint="its log says why; try again later")
@@ -88,6 +93,7 @@ class Services(
         self._idle_s = server.idle_s
         # Deltas are decoded one after the other; those that wait must not take the threads that chunks and files need.
         self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._exporting = asyncio.Lock()
         self._stopping = False
         loop = asyncio.get_running_loop()
 
@@ -305,6 +311,23 @@ class Services(
             caller = self._caller(context, "Cosign")
             await asyncio.to_thread(self._coordinator.log.cosign, caller, request.note, request.cosignature)
         return log_pb2.CosignResponse()
+
+    async def FetchExport(  # noqa: N802
+        self, request: log_pb2.FetchExportRequest, context: Context
+    ) -> AsyncIterator[log_pb2.FetchExportResponse]:
+        """Make an export, one at a time, and stream it."""
+        async with answering(context):
+            self._caller(context, "FetchExport")
+            if self._exporting.locked():
+                raise Busy("another export is under way", hint="try again later")
+            async with self._exporting:
+                with TemporaryDirectory(prefix="export-", dir=self._coordinator.config.federation.state) as scratch:
+                    path, rounds = Path(scratch) / "export.tar", list(request.rounds) or None
+                    await asyncio.to_thread(self._coordinator.export, path, rounds, with_deltas=request.with_deltas)
+                    with path.open("rb") as file:
+                        while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                            self._caller(context, "FetchExport")
+                            yield log_pb2.FetchExportResponse(data=data)
 
     def _view(self, num_events: int) -> round_pb2.WatchRoundsResponse:
         coordinator = self._coordinator

@@ -68,6 +68,10 @@ OPTIONS: dict[str, list[str]] = {
         "--keep-tuned", "--once", "--json",
     ],
     "report": ["CONFIG", "--metric", "--json"],
+    "export": [
+        "CONFIG", "--out", "--rounds", "--with-deltas",
+        "--coordinator", "--trust", "--key", "--passphrase-file", "--json",
+    ],
     "rounds": ["CONFIG", "--json"],
     "rounds pause": ["CONFIG", "--reason"],
     "rounds resume": ["CONFIG", "--reason"],
@@ -93,7 +97,7 @@ def test_the_command_list_is_deliberate() -> None:
     assert {title: list(commands) for title, commands in COMMANDS.items()} == {
         "Start": ["demo", "init", "doctor", "schema"],
         "Merge": ["merge", "statistics", "diff", "inspect", "audit", "verify"],
-        "Run": ["simulate", "serve", "join", "report", "copy", "gc"],
+        "Run": ["simulate", "serve", "join", "report", "export", "copy", "gc"],
     }
     assert list(KEY_COMMANDS) == ["new", "show", "trust", "ca", "rotate"]
     assert list(NODE_COMMANDS) == ["list", "invite", "approve", "revoke"]
