@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +27,8 @@ from fedmerge.search import Candidate
 from fedmerge.seeds import derive_seed
 from fedmerge.statements import RoundSpec
 from fedmerge.statistics import statistics_of, statistics_schema, task_vector_of
-from fedmerge.tensors import Schema, TensorMap, reporting_save_errors
+from fedmerge.streaming import travelling
+from fedmerge.tensors import Computed, Schema, TensorMap, reporting_save_errors
 
 STATE_SEPARATOR = ":"
 LATE = "+"
@@ -52,6 +54,7 @@ def open_delta(spec: RoundSpec, node_id: str, path: Path, schema: Schema) -> Del
 
     Raises `InvalidDelta` when the file does not fit the plan.
     """
+    schema = travelling(spec, schema)
     side = statistics_schema(Recipe.from_dict(spec.merge).statistics, schema)
     return DeltaFile(path, schema, Codec.from_dict(spec.codec), seed=spec.mask_seed(node_id), side=side)
 
@@ -67,7 +70,7 @@ def screen_round(
     """
     kind = Recipe.from_dict(spec.merge).statistics
     deltas = {node_id: task_vector_of(sent, kind) for node_id, sent in deltas.items()}
-    verdicts = screen(deltas, num_examples, schema, ScreenPolicy.from_dict(spec.screen))
+    verdicts = screen(deltas, num_examples, travelling(spec, schema), ScreenPolicy.from_dict(spec.screen))
     accepted = {node_of(verdict.node_id) for verdict in verdicts if verdict.accepted}
     if len(accepted) < spec.min_nodes:
         refused = "; ".join(f"{v.node_id[:12]}: {v.detail}" for v in verdicts if not v.accepted)
@@ -92,7 +95,8 @@ class RoundUpdate(Mapping[str, Tensor]):
     It is the outer optimizer's step, changed by the steps over rounds that the recipe ends with, if any.
 
     Its tensors, fp32 (or fp64), are what to add to the parameters. They can be read once, in the order of their names,
-    since a merge streams; `state` then holds the optimizer state that goes with them. `candidate` says how to merge
+    since a merge streams; `state` then holds the optimizer state that goes with them, and that of tensors that do not
+    travel in this round, as it was. `candidate` says how to merge
     where a search found it, instead of the spec and the verdicts alone; `workers`, which change no bit, where.
     """
 
@@ -108,7 +112,6 @@ class RoundUpdate(Mapping[str, Tensor]):
         workers: Workers | None = None,
     ) -> None:
         self.spec = spec
-        self.state: dict[str, Tensor] = {}
         self._previous_state = previous_state
         recipe, weights = Recipe.from_dict(spec.merge), weights_of(verdicts, candidate)
         if candidate is not None:
@@ -124,6 +127,8 @@ class RoundUpdate(Mapping[str, Tensor]):
             [scales[node_id] for node_id in merged],
         )
         self._names = sorted(inputs.deltas[0])
+        moved = set(self._names)
+        self.state = {key: tensor for key, tensor in previous_state.items() if _parameter_of(key) not in moved}
         if policy.robust and recipe.statistics:
             # What the rules answer with are combinations of deltas, of which no node has statistics.
             raise RoundFailed(f"robust rules do not go with {recipe.method}, which needs statistics of every delta")
@@ -164,8 +169,10 @@ class RoundUpdate(Mapping[str, Tensor]):
         return len(self._names)
 
     def write(self, path: Path, schema: Schema) -> None:
-        """Encode the update with the round's downlink codec into a delta file at `path`."""
-        write_delta(path, self, schema, Codec.from_dict(self.spec.downlink), seed=self.spec.update_seed())
+        """Encode the update with the round's downlink codec into a delta file at `path`, zeros for the rest."""
+        own = set(self._names)
+        whole = Computed(schema, lambda name: self[name] if name in own else torch.zeros(schema[name].shape))
+        write_delta(path, whole, schema, Codec.from_dict(self.spec.downlink), seed=self.spec.update_seed())
 
     def write_state(self, path: Path) -> bool:
         """Write the optimizer state, if there is any, and say whether there is. Raises `ResourceError`."""
@@ -176,6 +183,9 @@ class RoundUpdate(Mapping[str, Tensor]):
 
     def _previous(self, name: str) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in self._previous_state.items():
-            kind, _, parameter = key.partition(STATE_SEPARATOR)
-            if parameter == name:
-                yield kind, tensor
+            if _parameter_of(key) == name:
+                yield key.partition(STATE_SEPARATOR)[0], tensor
+
+
+def _parameter_of(state_key: str) -> str:
+    return state_key.partition(STATE_SEPARATOR)[2]

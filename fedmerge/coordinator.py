@@ -101,6 +101,8 @@ class Coordinator:
         Plan(config.recipe(), [], self.schema)  # what fits no tensor is reported now, not in every round
         if search := config.search_settings():
             Search(search, config.recipe(), num_models=2, seed=0)  # so is a library that is not installed
+        if fragments := config.fragments():
+            fragments.names(self.schema)  # so are more fragments than the model has layers
         self.uplink = config.uplink(self.schema)
         if config.delta.codec == "auto":
             log.info("codec: %s", self.uplink)
@@ -250,6 +252,7 @@ class Coordinator:
             screen=config.screen_policy().to_dict(),
             search=search.to_dict() if (search := config.search_settings()) else {},
             outer=config.outer_settings(),
+            streaming=fragments.to_dict() if (fragments := config.fragments()) else {},
             min_nodes=self.policy.min_nodes,
             sample=sample,
             max_staleness=self.policy.max_staleness,

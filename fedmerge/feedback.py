@@ -11,18 +11,16 @@ this statement exists. It is as confidential as the delta, and never leaves the 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fedmerge.errors import reporting_os_errors
-from fedmerge.outbox import previous_folder
+from fedmerge.outbox import previous_folder, write_folder
 from fedmerge.sign import PublicKey
 from fedmerge.statements import RoundSpec
-from fedmerge.tensors import Checkpoint, Computed, TensorMap, write_weights
+from fedmerge.tensors import Checkpoint, Computed, TensorMap
 
 RESIDUAL = "residual"
 
@@ -49,16 +47,8 @@ def unsent(to_send: TensorMap, sent: TensorMap) -> TensorMap:
 
 
 def write_residual(outbox: Path, residual: TensorMap, shards: Mapping[str, list[str]]) -> None:
-    """Write a residual into `outbox`, split as the model's `shards` are, over what an interrupted attempt left there.
-
-    Raises `ResourceError` when the disk does not take it.
-    """
-    directory, names = outbox / RESIDUAL, set(residual)
-    with reporting_os_errors(directory):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(mode=0o700)
-    own = {file: [name for name in held if name in names] for file, held in shards.items()}
-    write_weights(residual, directory, {file: held for file, held in own.items() if held})
+    """Write a residual into `outbox`, as `write_folder` does."""
+    write_folder(outbox / RESIDUAL, residual, shards)
 
 
 def previous_residual(outbox: Path, spec: RoundSpec, own: Mapping[str, PublicKey]) -> Checkpoint | None:

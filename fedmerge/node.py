@@ -52,7 +52,8 @@ from fedmerge.statements import (
     digest_of,
 )
 from fedmerge.statistics import side_tensors, statistics_schema
-from fedmerge.tensors import Checkpoint, TensorMap, model_digest, reporting_save_errors
+from fedmerge.streaming import keep_own, own_start, travelling
+from fedmerge.tensors import Checkpoint, Computed, TensorMap, model_digest, reporting_save_errors
 from fedmerge.training import STATE, Trainer, TrainTask, require_statistics
 from fedmerge.versions import write_model
 from fedmerge.witness import Witness
@@ -242,8 +243,9 @@ class Node:
         measuring = None if kind is None else require_statistics(self.trainer, kind, recipe.method)
         model_dir = self._chain.materialise(spec.model, spec)
         self._evaluate("global", model_dir, spec.model.digest, spec, spec.round - 1)
+        before, base = Checkpoint(model_dir), self._chain.require_base(spec)
         task = TrainTask(
-            model_dir=model_dir,
+            model_dir=own_start(spec, before, base, outbox, own),
             settings=spec.train_settings(self.node_id),
             share=spec.steps_share(self.node_id),
             round=spec.round,
@@ -257,11 +259,11 @@ class Node:
         )
         with reporting_save_errors(outbox):
             result = self.trainer.train(task)
-        before = Checkpoint(model_dir)
         tuned, to_send = open_tuned(result.model_dir, before)
         whole = self._whole(result.model_dir, tuned, spec, outbox)
         self._evaluate("own", whole, model_digest(tuned), spec, spec.round)
-        schema = delta_schema(self._chain.require_base(spec).schema)
+        keep_own(spec, tuned, base, outbox)
+        schema = travelling(spec, delta_schema(base.schema))
         payload = outbox / "delta.safetensors"
         codec = Codec.from_dict(spec.codec)
         seed = spec.mask_seed(self.node_id)
@@ -271,6 +273,8 @@ class Node:
         side = (
             None if kind is None or measuring is None else side_tensors(measuring.statistics(whole, kind), kind, schema)
         )
+        if spec.streaming:
+            to_send = Computed(schema, to_send.__getitem__)
         stats = write_delta(payload, to_send, schema, codec, seed=seed, base=before, side=side)
         notes = stats.notes(codec)
         for note in notes:
@@ -285,7 +289,7 @@ class Node:
         )
         if spec.error_feedback:
             sent = DeltaFile(payload, schema, codec, seed=seed, side=statistics_schema(kind, schema))
-            write_residual(outbox, unsent(to_send, sent), self._chain.require_base(spec).shards())
+            write_residual(outbox, unsent(to_send, sent), base.shards())
         statement = DeltaStatement(
             federation=spec.federation,
             run=spec.run,
@@ -310,6 +314,8 @@ class Node:
             partial.rename(outbox / STATEMENT)
             for directory in {result.model_dir, whole} if not self._keep_tuned else ():
                 shutil.rmtree(directory)
+            if task.model_dir != model_dir:
+                shutil.rmtree(task.model_dir)
 
     def _whole(self, tuned_dir: Path, tuned: TensorMap, spec: RoundSpec, outbox: Path) -> Path:
         """Return a directory with the tuned model whole, which an adapter is not, to be evaluated as any other."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from fedmerge.errors import VerificationError, reporting_os_errors
 from fedmerge.sign import PublicKey
 from fedmerge.statements import DeltaStatement, RoundSpec
+from fedmerge.tensors import TensorMap, write_weights
 
 STATEMENT = "statement.json"
 
@@ -27,7 +28,7 @@ def previous_folder(outbox: Path, name: str, spec: RoundSpec, own: Mapping[str, 
     newest_round, newest = 0, None
     folders = [folder for folder in outbox.parent.glob(f"*/{name}") if folder.parent != outbox]
     for folder in folders:
-        round_number = _round_of(folder.with_name(STATEMENT), spec, own)
+        round_number = round_of(folder.with_name(STATEMENT), spec, own)
         if newest_round < round_number < spec.round:
             newest_round, newest = round_number, folder
     with reporting_os_errors(outbox.parent):
@@ -37,10 +38,23 @@ def previous_folder(outbox: Path, name: str, spec: RoundSpec, own: Mapping[str, 
     return newest
 
 
-def _round_of(statement_file: Path, spec: RoundSpec, own: Mapping[str, PublicKey]) -> int:
+def round_of(statement_file: Path, spec: RoundSpec, own: Mapping[str, PublicKey]) -> int:
     """Return the round of a signed delta, or 0 when there is none, or it is not this node's, or of another run."""
     try:
         statement, _ = DeltaStatement.open(statement_file.read_bytes(), own, where=str(statement_file))
     except (FileNotFoundError, VerificationError):
         return 0
     return statement.round if (statement.federation, statement.run) == (spec.federation, spec.run) else 0
+
+
+def write_folder(directory: Path, tensors: TensorMap, shards: Mapping[str, list[str]]) -> None:
+    """Write `tensors` to `directory`, split as the model's `shards` are, over what an interrupted attempt left there.
+
+    Its owner alone can read it. Raises `ResourceError` when the disk does not take it.
+    """
+    names = set(tensors)
+    with reporting_os_errors(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(mode=0o700)
+    own = {file: [name for name in held if name in names] for file, held in shards.items()}
+    write_weights(tensors, directory, {file: held for file, held in own.items() if held})

@@ -100,7 +100,7 @@ def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[_
         problems = [_Problem(error["loc"], _explain(error)) for error in err.errors(include_url=False)]
     merge_problems = _merge_problems(filled["merge"])
     problems += merge_problems + _rounds_problems(config) + _delta_problems(config)
-    problems += _scaffold_problems(config) + _robust_problems(config)
+    problems += _scaffold_problems(config) + _robust_problems(config) + _streaming_problems(config)
     return config, problems if merge_problems else problems + _search_problems(config)
 
 
@@ -172,6 +172,29 @@ def _robust_problems(config: Config | None) -> list[_Problem]:
     except ConfigError as err:
         return [_Problem(("screen", "robust"), err.message)]
     return []
+
+
+def _streaming_problems(config: Config | None) -> list[_Problem]:
+    """Refuse what needs all of a model to travel in every round."""
+    if config is None or config.streaming.fragments == 1:
+        return []
+    from fedmerge.merge.layers import varies
+    from fedmerge.merge.methods import NEEDS_STATISTICS
+
+    merge, extras = config.merge, config.train.extras
+    adapted = [key for key in ("lora_rank", "fedprox_mu", "scaffold") if extras.get(key)]
+    refused = {
+        "late deltas ([rounds] late or async_buffer), which are of other parts": config.rounds.staleness_limit > 0,
+        f"{' and '.join(adapted)} in [train], which go by whole models": bool(adapted),
+        "[search], which scores whole models": config.search.strategy != "none",
+        "[delta] error_feedback, whose residuals would be of other parts": config.delta.error_feedback > 0,
+        '[delta] codec = "auto", which chooses for whole models': config.delta.codec == "auto",
+        f'[merge] method = "{merge.method}", which needs statistics': merge.method in NEEDS_STATISTICS,
+        "[merge] steps": bool(merge.steps),
+        "[merge] values that vary over the model": any(varies(value) for value in merge.extras.values()),
+    }
+    found = [what for what, is_there in refused.items() if is_there]
+    return [_Problem(("streaming", "fragments"), f"above 1 does not go with {what}") for what in found]
 
 
 def _search_problems(config: Config | None) -> list[_Problem]:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fedmerge.screen import ScreenPolicy
     from fedmerge.search import SearchSettings
     from fedmerge.store.blobs import BlobStore
+    from fedmerge.streaming import Fragments
     from fedmerge.tensors import Schema
 
 
@@ -413,6 +414,17 @@ _OUTER_KEYS: dict[str, set[str]] = {
 }
 
 
+class Streaming(Section):
+    """Streaming DiLoCo: rounds that send a part of the model each, in turn, while nodes train all of it."""
+
+    fragments: Positive = 1
+    """Parts of the model, one of which travels in a round; 1 sends all of it in every round."""
+    pattern: Literal["strided", "sequential"] = "strided"
+    """Which layers are in a part: every so many-th ("strided"), or neighbours ("sequential")."""
+    mixing: float = Field(default=0.0, ge=0, lt=1)
+    """What a node keeps of its own values where new ones were published: nothing (0), or a share of them."""
+
+
 class Publish(Section):
     """What stands beside a published model."""
 
@@ -435,6 +447,7 @@ class Config(Section):
     screen: Screen
     search: Search
     outer: Outer
+    streaming: Streaming
     publish: Publish
     simulate: Simulate
     nodes: Annotated[tuple[SimulatedNode, ...], Field(strict=False)] = ()
@@ -472,6 +485,14 @@ class Config(Section):
     def outer_settings(self) -> dict[str, Any]:
         """Return the outer optimizer's name and the parameters it takes, as a round's plan carries them."""
         return self.outer.model_dump(include={"name", *_OUTER_KEYS[self.outer.name]})
+
+    def fragments(self) -> Fragments | None:
+        """Return in which parts the model is sent; None where rounds send all of it."""
+        if self.streaming.fragments == 1:
+            return None
+        from fedmerge.streaming import Fragments
+
+        return Fragments(self.streaming.fragments, self.streaming.pattern, self.streaming.mixing)
 
     # The builders import late: they need torch, which a mistake in the file should not have to wait for.
 

@@ -1,4 +1,4 @@
-"""DiLoCo's and FedOpt's whole trajectories: a federation against the few lines that the papers have."""
+"""Whole trajectories of DiLoCo, Streaming DiLoCo and FedOpt: a federation against the few lines that papers have."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from fedmerge.sim import simulate
+from fedmerge.sim.inline import KnownNodes
+from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import Trainer, TrainResult, TrainTask
+from fedmerge.verify import replay, verify_directory
 from tests.conftest import make_config
+from tests.e2e.test_federation import coordinator_key
 
 NUM_ROUNDS, INNER_STEPS, INNER_LR = 6, 4, 0.1
 
@@ -91,3 +95,58 @@ def test_every_version_is_the_papers(
         for number, expected in enumerate(reference(base[name].double(), [1, 2, 3]), start=1):
             found = Checkpoint(tmp_path / f"state/models/round-{number:04d}")[name].double()
             assert float((found - expected).norm() / expected.norm()) < 1e-6, (name, number)
+
+
+SEEDS = {"north": 1, "south": 2, "west": 3}
+
+
+def streaming(base: dict[str, torch.Tensor], fragments: list[str], asked: list[list[int]], alpha: float):  # type: ignore[no-untyped-def]
+    """Streaming DiLoCo, arXiv 2501.18512, without overlap: one tensor is a fragment, and due in every other round."""
+    theta = {name: tensor.clone().requires_grad_() for name, tensor in base.items()}
+    outer = {name: torch.optim.SGD([theta[name]], lr=0.7, momentum=0.9, nesterov=True) for name in base}
+    local: dict[int, dict[str, torch.Tensor]] = {}
+    missed: dict[int, set[str]] = {}
+    for number, seeds in enumerate(asked):
+        due = fragments[number % len(fragments)]
+        for seed in seeds:
+            # A newcomer takes what is published; so does everybody else of what moved, but for a share of its own.
+            mine = local.setdefault(seed, {name: tensor.detach().clone() for name, tensor in theta.items()})
+            for name in missed.pop(seed, set()):
+                mine[name] = alpha * mine[name] + (1 - alpha) * theta[name].detach()
+            for name, tensor in base.items():
+                mine[name] = descend(mine[name], target_of(seed, tensor))
+        theta[due].grad = torch.stack([theta[due].detach() - local[seed][due] for seed in seeds]).mean(0)
+        outer[due].step()
+        for seed in local:
+            missed.setdefault(seed, set()).add(due)
+        yield {name: tensor.detach().clone() for name, tensor in theta.items()}
+
+
+@pytest.mark.parametrize(("mixing", "rounds"), [(0.0, ""), (0.5, "sample = 2")])
+def test_fragments_travel_in_turn_and_nodes_go_on_from_their_own(tmp_path: Path, mixing: float, rounds: str) -> None:
+    sections = f"""
+[delta]
+values = "fp32"
+downlink = "fp32"
+[outer]
+name = "nesterov"
+lr = 0.7
+[streaming]
+fragments = 2
+mixing = {mixing}
+"""
+    config, _ = make_config(tmp_path, num_rounds=NUM_ROUNDS, rounds=rounds, extra=sections)
+    result = simulate(config, tmp_path / "base", {name: Descender(seed) for name, seed in SEEDS.items()})
+    _, history, _ = verify_directory(result.model_dir, coordinator_key(tmp_path))
+    names = KnownNodes(config.federation.trusted).names()
+    asked = [[SEEDS[names[c.node_id]] for c in record.contributions] for record in history.records]
+    base = Checkpoint(tmp_path / "base")
+    doubles = {name: base[name].double() for name in ("matrix", "vector")}
+    expected = streaming(doubles, ["matrix", "vector"], asked, mixing)
+    for number, versions in enumerate(expected, start=1):
+        published = Checkpoint(tmp_path / f"state/models/round-{number:04d}")
+        for name, version in versions.items():
+            assert float((published[name].double() - version).norm() / version.norm()) < 1e-6, (name, number)
+    assert replay(history, base, BlobStore(config.federation.state / "blobs")).passed
+    sizes = [record.contributions[0].payload_bytes for record in history.records]
+    assert max(sizes[1::2]) < 10 * base["vector"].nbytes < min(sizes[::2])
