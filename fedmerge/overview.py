@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-from fedmerge.errors import UntrustedKey
+from fedmerge.errors import InputError, UntrustedKey
 from fedmerge.events import (
     DeadlineExtended,
     DeltaAccepted,
@@ -20,6 +20,7 @@ from fedmerge.events import (
     RoundPublished,
     RoundSealed,
 )
+from fedmerge.retention import Evaluation, RetentionMatrix, retention_matrix
 from fedmerge.rounds import FederationState, Phase, after
 from fedmerge.sign import PublicKey
 from fedmerge.statements import MetricsStatement
@@ -51,18 +52,27 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class Overview:
-    """The rounds so far, and whether they are paused."""
+    """The rounds so far, whether they are paused, and what their merges kept of what nodes knew.
+
+    `retention` is None where nobody scored models of their own by accuracy or loss.
+    """
 
     rounds: list[RoundRow]
     is_paused: bool
+    retention: RetentionMatrix | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON types."""
         return asdict(self)
 
 
-def overview(entries: Iterable[LedgerEntry], trusted: Mapping[str, PublicKey]) -> Overview:
-    """Return what the ledger says. Metrics of nodes that are not trusted any more are left out."""
+def overview(
+    entries: Sequence[LedgerEntry], trusted: Mapping[str, PublicKey], names: Mapping[str, str] | None = None
+) -> Overview:
+    """Return what the ledger says, with nodes called by their `names`, by key id.
+
+    Metrics of nodes that are not trusted any more are left out, but for those in the retention matrix.
+    """
     rows: dict[int, RoundRow] = {}
     scores: dict[int, dict[str, dict[str, float]]] = {}
     state = FederationState()
@@ -106,7 +116,12 @@ def overview(entries: Iterable[LedgerEntry], trusted: Mapping[str, PublicKey]) -
             name: fmean(values[name] for values in found if name in values)
             for name in sorted({name for values in found for name in values})
         }
-    return Overview(list(rows.values()), is_paused=state.paused_at_s is not None)
+    evaluations = read_evaluations(entries, state, names or {})
+    try:
+        retention = retention_matrix(evaluations) if any(one.model == "own" for one in evaluations) else None
+    except InputError:  # nodes reported other figures
+        retention = None
+    return Overview(list(rows.values()), state.paused_at_s is not None, retention)
 
 
 def _add_scores(
@@ -120,3 +135,31 @@ def _add_scores(
         return
     if statement.model == "global":
         scores.setdefault(statement.round, {})[statement.node_id] = statement.values
+
+
+def read_evaluations(
+    entries: Sequence[LedgerEntry], state: FederationState, names: Mapping[str, str]
+) -> list[Evaluation]:
+    """Return what nodes that delivered something reported of published versions and of their own fine-tunes.
+
+    `state` is what the ledger's `entries` add up to, `names` are what to call nodes, by key id; the others go by the
+    beginning of that.
+    """
+    versions = {merge.round: merge.version for merge in state.merges}
+    if state.created is not None:
+        versions[0] = state.created.base_digest
+    facts = [entry.event for entry in entries]
+    # The keys that they delivered with: some may have left the trusted ones since.
+    keys = {
+        fact.node_id: PublicKey.from_pem(fact.node_key, where=f"node {fact.node_id[:12]}")
+        for fact in facts
+        if isinstance(fact, DeltaAccepted)
+    }
+    found = []
+    for fact in facts:
+        if isinstance(fact, MetricsReported) and fact.node_id in keys and fact.candidate is None:
+            said, _ = MetricsStatement.open(fact.envelope.encode(), keys, where="metrics statement")
+            if said.model == "own" or versions.get(said.round) == said.digest:
+                name = names.get(said.node_id, said.node_id[:12])
+                found.append(Evaluation(name, said.round, said.model, said.values))
+    return [one for one in found if one.round in versions]

@@ -10,13 +10,14 @@ from fedmerge.aggregate import open_delta
 from fedmerge.config import Config
 from fedmerge.delta import delta_schema
 from fedmerge.errors import InputError
-from fedmerge.events import DeltaAccepted, MetricsReported, RoundOpened
+from fedmerge.events import RoundOpened
 from fedmerge.measure import Interference, measure
 from fedmerge.merge import Recipe
-from fedmerge.retention import Evaluation, RetentionMatrix, retention_matrix
+from fedmerge.overview import read_evaluations
+from fedmerge.retention import RetentionMatrix, retention_matrix
 from fedmerge.rounds import FederationState, replay
 from fedmerge.sign import PublicKey
-from fedmerge.statements import MergeRecord, MetricsStatement, RoundSpec
+from fedmerge.statements import MergeRecord, RoundSpec
 from fedmerge.statistics import task_vector_of
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.database import Database
@@ -69,34 +70,6 @@ def read_report(config: Config, metric: str = "auto") -> Report:
         )
     finally:
         ledger.close()
-
-
-def read_evaluations(
-    entries: Sequence[LedgerEntry], state: FederationState, names: Mapping[str, str]
-) -> list[Evaluation]:
-    """Return what nodes that delivered something reported of published versions and of their own fine-tunes.
-
-    `state` is what the ledger's `entries` add up to, `names` are what to call nodes, by key id; the others go by the
-    beginning of that.
-    """
-    versions = {merge.round: merge.version for merge in state.merges}
-    if state.created is not None:
-        versions[0] = state.created.base_digest
-    facts = [entry.event for entry in entries]
-    # The keys that they delivered with: some may have left the trusted ones since.
-    keys = {
-        fact.node_id: PublicKey.from_pem(fact.node_key, where=f"node {fact.node_id[:12]}")
-        for fact in facts
-        if isinstance(fact, DeltaAccepted)
-    }
-    found = []
-    for fact in facts:
-        if isinstance(fact, MetricsReported) and fact.node_id in keys and fact.candidate is None:
-            said, _ = MetricsStatement.open(fact.envelope.encode(), keys, where="metrics statement")
-            if said.model == "own" or versions.get(said.round) == said.digest:
-                name = names.get(said.node_id, said.node_id[:12])
-                found.append(Evaluation(name, said.round, said.model, said.values))
-    return [one for one in found if one.round in versions]
 
 
 def _interference(

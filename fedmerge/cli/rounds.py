@@ -13,6 +13,7 @@ from fedmerge.cli.output import JsonFlag, format_bytes, print_json, printable
 
 if TYPE_CHECKING:
     from fedmerge.overview import Overview, RoundRow
+    from fedmerge.retention import RetentionMatrix
     from fedmerge_server.admin import Commands
 
 ConfigPath: TypeAlias = Annotated[Path, Parameter(help="The federation's configuration.")]
@@ -22,7 +23,7 @@ CONFIG = Path("fedmerge.toml")
 
 
 def show(config: ConfigPath = CONFIG, /, *, json: JsonFlag = False) -> None:
-    """List the rounds: phase, deltas, version, bytes, mean metrics. Works without a coordinator, too."""
+    """List the rounds: phase, deltas, version, bytes, mean metrics, retention. Works without a coordinator, too."""
     from fedmerge.config import load_config
     from fedmerge.errors import InputError
     from fedmerge.overview import overview
@@ -35,7 +36,8 @@ def show(config: ConfigPath = CONFIG, /, *, json: JsonFlag = False) -> None:
         raise InputError(f"{settings.federation.state}: holds no federation yet", hint="start it: fedmerge serve")
     ledger = Ledger(Database(settings.database_url()))
     try:
-        found = overview(ledger.entries, TrustStore(settings.federation.trusted).keys())
+        trust = TrustStore(settings.federation.trusted)
+        found = overview(ledger.entries, trust.keys(), trust.names())
     finally:
         ledger.close()
     if json:
@@ -112,9 +114,21 @@ def _table(found: Overview) -> str:
     for row in found.rounds:
         failure = [f"failed: {row.failure}"] if row.failure else []
         lines += [printable(f"round {row.round}: {note}") for note in (*row.notes, *failure)]
+    if found.retention is not None:
+        lines += ["", *_retention(found.retention)]
     if found.is_paused:
         lines.append("paused: fedmerge rounds resume")
     return "\n".join(lines) + "\n"
+
+
+def _retention(matrix: RetentionMatrix) -> list[str]:
+    """Return the lines of the retention matrix: a node each, a round a column."""
+    shares = [(printable(task.node), task.retention) for task in matrix.tasks] + [("mean", matrix.mean)]
+    rows = [("retention", *map(str, range(1, matrix.num_rounds + 1)))]
+    rows += [(name, *("-" if share is None else f"{share:.0%}" for share in found)) for name, found in shares]
+    width = max(len(row[0]) for row in rows)
+    lines = [row[0].ljust(width) + "".join(cell.rjust(6) for cell in row[1:]) for row in rows]
+    return [*lines, f"({matrix.metric} of the merged model over that of the node's own)"]
 
 
 def _cells(row: RoundRow) -> tuple[str, ...]:

@@ -74,6 +74,15 @@ def test_it_says_what_merging_kept(tmp_path: Path, capsys: pytest.CaptureFixture
     for text in ("retention by round: merged over own, accuracy", "forgot", "north", "mean", "interference"):
         assert text in shown
     assert f"{found['retention']['mean'][1]:.0%}" in shown
+    app(["rounds", str(tmp_path / "fedmerge.toml"), "--json"], exit_on_error=False, result_action="return_value")
+    assert json.loads(capsys.readouterr().out)["retention"] == found["retention"]
+    app(["rounds", str(tmp_path / "fedmerge.toml")], exit_on_error=False, result_action="return_value")
+    *_, header, north, _, mean_row, note = capsys.readouterr().out.splitlines()
+    assert header.split() == ["retention", "1", "2"]
+    matrix = found["retention"]
+    assert north.split() == ["north", *(f"{share:.0%}" for share in matrix["tasks"][0]["retention"])]
+    assert mean_row.split() == ["mean", *(f"{share:.0%}" for share in matrix["mean"])]
+    assert note.startswith("(accuracy of the merged model")
     with pytest.raises(InputError, match="no node reported 'f1'"):
         report(tmp_path, capsys, "--metric", "f1")
 
