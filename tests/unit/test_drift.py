@@ -19,6 +19,7 @@ from fedmerge.sim import simulate
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import STATE, Trainer
 from fedmerge_client.train.causal_lm import CausalLM
+from fedmerge_client.train.huggingface import save_model
 from fedmerge_client.train.text_classification import TextClassification
 from tests.conftest import make_config
 from tests.unit import test_causal_lm as language
@@ -116,6 +117,40 @@ def test_language_models_are_pulled_as_well_and_resume_to_the_same_bits(tmp_path
         trainer.train(replace(stopped, progress=language.stopping_at(1)))
     again = Checkpoint(trainer.train(stopped).model_dir)
     assert all(torch.equal(again[name], found[name]) for name in found)
+
+
+def test_language_models_take_control_variates(tmp_path: Path) -> None:
+    model, data = language.make_llama(tmp_path / "base"), tmp_path / "train.txt"
+    data.write_text(language.TEXT[:32])
+    settings = {"steps": 2, "batch_size": 2, "lr": 0.1, "warmup": 0, "max_grad_norm": 0.0, "schedule": "constant"}
+    settings |= {"optimizer": "sgd", "scaffold": True}
+    trainer = CausalLM(data=data, checkpoint_steps=1)
+    first = trainer.train(language.task(model, tmp_path / "first", **settings)).model_dir
+    # What all nodes came to in round 1 is not what this one did.
+    published: Any = AutoModelForCausalLM.from_pretrained(model).eval()
+    c = {name: torch.randn_like(parameter) for name, parameter in published.named_parameters()}
+    start = {name: parameter.detach().clone() for name, parameter in published.named_parameters()}
+    own = {name: (start[name] - Checkpoint(first)[name]) / 0.2 for name in start}
+    with torch.no_grad():
+        for name, parameter in published.named_parameters():
+            parameter.copy_(start[name] - 0.2 * c[name])
+    save_model(published, None, tmp_path / "second-base")
+    work = language.task(tmp_path / "second-base", tmp_path / "second", number=2, **settings)
+    work = replace(work, previous_state=tmp_path / "first" / STATE)
+    with pytest.raises(language.Stop):
+        trainer.train(replace(work, progress=language.stopping_at(1)))
+    found = Checkpoint(trainer.train(work).model_dir)
+    stream = list(b"\n" + language.TEXT[:32].encode())
+    windows = torch.tensor([stream[first : first + 17] for first in (0, 16)])
+    for _ in range(2):
+        loss = cross_entropy(published(input_ids=windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten())
+        named = dict(published.named_parameters())
+        gradients = torch.autograd.grad(loss, list(named.values()))
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(named.items(), gradients, strict=True):
+                parameter.sub_(0.1 * (gradient - own[name] + c[name]))
+    for name, parameter in published.named_parameters():
+        torch.testing.assert_close(found[name], parameter.detach(), atol=1e-5, rtol=0)
 
 
 def by_algorithm_1(base: Path, sites: list[list[str]], weights_of_sites: list[float], num_rounds: int) -> list[Any]:

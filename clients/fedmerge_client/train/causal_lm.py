@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ from fedmerge_client.train.adamw_state import Place, load_state, save_state
 from fedmerge_client.train.checkpoints import STATE_FILE, Checkpoints
 from fedmerge_client.train.conversations import conversation_stream
 from fedmerge_client.train.datasets import Conversation, read_conversations, read_texts
-from fedmerge_client.train.drift import Proximal, ProximalSettings, require_whole_models
+from fedmerge_client.train.drift import DriftSettings, Proximal, Scaffold, require_whole_models
 from fedmerge_client.train.huggingface import (
     Device,
     find_device,
@@ -46,10 +48,10 @@ from fedmerge_client.train.token_stream import NO_TARGET, TokenStream, shuffled,
 EVAL_BATCH_SIZE = 16
 
 
-class Settings(LoraSettings, ProximalSettings):
-    """What a plan may ask for under `[train]`, beside `LoraSettings` and `ProximalSettings`.
+class Settings(LoraSettings, DriftSettings):
+    """What a plan may ask for under `[train]`, beside `LoraSettings` and `DriftSettings`.
 
-    A round is `steps` updates, each from `batch_size` windows of `context_length` tokens. `lr` is AdamW's peak learning
+    A round is `steps` updates, each from `batch_size` windows of `context_length` tokens. `lr` is the peak learning
     rate, and `warmup` the share of all rounds' steps that it rises for before it falls by `schedule`, to `final_lr`
     times the peak in the last round. Matrices decay, vectors don't; gradients longer than `max_grad_norm` are cut to
     it (0: never). `precision` "bf16" multiplies in bf16; weights that are trained, gradients and moments are fp32 all
@@ -123,18 +125,15 @@ class CausalLM(BaseModel):
         data, a state that can't be read, or when training diverges.
         """
         settings = validated(Settings, task.settings, where="[train]")
-        require_whole_models(settings.lora_rank, fedprox_mu=settings.fedprox_mu)
+        require_whole_models(settings.lora_rank, fedprox_mu=settings.fedprox_mu, scaffold=settings.scaffold)
         bare, tokenizer = self._open(task.model_dir, as_stored=settings.lora_rank > 0 and settings.precision == "bf16")
         stream = self._stream(self.data, bare, tokenizer)
-        windows = stream.windows(min(settings.context_length, num_positions(bare)))
-        full = windows[0].stop  # the last may be shorter
-        windows = [one for one in windows if one.stop - one.start == full and stream.num_targets(one)]
-        if not windows:
-            raise InputError(f"{self.data}: no window has anything to learn", hint="raise the context_length")
+        windows = self._windows(stream, min(settings.context_length, num_positions(bare)))
         seed = derive_seed(task.seed, task.round, "adapter")
         model, parameters = trained_part(bare, settings, settings.freeze, most_rank=self.max_lora_rank, seed=seed)
         proximal = Proximal(parameters, settings.fedprox_mu)
-        optimizer = _adamw(parameters, settings)
+        scaffold = Scaffold(parameters, task.round, task.previous_state) if settings.scaffold else None
+        optimizer = _optimizer(parameters, settings)
         place = Place(0, 0, derive_seed(task.seed, task.round, "windows"))
         checkpoints = Checkpoints(task.workspace, self.checkpoint_steps)
         if resumed := checkpoints.resume(optimizer, parameters):
@@ -145,11 +144,14 @@ class CausalLM(BaseModel):
 
         losses = []
         with limited_threads(settings.num_threads):
-            for step in range(place.step, settings.steps):
+            for step in range(settings.steps):
+                lr = settings.lr_at((task.round - 1) * settings.steps + step, task.num_rounds * settings.steps)
+                if step < place.step:
+                    if scaffold is not None:
+                        scaffold.skip(lr)
+                    continue
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.lr_at(
-                        (task.round - 1) * settings.steps + step, task.num_rounds * settings.steps
-                    )
+                    group["lr"] = lr
                 batch = _batch(stream, [windows[i] for i in islice(order, settings.batch_size)])
                 optimizer.zero_grad(set_to_none=True)
                 with seeded(derive_seed(seed, step)):  # dropout in adapters, the same when a round is resumed
@@ -159,19 +161,22 @@ class CausalLM(BaseModel):
                 proximal.correct()
                 if settings.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+                if scaffold is not None:
+                    scaffold.correct(lr)
                 optimizer.step()
                 place = Place(step + 1, place.num_taken + settings.batch_size, place.order_seed)
                 if place.step < settings.steps:
                     checkpoints.keep(place, optimizer, parameters)
                 if task.progress is not None:
                     task.progress(place.step, settings.steps, losses[-1])
-        between_rounds = Place(0, place.num_taken, place.order_seed)
+        if scaffold is not None:
+            scaffold.save(task.workspace / STATE)
         kept = {} if settings.lora_rank and not settings.lora_freeze_a else parameters
+        between_rounds = replace(place, step=0)
         save_state(task.workspace / STATE / STATE_FILE, between_rounds, optimizer, kept, with_parameters=False)
         tuned_dir = save_tuned(model, tokenizer, settings, task.workspace / "tuned")
         checkpoints.drop()
-        last = losses[-max(1, len(losses) // 10) :]
-        return TrainResult(tuned_dir, len(windows), {"loss": sum(last) / len(last)})
+        return TrainResult(tuned_dir, len(windows), {"loss": fmean(losses[-max(1, len(losses) // 10) :])})
 
     def evaluate(self, model_dir: Path) -> dict[str, float]:
         """Return the `loss` (nats per token), `perplexity` and `byte_loss` (nats per byte) on the test texts.
@@ -245,6 +250,15 @@ class CausalLM(BaseModel):
             return conversation_stream(path, conversations, tokenizer, model.config.vocab_size)
         return token_stream(path, read_texts(path, text_column=self.text_column), tokenizer, model.config.vocab_size)
 
+    def _windows(self, stream: TokenStream, num_tokens: int) -> list[slice]:
+        """Return the windows to learn from, all of one length."""
+        windows = stream.windows(num_tokens)
+        full = windows[0].stop  # the last may be shorter
+        windows = [one for one in windows if one.stop - one.start == full and stream.num_targets(one)]
+        if not windows:
+            raise InputError(f"{self.data}: no window has anything to learn", hint="raise the context_length")
+        return windows
+
     def _accumulate_gradients(self, model: Any, batch: Batch, precision: str) -> float:
         """Add the gradient of the mean loss of `batch` to the parameters'; return that loss."""
         total = 0.0
@@ -281,7 +295,9 @@ def _batch(stream: TokenStream, windows: list[slice]) -> Batch:
     )
 
 
-def _adamw(parameters: Mapping[str, torch.nn.Parameter], settings: Settings) -> torch.optim.AdamW:
+def _optimizer(parameters: Mapping[str, torch.nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters.values())
     matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
     return torch.optim.AdamW(

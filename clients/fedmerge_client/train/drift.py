@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,12 +33,25 @@ OWN, GLOBAL = "control:", "global:"
 Parameters = Mapping[str, torch.nn.Parameter]
 
 
-class ProximalSettings(BaseModel):
-    """What a plan may ask for under `[train]`: the weight `fedprox_mu` of FedProx's term; 0 is none."""
+class DriftSettings(BaseModel):
+    """What a plan may ask for under `[train]` against drift.
+
+    `fedprox_mu` is the weight of FedProx's term, 0 for none; `scaffold` corrects the steps of an `optimizer` that is
+    plain SGD, without decay, by control variates.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     fedprox_mu: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    scaffold: bool = False
+
+    @field_validator("scaffold")
+    @classmethod
+    def _is_of_sgd(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("optimizer") != "sgd":
+            raise ValueError('goes with optimizer = "sgd" alone: control variates are of plain gradients')
+        return value
 
 
 class Proximal:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
@@ -24,7 +24,7 @@ from fedmerge.training import STATE, TrainResult, TrainTask, validated
 from fedmerge_client.train.adamw_state import Place
 from fedmerge_client.train.checkpoints import Checkpoints
 from fedmerge_client.train.datasets import label_ids, read_rows
-from fedmerge_client.train.drift import Proximal, ProximalSettings, Scaffold, require_whole_models
+from fedmerge_client.train.drift import DriftSettings, Proximal, Scaffold, require_whole_models
 from fedmerge_client.train.huggingface import (
     Device,
     find_device,
@@ -42,20 +42,18 @@ EVAL_BATCH_SIZE = 64
 POOL_BATCHES = 8  # batches are cut from this many batches' worth of shuffled examples, sorted by length
 
 
-class Settings(LoraSettings, ProximalSettings):
-    """What a plan may ask for under `[train]`, beside `LoraSettings` and `ProximalSettings`.
+class Settings(LoraSettings, DriftSettings):
+    """What a plan may ask for under `[train]`, beside `LoraSettings` and `DriftSettings`.
 
-    `lr` is the peak learning rate of the `optimizer`, AdamW or plain SGD without decay, `warmup` the share of the
+    `lr` is the peak learning rate of the `optimizer`, `warmup` the share of the
     `steps` that it rises for before it falls linearly to 0, in each round or, with `schedule` "federation", over all
     rounds. `max_length` is in tokens, `freeze` has name prefixes of tensors to leave alone, such as "bert.embeddings".
     `precision` "bf16" multiplies in bf16; weights that are trained, gradients and moments are fp32 all the same.
-    `scaffold` corrects steps of SGD by control variates (see `drift.Scaffold`). `num_threads` of 0 leaves torch's own
-    choice.
+    `num_threads` of 0 leaves torch's own choice.
     """
 
     steps: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[int, Field(ge=1)] = 16
-    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[FiniteFloat, Field(gt=0)] = 1e-4
     max_length: Annotated[int, Field(ge=4)] = 128
     warmup: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.1
@@ -63,16 +61,8 @@ class Settings(LoraSettings, ProximalSettings):
     weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.01
     label_smoothing: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
-    scaffold: bool = False
     freeze: tuple[str, ...] = ()
     num_threads: Annotated[int, Field(ge=0)] = 0
-
-    @field_validator("scaffold")
-    @classmethod
-    def _is_of_sgd(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("optimizer") != "sgd":
-            raise ValueError('goes with optimizer = "sgd" alone: control variates are of plain gradients')
-        return value
 
     def lr_at(self, step: int, round_number: int, num_rounds: int) -> float:
         """Return the learning rate of the 0-based `step` of a 1-based round."""
