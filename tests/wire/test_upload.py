@@ -21,7 +21,9 @@ from fedmerge.errors import (
     DigestMismatch,
     FedmergeError,
     InvalidDelta,
+    NoSession,
     QuotaExceeded,
+    Refused,
     RoundClosed,
     StaleBase,
     UnknownRound,
@@ -32,11 +34,12 @@ from fedmerge.errors import (
 from fedmerge.frame import write_delta
 from fedmerge.merkle import LEAF_BYTES, leaves_of, merkle_root
 from fedmerge.sign import PublicKey, SigningKey
-from fedmerge.statements import DeltaStatement, MetricsStatement, Receipt, RoundSpec, digest_of
+from fedmerge.statements import DeltaStatement, MetricsStatement, Receipt, RoundSpec, SessionProof, digest_of
 from fedmerge.tensors import Checkpoint
-from fedmerge.v1 import delta_pb2, delta_pb2_grpc
-from fedmerge.wire import error_of
+from fedmerge.v1 import delta_pb2, delta_pb2_grpc, log_pb2, session_pb2
+from fedmerge.wire import SESSION_HEADER, error_of
 from fedmerge_client.link import GrpcLink
+from fedmerge_server.sessions import MAX_SESSIONS
 from tests.conftest import Federation, ServerProcess, make_federation
 from tests.unit.test_frame import Written, zstd
 
@@ -230,6 +233,46 @@ def test_an_unknown_key_gets_no_session(shared: tuple[Federation, ServerProcess]
     with pytest.raises(UntrustedKey):
         site.spec()
     site.link.close()
+
+
+def test_a_signed_nonce_opens_one_session_here(liar: Site) -> None:
+    def opened(**lies: str) -> Callable[[], Any]:
+        truth = {"coordinator_key": liar.link.coordinator.key_id, "nonce": liar.link._nonce()}
+        request = session_pb2.OpenSessionRequest(envelope=SessionProof(**{**truth, **lies}).sign(liar.key))
+        return lambda: translated(lambda: liar.link._sessions.OpenSession(request))
+
+    replayed = opened()
+    assert replayed().token
+    with pytest.raises(BadSignature, match="unknown, used or expired"):
+        replayed()
+    with pytest.raises(BadSignature, match="unknown, used or expired"):
+        opened(nonce="0" * 64)()
+    with pytest.raises(BadSignature, match="made for another coordinator"):
+        opened(coordinator_key="0" * 64)()
+
+
+def test_a_keys_oldest_session_gives_way_when_it_opens_too_many(shared: tuple[Federation, ServerProcess]) -> None:
+    federation, server = shared
+    site = site_of(federation, server, federation.keys["south"])
+    site.link.connect()
+    oldest = site.link._token
+    for _ in range(MAX_SESSIONS):
+        site.link._token = None
+        site.link.connect()
+    request = log_pb2.GetCheckpointRequest()
+    assert translated(lambda: site.link._log.GetCheckpoint(request, metadata=site.link._metadata())).note
+    with pytest.raises(NoSession):
+        translated(lambda: site.link._log.GetCheckpoint(request, metadata=((SESSION_HEADER, oldest),)))
+    site.link.close()
+
+
+def test_a_chunk_that_is_no_message_is_refused_and_no_internal_error(
+    liar: Site, shared: tuple[Federation, ServerProcess]
+) -> None:
+    upload = liar.link._channel.stream_unary("/fedmerge.v1.DeltaService/UploadDelta")
+    with pytest.raises(Refused, match="can't be parsed"):
+        translated(lambda: upload(iter([b"\xff" * 40]), metadata=liar.link._metadata()))
+    assert "internal error" not in (shared[0].folder / "serve.log").read_text()
 
 
 def test_a_certificate_that_is_not_pinned_is_refused(shared: tuple[Federation, ServerProcess], tmp_path: Path) -> None:
