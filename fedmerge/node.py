@@ -36,6 +36,7 @@ from fedmerge.errors import (
     reporting_os_errors,
 )
 from fedmerge.feedback import carry_over, previous_residual, unsent, write_residual
+from fedmerge.files import replace_file
 from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.merge import Recipe
 from fedmerge.merkle import leaves_of, merkle_root
@@ -60,6 +61,8 @@ from fedmerge.witness import Witness
 
 log = logging.getLogger(__name__)
 
+# The folder in a node's with the signed records of merges that left out its delta.
+REFUSED = "refused"
 # The field of a node's log records that holds the event: `fedmerge join` writes it, a simulation in processes reads it.
 EVENT_FIELD = "node_event"
 
@@ -104,8 +107,8 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class NodeEvent:
-    """Something worth showing: `kind` is fetch, train, encoded, upload, delivered, evaluated, cosigned, waiting (not
-    asked in a round), missed or finished."""
+    """Something worth showing: `kind` is fetch, train, encoded, upload, delivered, evaluated, cosigned, excluded (its
+    delta was not merged), waiting (not asked in a round), missed or finished."""
 
     kind: str
     round: int
@@ -193,19 +196,36 @@ class Node:
         return self._finish(view, spec) if view.finished else None
 
     def _observe(self, view: RoundView, spec: RoundSpec, spec_digest: str) -> None:
-        """Check and cosign the coordinator's log, once when a round is merged and once when its model is out."""
-        if self._witness is None:
-            return
+        """Check and cosign the log, once when a round is merged and once when its model is out; read the record."""
         record_digest = hashlib.sha256(view.record_envelope).hexdigest()
         moment = f"{spec_digest} {view.phase}" if view.phase == "publishing" else record_digest
         if moment in self._taken or not (view.record_envelope or view.phase == "publishing"):
             return
         self._taken.add(moment)
-        checkpoint = self._witness.observe(spec.federation, spec.run)
-        if view.record_envelope and not spec.max_staleness:  # else its delta may be in a later merge
+        checkpoint = self._witness.observe(spec.federation, spec.run) if self._witness else None
+        if view.record_envelope:
             record, _ = MergeRecord.open(view.record_envelope, self._coordinator, where="merge record")
-            self._witness.require_listed(record)
-        self._emit("cosigned", view.round, log_events=checkpoint.size)
+            self._read_verdict(record, view.record_envelope)
+            if self._witness and not spec.max_staleness:  # else its delta may be in a later merge
+                self._witness.require_listed(record)
+        if checkpoint is not None:
+            self._emit("cosigned", view.round, log_events=checkpoint.size)
+
+    def _read_verdict(self, record: MergeRecord, envelope: bytes) -> None:
+        """Where a merge left out this site's delta, say why, and keep the record, which the coordinator has signed."""
+        for verdict in record.contributions:
+            kept = self.home / REFUSED / f"{record.round:04d}-{verdict.statement_digest[:12]}.json"
+            if verdict.node_id == self.node_id and not verdict.accepted and not kept.exists():
+                replace_file(kept, envelope)
+                norm = "" if verdict.norm is None else f", norm {verdict.norm:.6g}"
+                log.warning(
+                    "round %d: this site's delta was not merged: %s%s; the signed record of it is in %s",
+                    record.round,
+                    verdict.reason,
+                    norm,
+                    kept,
+                )
+                self._emit("excluded", record.round, reason=verdict.reason, norm=verdict.norm)
 
     def _take_part(self, spec: RoundSpec, spec_digest: str) -> None:
         try:

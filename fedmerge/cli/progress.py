@@ -66,6 +66,9 @@ def describe(event: NodeEvent) -> str:
             return f"{where}: other nodes are asked, waiting for the next"
         case "cosigned":
             return f"{where}: checked and cosigned the coordinator's log of {values['log_events']} events"
+        case "excluded":
+            norm = "" if values["norm"] is None else f", norm {values['norm']:.3g}"
+            return f"{where}: this site's delta was not merged ({values['reason']}{norm})"
         case "missed":
             return f"{where}: missed ({values['reason']})"
         case _:

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedmerge.cli.progress import describe
 from fedmerge.errors import DigestMismatch, RoundFailed, VerificationError
-from fedmerge.node import Node
+from fedmerge.node import Node, NodeEvent
 from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim import FederationResult, node_home, prepare_nodes, result_of, simulate
+from fedmerge.statements import MergeRecord
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint, model_digest
@@ -101,6 +103,29 @@ def test_a_round_without_its_quorum_fails_and_says_why(tmp_path: Path) -> None:
     trainers = TRAINERS | {"loud": StepTrainer(3, scale=10.0)}
     with pytest.raises(RoundFailed, match="times the median"):
         simulate(config, tmp_path / "base", trainers)
+
+
+def test_a_node_whose_delta_is_left_out_is_told_why_with_the_coordinators_signature(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, _ = make_config(tmp_path, extra="[screen]\nmax_norm_ratio = 2.0\n", min_nodes=2)
+    trainers = TRAINERS | {"loud": StepTrainer(3, scale=10.0)}
+    events: list[tuple[str, NodeEvent]] = []
+    simulate(config, tmp_path / "base", trainers, on_event=lambda name, event: events.append((name, event)))
+    (told,) = [(name, event) for name, event in events if event.kind == "excluded"]
+    assert told[0] == "loud"
+    (kept,) = tmp_path.glob("nodes/*/refused/*.json")
+    assert kept.parent.parent.name == "loud"
+    record, _ = MergeRecord.open(kept.read_bytes(), coordinator_key(tmp_path), where="record")
+    (refused,) = [each for each in record.contributions if not each.accepted]
+    key = SigningKey.load(tmp_path / "nodes" / "loud" / "node.key").public
+    assert (refused.node_id, refused.reason) == (key.key_id, "NORM")
+    base = Checkpoint(tmp_path / "base")
+    sent = sum(float(trainers["loud"].step(name, base[name]).square().sum()) for name in ("matrix", "vector")) ** 0.5
+    assert refused.norm == pytest.approx(sent, rel=1e-2)
+    assert told[1].values == {"reason": "NORM", "norm": refused.norm}
+    assert f"not merged: NORM, norm {refused.norm:.6g}; the signed record of it is in {kept}" in caplog.text
+    assert describe(told[1]) == f"round 1: this site's delta was not merged (NORM, norm {refused.norm:.3g})"
 
 
 @contextlib.contextmanager

@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedmerge.config import Config, load_config
 from fedmerge.coordinator import Coordinator
-from fedmerge.errors import BadSignature, ConfigError, Equivocation, ReceiptNotListed
+from fedmerge.errors import BadSignature, ConfigError, Equivocation, ReceiptNotListed, UntrustedKey
 from fedmerge.node import Node
 from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, SigningKey
@@ -120,6 +121,22 @@ def test_a_coordinator_that_goes_back_is_caught(federation: Federation) -> None:
         north.observe(other)
     for coordinator in (one, other):
         coordinator.close()
+
+
+def test_a_node_follows_nobody_but_its_coordinator(federation: Federation) -> None:
+    one = opened(federation.config, federation.folder / "base")
+    north = Site(federation, "north")
+    link = north.link(one)
+    node = Node(link, StepTrainer(3), north.key, one.key.public, north.home, base=federation.folder / "base")
+    view = link.view()
+    spec, _ = RoundSpec.open(view.spec_envelope, {one.key.public.key_id: one.key.public}, where="spec")
+    with pytest.raises(UntrustedKey, match="round spec: signed by key"):
+        node.react(replace(view, spec_envelope=spec.sign(SigningKey.generate())))
+    as_another = view.spec_envelope.replace(b"roundspec", b"candidates")
+    with pytest.raises(BadSignature, match=r"round spec: signed as .*candidates"):
+        node.react(replace(view, spec_envelope=as_another))
+    assert not list(north.home.glob("rounds/*"))
+    one.close()
 
 
 def test_a_receipt_that_is_not_listed_is_proof(federation: Federation) -> None:
