@@ -37,7 +37,7 @@ from fedmerge.merge import Plan, Recipe
 from fedmerge.merging import RoundMerge, drop_candidates
 from fedmerge.operator import Operator
 from fedmerge.pace import dynamic_steps
-from fedmerge.policy import Action, RoundPolicy, Standing, next_action, standing
+from fedmerge.policy import Action, RoundPolicy, Standing, next_action, next_due_s, standing
 from fedmerge.provenance import provenance_of
 from fedmerge.publish import publish
 from fedmerge.rounds import Phase
@@ -113,7 +113,7 @@ class Coordinator:
                 opened.callback(seat.close)
                 seat.take()
             self.journal = Journal(seat.open_ledger(), self.key, clock)
-            self.blobs = config.open_blobs()
+            self.blobs = config.open_blobs(durable=seat.durable)
             self._create_or_check()
             self.members = Members(self.journal, self.trust)
             self.operator = Operator(self.journal, self.policy, self._fail)
@@ -146,9 +146,10 @@ class Coordinator:
         """Whether no further round will open."""
         return self._due() == Action.FINISH
 
-    def idle_at(self, at_s: float) -> bool:
-        """Whether nothing is due at a time, if nothing happens until then."""
-        return self._due(at_s) in {Action.WAIT, Action.FINISH}
+    def next_due_s(self) -> float | None:
+        """Return when something will be due if nothing is now, and nothing happens until then; None if nothing will."""
+        with self.journal.lock:
+            return next_due_s(self.journal.state, self.policy, self.trust.keys(), self.journal.clock())
 
     def candidates_envelope(self) -> bytes:
         """The signed candidates that nodes are to score now; empty at other times."""
@@ -386,10 +387,9 @@ class Coordinator:
 
     # Helpers
 
-    def _due(self, at_s: float | None = None) -> Action:
+    def _due(self) -> Action:
         with self.journal.lock:
-            now_s = self.journal.clock() if at_s is None else at_s
-            return next_action(self.journal.state, self.policy, self.trust.keys(), now_s)
+            return next_action(self.journal.state, self.policy, self.trust.keys(), self.journal.clock())
 
     def _standing(self) -> Standing:
         with self.journal.lock:
@@ -428,9 +428,13 @@ def check_standby(config: Config, base_dir: Path, seat: Seat) -> SigningKey:
     return key
 
 
-def open_seat(config: Config, clock: Callable[[], float]) -> Seat:
-    """Return the seat of a federation's coordinator, not taken yet. Raises what `Seat` raises."""
-    return Seat(config.federation.state, config.database_url(), lease_s=config.server.lease_s, clock=clock)
+def open_seat(config: Config, clock: Callable[[], float], *, durable: bool = True) -> Seat:
+    """Return the seat of a federation's coordinator, not taken yet. Raises what `Seat` raises.
+
+    Only a simulation asks for one that is not `durable`, as in `Database`.
+    """
+    state_dir, lease_s = config.federation.state, config.server.lease_s
+    return Seat(state_dir, config.database_url(), lease_s=lease_s, clock=clock, durable=durable)
 
 
 def _identity(config: Config, key: SigningKey, base: Checkpoint) -> FederationCreated:

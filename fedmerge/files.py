@@ -30,10 +30,10 @@ def write_new(path: Path, data: bytes, *, if_exists: str, mode: int = 0o666) -> 
         raise ResourceError(f"{path}: could not be written ({err.strerror})") from err
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write the file `path`, and its folder, in place of the one that may be there; raise `ResourceError`.
 
-    Who reads it meanwhile, and whoever comes after a power cut, finds the old file or the new one.
+    Who reads it meanwhile, and if it is `durable` whoever comes after a power cut, finds the old file or the new one.
     """
     partial = path.with_name(f".{path.name}.partial")
     with reporting_os_errors(path):
@@ -41,7 +41,8 @@ def replace_file(path: Path, data: bytes) -> None:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         partial.replace(path)
 
 

@@ -126,7 +126,7 @@ class Intake:
         `BadOffset` when it is incomplete, `UnknownUpload` or `RoundClosed`.
         """
         with self._commit_lock:
-            receipt = self._receipt(caller_id, upload_id)
+            receipt = None if upload_id in self._uploads else self._receipt(caller_id, upload_id)
             if receipt is not None:
                 return receipt
             upload = self._find(caller_id, upload_id)
@@ -211,7 +211,7 @@ class Intake:
     def _receipt(self, node_id: str, statement_digest: str) -> bytes | None:
         # Built from the ledger each time: keys sign the same bytes the same way, so it need not be stored.
         created = self._journal.created
-        for entry in self._journal.ledger.entries:
+        for entry in reversed(self._journal.ledger.entries):
             fact = entry.event
             if isinstance(fact, DeltaAccepted) and (fact.node_id, fact.statement_digest) == (node_id, statement_digest):
                 return receipt_of(entry, created).sign(self._journal.key)

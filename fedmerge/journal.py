@@ -26,14 +26,13 @@ class Journal:
         self.on_change: list[Callable[[], None]] = []
         self.clock = clock
 
-    def append(self, event: Event, *, ends_upload: str | None = None) -> LedgerEntry:
-        """Commit an event, and let the listeners know."""
+    def append(self, *events: Event, ends_upload: str | None = None) -> None:
+        """Commit events, one at least, all or none of them, and let the listeners know."""
         with self.lock:
-            entry = self.ledger.append(event, at_s=self.clock(), ends_upload=ends_upload)
-            self.state = after(self.state, entry)
+            for entry in self.ledger.append(*events, at_s=self.clock(), ends_upload=ends_upload):
+                self.state = after(self.state, entry)
         for notify in list(self.on_change):
             notify()
-        return entry
 
     @property
     def created(self) -> FederationCreated:

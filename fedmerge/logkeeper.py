@@ -7,7 +7,7 @@ import logging
 from fedmerge.errors import BadSignature, InvalidProof
 from fedmerge.events import CheckpointCosigned
 from fedmerge.journal import Journal
-from fedmerge.merkle import merkle_root
+from fedmerge.merkle import MerkleTree
 from fedmerge.translog import (
     Growth,
     LogCheckpoint,
@@ -30,32 +30,32 @@ class LogKeeper:
     def __init__(self, journal: Journal, trust: TrustStore) -> None:
         self._journal = journal
         self._trust = trust
-        self._leaves: list[bytes] = []
+        self._tree = MerkleTree()
 
     def growth(self, old_size: int) -> Growth:
         """Return a checkpoint of the log now, with the proof that it continues that of `old_size` events.
 
         Raises `InvalidProof` when the log never was so long.
         """
-        leaves = self._now()
-        if not 0 <= old_size <= len(leaves):
-            raise InvalidProof(f"the log has {len(leaves)} events, not {old_size}")
-        return Growth(self._sign(leaves), consistency_proof(leaves, old_size))
+        size = self._size()
+        if not 0 <= old_size <= size:
+            raise InvalidProof(f"the log has {size} events, not {old_size}")
+        note = sign_checkpoint(self._checkpoint(size), self._journal.key)
+        return Growth(note, consistency_proof(self._tree, old_size, size))
 
     def inclusion(self, index: int, size: int) -> list[bytes]:
         """Return the proof that event `index` is among the first `size`; raise `InvalidProof` when it is not."""
-        leaves = self._now()
-        if not 0 <= index < size <= len(leaves):
-            raise InvalidProof(f"the log has {len(leaves)} events; there is no event {index} among the first {size}")
-        return inclusion_proof(leaves[:size], index)
+        now = self._size()
+        if not 0 <= index < size <= now:
+            raise InvalidProof(f"the log has {now} events; there is no event {index} among the first {size}")
+        return inclusion_proof(self._tree, index, size)
 
     def cosign(self, caller_id: str, note: bytes, cosignature: bytes) -> None:
         """Record a member's cosignature of one of this log's checkpoints. Raises `BadSignature`."""
         own, member = self._journal.key.public, self._trust.require(caller_id)
         checkpoint = open_checkpoint(note, own, where="cosigned checkpoint")
         check_cosignature(note, cosignature, member.key, where="cosignature")
-        leaves = self._now()
-        if checkpoint != self._checkpoint(leaves[: checkpoint.size]):
+        if checkpoint.size > self._size() or checkpoint != self._checkpoint(checkpoint.size):
             raise BadSignature("the cosigned checkpoint is not one of this log")
         with self._journal.lock:
             if self._journal.state.cosigned.get(caller_id, 0) < checkpoint.size:
@@ -65,15 +65,13 @@ class LogKeeper:
                 self._journal.append(event)
         log.info("%s cosigned the log of %d events", member.name, checkpoint.size)
 
-    def _now(self) -> list[bytes]:
+    def _size(self) -> int:
+        """Take up what the ledger has new, and return the number of events."""
         with self._journal.lock:
-            entries = self._journal.ledger.entries
-            self._leaves += [log_leaf(entry.hash) for entry in entries[len(self._leaves) :]]
-            return list(self._leaves)
+            for entry in self._journal.ledger.entries[len(self._tree) :]:
+                self._tree.append(log_leaf(entry.hash))
+            return len(self._tree)
 
-    def _checkpoint(self, leaves: list[bytes]) -> LogCheckpoint:
+    def _checkpoint(self, size: int) -> LogCheckpoint:
         created = self._journal.created
-        return LogCheckpoint(log_origin(created.federation, created.run), len(leaves), merkle_root(leaves))
-
-    def _sign(self, leaves: list[bytes]) -> bytes:
-        return sign_checkpoint(self._checkpoint(leaves), self._journal.key)
+        return LogCheckpoint(log_origin(created.federation, created.run), size, self._tree.root(0, size))

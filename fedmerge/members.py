@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from fedmerge.errors import BadSignature, Busy, InputError, InvalidToken
 from fedmerge.events import KeyRotated, MemberAdmitted, MemberRevoked
@@ -31,6 +31,7 @@ class Members:
         self._journal = journal
         self._trust = trust
         self._wrong_tokens_at_s: deque[float] = deque(maxlen=MAX_WRONG_TOKENS)
+        self._synced: tuple[Mapping[str, Member], Mapping[str, MemberAdmitted]] | None = None
         for entry in journal.ledger.entries:
             if isinstance(entry.event, KeyRotated) and entry.event.node_id in trust.members():
                 self._succeed(entry.event)  # a crash came between the two
@@ -91,15 +92,22 @@ class Members:
         """Put into the ledger who came and who went since the last look; return the key ids that went."""
         with self._journal.lock:
             trusted, known = self._trust.members(), self._journal.state.members
-            for key_id, member in sorted(trusted.items()):
-                before = known.get(key_id)
-                if before is None or _place(before) != _place(member):
-                    self._journal.append(self._admitted(member))
-                    log.info("%s of %s takes part, with key %s", member.name, member.organisation, member.key.short)
+            if self._synced is not None and trusted is self._synced[0] and known is self._synced[1]:
+                return []  # a simulation's never change, and may be thousands
+            new = [
+                member
+                for key_id, member in sorted(trusted.items())
+                if (before := known.get(key_id)) is None or _place(before) != _place(member)
+            ]
+            if new:
+                self._journal.append(*map(self._admitted, new))
+            for member in new:
+                log.info("%s of %s takes part, with key %s", member.name, member.organisation, member.key.short)
             gone = sorted(known.keys() - trusted.keys())
             for key_id in gone:
                 self._journal.append(self._revoked(known[key_id]))
                 log.warning("%s with key %s was revoked", known[key_id].name, key_id[:12])
+            self._synced = trusted, self._journal.state.members
         return gone
 
     def _admitted(self, member: Member) -> MemberAdmitted:

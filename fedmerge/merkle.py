@@ -27,9 +27,52 @@ def merkle_root(leaf_hashes: Sequence[bytes]) -> bytes:
     # one up builds the same tree without recursion.
     level = list(leaf_hashes)
     while len(level) > 1:
-        paired = [hashlib.sha256(b"\x01" + level[i] + level[i + 1]).digest() for i in range(0, len(level) - 1, 2)]
+        paired = [node_hash(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
         level = paired + level[len(paired) * 2 :]
     return level[0]
+
+
+class MerkleTree:
+    """A tree of leaf hashes that grows; a head of `n` of them takes about log2(n) hashes, not `n`."""
+
+    def __init__(self, leaf_hashes: Iterable[bytes] = ()) -> None:
+        # Of level k, number i is the head of the leaves from i * 2**k to (i + 1) * 2**k.
+        self._levels: list[list[bytes]] = [[]]
+        for leaf in leaf_hashes:
+            self.append(leaf)
+
+    def __len__(self) -> int:
+        return len(self._levels[0])
+
+    def append(self, leaf: bytes) -> None:
+        """Add a leaf."""
+        head = leaf
+        for level in self._levels:
+            level.append(head)
+            if len(level) % 2:
+                return
+            head = node_hash(level[-2], level[-1])
+        self._levels.append([head])
+
+    def root(self, begin: int, end: int) -> bytes:
+        """Return the head of leaves `begin` to `end`, which are a subtree as RFC 6962 splits, or all from the first."""
+        size = end - begin
+        if size == 0:
+            return merkle_root([])
+        if size & (size - 1) == 0:
+            return self._levels[size.bit_length() - 1][begin // size]
+        middle = begin + largest_power_below(size)
+        return node_hash(self.root(begin, middle), self.root(middle, end))
+
+
+def largest_power_below(size: int) -> int:
+    """Return the largest power of two below `size`, which is at least 2: how many leaves are left of the split."""
+    return 1 << (size - 1).bit_length() - 1
+
+
+def node_hash(left: bytes, right: bytes) -> bytes:
+    """Return the hash of an inner node: SHA-256(0x01 || left || right)."""
+    return hashlib.sha256(b"\x01" + left + right).digest()
 
 
 def leaves_of(path: Path) -> list[bytes]:

@@ -80,12 +80,13 @@ class RoundPolicy:
 class Standing:
     """Where an open round stands: its quorum, how many nodes count towards it, and why it is closed, if it is.
 
-    The grace is 0 before the quorum is there.
+    The grace is 0 before the quorum is there. If nothing happens until then, it closes at `closes_s`.
     """
 
     quorum: int
     num_nodes: int
     grace_s: float
+    closes_s: float
     closed_by: Literal["everyone", "grace", "deadline", "buffer", "operator"] | None
 
     @property
@@ -124,18 +125,22 @@ def _due(state: FederationState, policy: RoundPolicy, trusted: Collection[str], 
 def standing(state: FederationState, policy: RoundPolicy, trusted: Collection[str], now_s: float) -> Standing:
     """Return where the open round stands at `now_s`."""
     assert state.opened is not None
-    is_over = now_s >= state.opened_at_s + policy.deadline_s + state.extra_s
+    deadline_s = state.opened_at_s + policy.deadline_s + state.extra_s
+    is_over = now_s >= deadline_s
     num_nodes = len(nodes_there(state, policy))
     if state.is_cut_short:
-        return Standing(policy.min_nodes, num_nodes, 0.0, "operator")
+        return Standing(policy.min_nodes, num_nodes, 0.0, now_s, "operator")
     if policy.async_buffer is not None:
         num_deltas = len(state.deltas) + len(state.carried)
         is_full = num_deltas >= policy.async_buffer and num_nodes >= policy.min_nodes
-        return Standing(policy.min_nodes, num_nodes, 0.0, "buffer" if is_full else "deadline" if is_over else None)
-    expected = set(trusted).intersection(state.opened.sample or trusted)
+        if is_full:
+            return Standing(policy.min_nodes, num_nodes, 0.0, now_s, "buffer")
+        return Standing(policy.min_nodes, num_nodes, 0.0, deadline_s, "deadline" if is_over else None)
+    sample = state.opened.sample
+    expected = {node_id for node_id in sample if node_id in trusted} if sample else set(trusted)
     quorum = policy.quorum(len(expected))
     arrivals_s = sorted(entry.at_s for entry in state.deltas.values())
-    grace_s = 0.0
+    grace_s, closes_s = 0.0, deadline_s
     if len(arrivals_s) >= quorum:
         if policy.grace_s == "auto":
             grace_s = measured_grace_s(arrivals_s, state.opened_at_s)
@@ -143,11 +148,21 @@ def standing(state: FederationState, policy: RoundPolicy, trusted: Collection[st
         else:
             grace_s = policy.grace_s
             until_s = arrivals_s[quorum - 1] + grace_s
+        closes_s = min(until_s, deadline_s)
         if all(state.accepted(node_id) is not None for node_id in expected):
-            return Standing(quorum, num_nodes, grace_s, "everyone")
+            return Standing(quorum, num_nodes, grace_s, closes_s, "everyone")
         if now_s >= until_s:
-            return Standing(quorum, num_nodes, grace_s, "grace")
-    return Standing(quorum, num_nodes, grace_s, "deadline" if is_over else None)
+            return Standing(quorum, num_nodes, grace_s, closes_s, "grace")
+    return Standing(quorum, num_nodes, grace_s, closes_s, "deadline" if is_over else None)
+
+
+def next_due_s(state: FederationState, policy: RoundPolicy, trusted: Collection[str], now_s: float) -> float | None:
+    """Return when something will be due if nothing is now, and nothing happens until then; None if nothing will be."""
+    if state.phase == Phase.SEARCHING:
+        return state.proposals[-1].at_s + policy.scoring_s
+    if state.phase == Phase.OPEN and state.paused_at_s is None:
+        return standing(state, policy, trusted, now_s).closes_s
+    return None
 
 
 def nodes_there(state: FederationState, policy: RoundPolicy) -> set[str]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -122,13 +123,8 @@ class Statement(_Strict, ABC):
     @classmethod
     def from_payload(cls, payload: bytes, *, where: str) -> Self:
         """Parse verified bytes; raise `BadSignature` when they are not a statement of this kind."""
-        body = parse_json_object(payload, where=where)
-        try:
-            statement = cls.model_validate_json(json.dumps(body["predicate"]))
-        except (KeyError, ValidationError) as err:
-            raise BadSignature(f"{where}: not a valid {cls.kind} statement ({_first_problem(err)})") from err
-        if json.loads(statement.to_payload()) != body:
-            raise BadSignature(f"{where}: the {cls.kind} statement's subject or type does not match its predicate")
+        statement = _parse(cls, payload, where)
+        assert isinstance(statement, cls)
         return statement
 
     def sign(self, key: SigningKey) -> bytes:
@@ -140,6 +136,18 @@ class Statement(_Strict, ABC):
         """Verify an envelope, then parse it. Raises `UntrustedKey` or `BadSignature`."""
         signed = open_envelope(envelope, cls.payload_type(), trusted, where=where)
         return cls.from_payload(signed.payload, where=where), signed
+
+
+@lru_cache(maxsize=32)  # all nodes of a round are handed the same few, which are frozen
+def _parse(cls: type[Statement], payload: bytes, where: str) -> Statement:
+    body = parse_json_object(payload, where=where)
+    try:
+        statement = cls.model_validate_json(json.dumps(body["predicate"]))
+    except (KeyError, ValidationError) as err:
+        raise BadSignature(f"{where}: not a valid {cls.kind} statement ({_first_problem(err)})") from err
+    if json.loads(statement.to_payload()) != body:
+        raise BadSignature(f"{where}: the {cls.kind} statement's subject or type does not match its predicate")
+    return statement
 
 
 def _first_problem(err: KeyError | ValidationError) -> str:

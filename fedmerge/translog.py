@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedmerge.errors import BadSignature, DigestMismatch, UntrustedKey
-from fedmerge.merkle import leaf_hash, merkle_root
+from fedmerge.merkle import MerkleTree, largest_power_below, leaf_hash, node_hash
 from fedmerge.sign import PublicKey, SigningKey
 
 MAX_NOTE_BYTES = 1 << 16
@@ -57,14 +57,19 @@ def log_leaf(event_hash: str) -> bytes:
     return leaf_hash(bytes.fromhex(event_hash))
 
 
-def inclusion_proof(leaves: Sequence[bytes], index: int) -> list[bytes]:
-    """Return the audit path of leaf `index` in the tree of these leaf hashes (RFC 6962, section 2.1.1)."""
-    if len(leaves) <= 1:
-        return []
-    split = _split(len(leaves))
-    if index < split:
-        return [*inclusion_proof(leaves[:split], index), merkle_root(leaves[split:])]
-    return [*inclusion_proof(leaves[split:], index - split), merkle_root(leaves[:split])]
+def inclusion_proof(tree: MerkleTree, index: int, size: int) -> list[bytes]:
+    """Return the audit path of leaf `index` among the first `size` (RFC 6962, section 2.1.1)."""
+    path: list[bytes] = []
+    begin, end = 0, size
+    while end - begin > 1:
+        middle = begin + largest_power_below(end - begin)
+        if index < middle:
+            path.append(tree.root(middle, end))
+            end = middle
+        else:
+            path.append(tree.root(begin, middle))
+            begin = middle
+    return path[::-1]
 
 
 def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> None:
@@ -76,21 +81,33 @@ def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes],
         if last == 0:
             raise DigestMismatch("the inclusion proof is too long")
         if number & 1 or number == last:
-            found = _node(sibling, found)
+            found = node_hash(sibling, found)
             while not number & 1 and number:
                 number, last = number >> 1, last >> 1
         else:
-            found = _node(found, sibling)
+            found = node_hash(found, sibling)
         number, last = number >> 1, last >> 1
     if last != 0 or found != root:
         raise DigestMismatch(f"leaf {index} is not in the log of {size} leaves")
 
 
-def consistency_proof(leaves: Sequence[bytes], old_size: int) -> list[bytes]:
-    """Return the proof that the first `old_size` leaves stayed as they were (RFC 6962, section 2.1.2)."""
-    if not 0 < old_size < len(leaves):
+def consistency_proof(tree: MerkleTree, old_size: int, size: int) -> list[bytes]:
+    """Return the proof that of the first `size` leaves `old_size` stayed as they were (RFC 6962, section 2.1.2)."""
+    if not 0 < old_size < size:
         return []
-    return _subproof(leaves, old_size, is_whole=True)
+    path: list[bytes] = []
+    begin, end = 0, size
+    while old_size != end:
+        middle = begin + largest_power_below(end - begin)
+        if old_size <= middle:
+            path.append(tree.root(middle, end))
+            end = middle
+        else:
+            path.append(tree.root(begin, middle))
+            begin = middle
+    if begin:  # else the old tree is a whole subtree, whose head the verifier knows
+        path.append(tree.root(begin, end))
+    return path[::-1]
 
 
 def verify_consistency(old_size: int, old_root: bytes, new_size: int, new_root: bytes, proof: Sequence[bytes]) -> None:
@@ -116,11 +133,11 @@ def verify_consistency(old_size: int, old_root: bytes, new_size: int, new_root: 
         if last == 0:
             raise problem
         if number & 1 or number == last:
-            old, new = _node(sibling, old), _node(sibling, new)
+            old, new = node_hash(sibling, old), node_hash(sibling, new)
             while not number & 1 and number:
                 number, last = number >> 1, last >> 1
         else:
-            new = _node(new, sibling)
+            new = node_hash(new, sibling)
         number, last = number >> 1, last >> 1
     if last != 0 or (old, new) != (old_root, new_root):
         raise problem
@@ -217,21 +234,3 @@ def _parse_note(note: bytes, *, where: str) -> tuple[str, list[str]]:
     if len(note) > MAX_NOTE_BYTES or not blank or not lines or not well_formed:
         raise BadSignature(f"{where}: not a signed note")
     return f"{text}\n", lines
-
-
-def _subproof(leaves: Sequence[bytes], old_size: int, *, is_whole: bool) -> list[bytes]:
-    if old_size == len(leaves):
-        return [] if is_whole else [merkle_root(leaves)]
-    split = _split(len(leaves))
-    if old_size <= split:
-        return [*_subproof(leaves[:split], old_size, is_whole=is_whole), merkle_root(leaves[split:])]
-    return [*_subproof(leaves[split:], old_size - split, is_whole=False), merkle_root(leaves[:split])]
-
-
-def _split(size: int) -> int:
-    """Return the largest power of two below `size`, which is at least 2."""
-    return 1 << (size - 1).bit_length() - 1
-
-
-def _node(left: bytes, right: bytes) -> bytes:
-    return hashlib.sha256(b"\x01" + left + right).digest()

@@ -48,10 +48,20 @@ class LogLink(Protocol):
 
 
 class Witness:
-    """A node's memory of a coordinator's log, in its folder `home`. `clock` is Unix time, for cosignatures."""
+    """A node's memory of a coordinator's log, in its folder `home`. `clock` is Unix time, for cosignatures.
+
+    What it keeps is `durable` unless it is only simulated.
+    """
 
     def __init__(
-        self, home: Path, link: LogLink, key: SigningKey, coordinator: PublicKey, clock: Callable[[], float]
+        self,
+        home: Path,
+        link: LogLink,
+        key: SigningKey,
+        coordinator: PublicKey,
+        clock: Callable[[], float],
+        *,
+        durable: bool = True,
     ) -> None:
         self.folder = home / "log"
         self._receipts = home / "rounds"
@@ -59,6 +69,7 @@ class Witness:
         self._key = key
         self._coordinator = coordinator
         self._clock = clock
+        self._durable = durable
         self._listed: set[Path] = set()
 
     def observe(self, federation: str, run: str) -> LogCheckpoint:
@@ -137,4 +148,4 @@ class Witness:
 
     def _keep(self, checkpoint: LogCheckpoint, note: bytes, kind: str) -> None:
         run = checkpoint.origin.rpartition("/")[2]
-        replace_file(self.folder / f"{kind}-{run[:12]}-{checkpoint.size:08d}.note", note)
+        replace_file(self.folder / f"{kind}-{run[:12]}-{checkpoint.size:08d}.note", note, durable=self._durable)

@@ -465,8 +465,11 @@ class Config(Section):
         """Return the URL of the ledger's database."""
         return self.store.database or f"sqlite:///{self.federation.state / 'ledger.sqlite'}"
 
-    def open_blobs(self) -> BlobStore:
-        """Return the store of deltas, updates and steps. Raises `ResourceError` when it can't be opened."""
+    def open_blobs(self, *, durable: bool = True) -> BlobStore:
+        """Return the store of deltas, updates and steps. Raises `ResourceError` when it can't be opened.
+
+        In a folder it is `durable` unless it is only for a simulation; a bucket always is.
+        """
         from fedmerge.store.blobs import BlobStore
 
         directory, blobs = self.federation.state / "blobs", self.store.blobs
@@ -476,7 +479,7 @@ class Config(Section):
             return BlobStore(directory, ObjectShelf(blobs, directory))
         from fedmerge.store.shelves import FolderShelf
 
-        return BlobStore(directory, None if blobs is None else FolderShelf(blobs))
+        return BlobStore(directory, FolderShelf(blobs or directory, durable=durable))
 
     def train_settings(self) -> dict[str, Any]:
         """Return the trainer's name and settings, as a round's plan carries them."""

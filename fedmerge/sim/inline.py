@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmerge.chain import Announce, Fetch, ModelChain
 from fedmerge.config import Config
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator import Coordinator, open_seat
 from fedmerge.errors import ConfigError
 from fedmerge.events import DeltaAccepted
 from fedmerge.node import Node, NodeEvent
@@ -26,11 +27,10 @@ from fedmerge.sim.models import PublishedModels
 from fedmerge.sim.results import FederationResult, result_of
 from fedmerge.sim.sites import LocalLink, TimedLink, make_site, node_home
 from fedmerge.sim.world import World
+from fedmerge.store.seat import Seat
 from fedmerge.training import Trainer
 from fedmerge.trust import Member, TrustStore
 from fedmerge.witness import Witness
-
-HORIZON_S = 1e10
 
 # What is asked of nodes: a round's spec, its phase, and the generations of candidates so far.
 Question: TypeAlias = tuple[str, str, int]
@@ -65,19 +65,22 @@ class Simulation:
         config: Config,
         base_dir: Path,
         trainers: Mapping[str, Trainer],
+        *,
         world: World,
         engine: Engine,
-        *,
+        seat: Seat,
+        keys: Mapping[str, SigningKey],
         on_event: Callable[[str, NodeEvent], None],
         connect: Callable[[Coordinator, str], LocalLink],
     ) -> None:
         self.config, self.world = config, world
         self._trainers, self._engine = trainers, engine
         self._on_event, self._connect = on_event, connect
-        self._keys = prepare_nodes(config, list(trainers))
+        self._keys = keys
         trust = KnownNodes(config.federation.trusted)
-        self.coordinator = Coordinator(config, base_dir, clock=world.clock, trust=trust)
+        self.coordinator = Coordinator(config, base_dir, clock=world.clock, seat=seat, trust=trust)
         self.coordinator.journal.on_change.append(world.notify)
+        self._order = {name: number for number, name in enumerate(trainers)}
         self._sites = {name: make_site(config.simulate, name) for name in trainers}
         self._nodes: dict[str, tuple[TimedLink, Node]] = {}
         self._busy: set[str] = set()
@@ -100,7 +103,7 @@ class Simulation:
                     self._spawn(name)
             if self.coordinator.finished():
                 return
-            self.world.wait(self._next_due_s())
+            self.world.wait(self.coordinator.next_due_s())
 
     def _question(self) -> Question | None:
         """Return what is asked of nodes now, if anything."""
@@ -125,7 +128,7 @@ class Simulation:
             return list(self._trainers)
         names = self.coordinator.trust.names()
         wanted = {names[node_id] for node_id in asked if node_id in names}
-        return [name for name in self._trainers if name in wanted]
+        return sorted(wanted, key=self._order.__getitem__)
 
     def _spawn(self, name: str) -> None:
         self._busy.add(name)
@@ -166,28 +169,12 @@ class Simulation:
                 self.coordinator.key.public,
                 home,
                 base=self.coordinator.base.directory,
-                witness=Witness(home, link, key, self.coordinator.key.public, self.world.clock),
+                witness=Witness(home, link, key, self.coordinator.key.public, self.world.clock, durable=False),
                 on_event=on_event,
                 make_chain=make_chain,
             )
             self._nodes[name] = link, node
         return self._nodes[name]
-
-    def _next_due_s(self) -> float | None:
-        """Return when something will be due if nothing happens until then; None if nothing ever will."""
-        now_s, ahead_s = self.world.now_s, 1.0
-        while self.coordinator.idle_at(now_s + ahead_s):
-            ahead_s *= 2
-            if ahead_s > HORIZON_S:
-                return None
-        idle_s = 0.0
-        while ahead_s - idle_s > 1e-3:
-            middle_s = (idle_s + ahead_s) / 2
-            if self.coordinator.idle_at(now_s + middle_s):
-                idle_s = middle_s
-            else:
-                ahead_s = middle_s
-        return now_s + ahead_s
 
 
 def simulate(
@@ -208,19 +195,21 @@ def simulate(
     """
     for trainer in trainers.values():
         trainer.check()
-    simulation = Simulation(
-        config,
-        base_dir,
-        trainers,
-        world or World(),
-        engine or Inline(),
-        on_event=on_event,
-        connect=connect,
-    )
-    try:
+    keys, world = prepare_nodes(config, list(trainers)), world or World()
+    with closing(open_seat(config, world.clock, durable=False)) as seat:
+        seat.take()
+        simulation = Simulation(
+            config,
+            base_dir,
+            trainers,
+            world=world,
+            engine=engine or Inline(),
+            seat=seat,
+            keys=keys,
+            on_event=on_event,
+            connect=connect,
+        )
         simulation.run()
-    finally:
-        simulation.coordinator.close()
     return result_of(config)
 
 

@@ -88,7 +88,7 @@ class FederationResult:
 
 def result_of(config: Config) -> FederationResult:
     """Read a federation's result from its state folder; raise `RoundFailed` when it ended without a model."""
-    state_dir = config.federation.state
+    state_dir, trust = config.federation.state, TrustStore(config.federation.trusted)
     ledger = Ledger(Database(config.database_url()))
     journal = Journal(ledger, SigningKey.load(config.federation.key), lambda: 0.0)
     try:
@@ -101,8 +101,8 @@ def result_of(config: Config) -> FederationResult:
             model_dir=model_dir,
             version=record.model.digest,
             num_rounds=record.round,
-            rounds=_rounds(journal, TrustStore(config.federation.trusted)),
-            nodes=_nodes(journal, TrustStore(config.federation.trusted), record.round),
+            rounds=_rounds(journal, trust),
+            nodes=_nodes(journal, trust, record.round),
             fetched_bytes=_fetched_bytes(journal) + _candidate_bytes(journal),
             dense_bytes=4 * sum(spec.num_elements for spec in schema.values()),
         )

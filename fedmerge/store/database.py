@@ -1,9 +1,11 @@
 """The database under the ledger: SQLite in a file, or PostgreSQL, behind the same tables.
 
 A committed transaction survives a power cut: SQLite runs in WAL mode with synchronous=FULL, PostgreSQL with
-synchronous_commit. The tables are brought up to date when the database is opened, one process at a time. While a
-PostgreSQL server is away, work on it waits: nobody can know whether a transaction that was cut off took place, so it is
-tried again, and must be such that doing it twice is doing it once.
+synchronous_commit. Only a simulation does without (`durable=False`): then it survives the end of the process, no more.
+
+The tables are brought up to date when the database is opened, one process at a time. While a PostgreSQL server is away,
+work on it waits: nobody can know whether a transaction that was cut off took place, so it is tried again, and must be
+such that doing it twice is doing it once.
 """
 
 from __future__ import annotations
@@ -83,9 +85,12 @@ def sqlite_url(path: Path) -> str:
 
 
 class Database:
-    """A database with the ledger's tables, opened by URL. Raises `ResourceError` when it can't be, or is too new."""
+    """A database with the ledger's tables, opened by URL. Raises `ResourceError` when it can't be, or is too new.
 
-    def __init__(self, url: str) -> None:
+    One that is not `durable` waits for no disk: a power cut may take its latest transactions, or all of it.
+    """
+
+    def __init__(self, url: str, *, durable: bool = True) -> None:
         parsed = make_url(url)
         self.name = parsed.database or "" if parsed.drivername == "sqlite" else parsed.render_as_string()
         self._is_server = parsed.drivername != "sqlite"
@@ -96,7 +101,7 @@ class Database:
                 folder.mkdir(parents=True, exist_ok=True)
         options: dict[str, Any] = {"pool_pre_ping": True} if self._is_server else {}
         self.engine = create_engine(parsed, connect_args=_connect_args(self._is_server), **options)
-        event.listen(self.engine, "connect", _set_synchronous if self._is_server else _set_pragmas)
+        event.listen(self.engine, "connect", _on_connect(self._is_server, durable))
         try:
             with self._reported():
                 self._migrate()
@@ -105,7 +110,7 @@ class Database:
             raise
 
     def run(self, work: Callable[[Connection], Result]) -> Result:
-        """Do `work` in a transaction that is durable when this returns. Waits for a server that is away.
+        """Do `work` in a transaction that is committed when this returns. Waits for a server that is away.
 
         `work` may be done again after it took place. Raises `ResourceError` when it can't be done, or when the database
         is closed while it waits.
@@ -193,11 +198,13 @@ def _connect_args(is_server: bool) -> dict[str, Any]:
     return {"connect_timeout": 10, **keepalives} if is_server else {"check_same_thread": False}
 
 
-def _set_pragmas(connection: Any, _record: object) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
+def _on_connect(is_server: bool, durable: bool) -> Callable[[Any, object], None]:
+    def set_up(connection: Any, _record: object) -> None:
+        if is_server:
+            connection.execute(f"SET synchronous_commit = {'on' if durable else 'off'}")
+            connection.commit()
+        else:
+            for pragma in ("journal_mode=WAL", f"synchronous={'FULL' if durable else 'OFF'}", "foreign_keys=ON"):
+                connection.execute(f"PRAGMA {pragma}")
 
-
-def _set_synchronous(connection: Any, _record: object) -> None:
-    connection.execute("SET synchronous_commit = on")
-    connection.commit()
+    return set_up

@@ -79,22 +79,27 @@ class Ledger:
         query = select(_events.c.body).order_by(_events.c.number)
         return self._database.run(lambda connection: [bytes(row.body) for row in connection.execute(query)])
 
-    def append(self, fact: Event, *, at_s: float, ends_upload: str | None = None) -> LedgerEntry:
-        """Commit an event durably, and in the same transaction forget the upload that it ends."""
-        body = to_json(fact)
-        number = len(self._entries)
-        entry = LedgerEntry(number, at_s, fact, chain_hash(self.head, number, at_s, body))
+    def append(self, *facts: Event, at_s: float, ends_upload: str | None = None) -> list[LedgerEntry]:
+        """Commit events, one at least, in one transaction, and in the same one forget the upload that they end."""
+        entries: list[LedgerEntry] = []
+        rows: list[dict[str, object]] = []
+        head = self.head
+        for number, fact in enumerate(facts, start=len(self._entries)):
+            body = to_json(fact)
+            head = chain_hash(head, number, at_s, body)
+            entries.append(LedgerEntry(number, at_s, fact, head))
+            rows.append({"number": number, "at_s": at_s, "body": body, "hash": head})
 
         def write(connection: Connection) -> None:
-            if _hash_of(connection, number) == entry.hash:
+            if _hash_of(connection, entries[-1].number) == head:
                 return  # the try before this one took place after all
-            connection.execute(insert(_events).values(number=number, at_s=at_s, body=body, hash=entry.hash))
+            connection.execute(insert(_events), rows)
             if ends_upload is not None:
                 connection.execute(delete(_uploads).where(_uploads.c.upload_id == ends_upload))
 
         self._write(write)
-        self._entries.append(entry)
-        return entry
+        self._entries += entries
+        return entries
 
     def begin_upload(self, row: UploadRow) -> None:
         """Remember an upload, so that it can be resumed after a restart."""

@@ -17,14 +17,17 @@ from fedmerge.store.lock import FolderLock
 class Seat:
     """Holds `state_dir` and opens the database at `url`, but leads only once `try_take` or `take` says so.
 
-    `clock` is monotonic, in seconds. Raises `ResourceError` while another coordinator runs on the folder, or when the
-    database can't be opened.
+    `clock` is monotonic, in seconds, and `durable` as in `Database`. Raises `ResourceError` while another
+    coordinator runs on the folder, or when the database can't be opened.
     """
 
-    def __init__(self, state_dir: Path, url: str, *, lease_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, state_dir: Path, url: str, *, lease_s: float, clock: Callable[[], float], durable: bool = True
+    ) -> None:
         with ExitStack() as opened:
             opened.callback(FolderLock(state_dir).release)
-            self.database = Database(url)
+            self.durable = durable
+            self.database = Database(url, durable=durable)
             opened.callback(self.database.close)
             # One coordinator on this folder: it may take up its own lease again. A copy of the folder is another one.
             holder = f"{platform.node()}:{state_dir.resolve()} ({state_dir.stat().st_ino})"

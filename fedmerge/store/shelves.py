@@ -44,10 +44,14 @@ class Shelf(Protocol):
 
 
 class FolderShelf:
-    """Blobs as files below a folder, which several coordinators may share."""
+    """Blobs as files below a folder, which several coordinators may share.
 
-    def __init__(self, directory: Path) -> None:
+    One that is not `durable` waits for no disk: a power cut may take the latest blobs, or leave them incomplete.
+    """
+
+    def __init__(self, directory: Path, *, durable: bool = True) -> None:
         self._directory = directory
+        self._durable = durable
 
     def has(self, root: str) -> bool:
         """Whether the file is there: it is renamed into place only when it is synced."""
@@ -63,7 +67,8 @@ class FolderShelf:
         target = self._place(root)
         with reporting_os_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            sync_file(source)
+            if self._durable:
+                sync_file(source)
             try:
                 source.replace(target)
             except OSError as err:
@@ -72,11 +77,13 @@ class FolderShelf:
                 # From another file system, by way of a name that is no blob's.
                 near = target.with_name(f".{root}.{os.getpid()}")
                 shutil.copyfile(source, near)
-                sync_file(near)
+                if self._durable:
+                    sync_file(near)
                 near.replace(target)
                 source.unlink()
-            sync_directory(target.parent)
-            sync_directory(self._directory)
+            if self._durable:
+                sync_directory(target.parent)
+                sync_directory(self._directory)
 
     def drop(self, root: str) -> None:
         """Delete the file."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 import torch
 
 from fedmerge.config import Config, load_config
+from fedmerge.coordinator import open_seat
 from fedmerge.events import DeltaAccepted, RoundSealed
+from fedmerge.node import NodeEvent
 from fedmerge.sim import ENGINES, FederationResult, Pool, make_site, open_engine, simulate
 from fedmerge.sim.inline import KnownNodes
 from fedmerge.store.database import Database
@@ -36,6 +40,10 @@ def run(
 def ledger(config: Config) -> list[LedgerEntry]:
     with closing(Database(config.database_url())) as database:
         return Ledger(database).entries
+
+
+def kinds(config: Config) -> list[str]:
+    return [entry.event.kind for entry in ledger(config)]
 
 
 def arrivals(config: Config) -> dict[tuple[int, str], float]:
@@ -109,6 +117,25 @@ def test_drop_outs_leave_the_round_to_its_deadline(tmp_path: Path) -> None:
     assert result.rounds[-1].published_s == pytest.approx(50.0 * sum(len(names) < 6 for names in taken.values()))
 
 
+def test_a_simulation_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    plain, _ = run(tmp_path / "plain", num_rounds=2)
+    make_config(tmp_path / "killed", num_rounds=2)
+    command = [sys.executable, "-m", "tests.e2e.test_simulation", str(tmp_path / "killed"), "to be killed"]
+    assert subprocess.run(command, check=False).returncode == 9
+    config = load_config(tmp_path / "killed" / "fedmerge.toml")
+    assert kinds(config).count("round_published") == 1
+    assert simulate(config, tmp_path / "killed" / "base", NODES).version == plain.version
+    assert kinds(config).count("round_opened") == 2
+
+
+def test_only_a_simulation_waits_for_no_disk(tmp_path: Path) -> None:
+    config, _ = make_config(tmp_path)
+    asked = "PRAGMA synchronous"
+    for settings, expected in (({}, 2), ({"durable": False}, 0)):
+        with closing(open_seat(config, time.monotonic, **settings)) as seat:
+            assert seat.database.run(lambda connection: connection.exec_driver_sql(asked).scalar()) == expected
+
+
 def merged(result: FederationResult) -> tuple[str, torch.Tensor]:
     return result.version, Checkpoint(result.model_dir)["matrix"]
 
@@ -132,10 +159,17 @@ def run_in_a_process(folder: Path, engine: str) -> str:
     return done.stdout.split()[-1]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *to_be_killed: str) -> None:
+    """Simulate; or end at once when the first node of round 2 has sent its first bytes."""
+
+    def end(name: str, event: NodeEvent) -> None:
+        if to_be_killed and (event.kind, event.round) == ("upload", 2):
+            os._exit(9)
+
     config = load_config(folder / "fedmerge.toml")
     with closing(open_engine(config.simulate)) as engine:
-        sys.stdout.write(f"{simulate(config, folder / 'base', NODES, engine=engine).version}\n")
+        result = simulate(config, folder / "base", NODES, engine=engine, on_event=end)
+    sys.stdout.write(f"{result.version}\n")
 
 
 def test_an_error_in_a_worker_comes_out_as_it_is(tmp_path: Path) -> None:
@@ -143,10 +177,6 @@ def test_an_error_in_a_worker_comes_out_as_it_is(tmp_path: Path) -> None:
         waiting = pool.submit(StepTrainer(1), "evaluate", tmp_path / "nowhere")
         with pytest.raises(Exception, match="nowhere"):
             waiting()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
 
 
 def test_slow_nodes_take_fewer_steps_and_deliver_as_often(tmp_path: Path) -> None:
@@ -166,3 +196,7 @@ def test_slow_nodes_take_fewer_steps_and_deliver_as_often(tmp_path: Path) -> Non
         times = [at_s for (_, node), at_s in arrivals(config).items() if node == name]
         assert times[0] == (4000.0 if name in slow else 1000.0)
         assert times[2] - times[1] == 1000.0
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmerge.merkle import LEAF_BYTES, leaf_hash, leaves_of, merkle_root, num_leaves
+from fedmerge.merkle import LEAF_BYTES, MerkleTree, leaf_hash, leaves_of, merkle_root, num_leaves
 
 CT_LEAVES = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
 CT_ROOTS = [
@@ -44,6 +44,9 @@ def recursive_root(leaves: list[bytes]) -> bytes:
 @given(st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=70))
 def test_any_number_of_leaves_agrees_with_the_rfcs_recursion(leaves: list[bytes]) -> None:
     assert merkle_root(leaves) == recursive_root(leaves)
+    tree = MerkleTree(leaves)
+    for size in range(1, len(leaves) + 1):
+        assert tree.root(0, size) == recursive_root(leaves[:size])
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1, 3 * LEAF_BYTES])

@@ -26,7 +26,7 @@ from fedmerge.events import (
     RoundsPaused,
     RoundsResumed,
 )
-from fedmerge.policy import Action, RoundPolicy, next_action, nodes_there, standing
+from fedmerge.policy import Action, RoundPolicy, next_action, next_due_s, nodes_there, standing
 from fedmerge.rounds import FederationState, Phase, after, replay
 from fedmerge.store.ledger import LedgerEntry
 
@@ -256,6 +256,20 @@ class Rounds(RuleBasedStateMachine):
         self.append(RolledBack(round=self.state.round, to_round=to_round, version=ZERO, reason="r", envelope="{}"))
 
     # What is promised
+
+    @invariant()
+    def who_waits_knows_until_when(self) -> None:
+        def due_at(at_s: float) -> bool:
+            return next_action(self.state, self.policy, NODES, at_s) not in {Action.WAIT, Action.FINISH}
+
+        if due_at(self.now_s):
+            return
+        until_s = next_due_s(self.state, self.policy, NODES, self.now_s)
+        if until_s is None:
+            assert not any(due_at(self.now_s + ahead_s) for ahead_s in (1.0, 10.0, 1e6))
+        else:
+            assert due_at(until_s)
+            assert not due_at(self.now_s + 0.99 * (until_s - self.now_s))
 
     @invariant()
     def no_round_is_published_twice(self) -> None:

@@ -146,7 +146,7 @@ def test_work_waits_for_a_server_that_is_killed_and_is_done_once(own_postgres: P
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ledger.append, FACTS[1], at_s=2.0)
         own_postgres.start()
-        assert waiting.result(60).number == 1
+        assert waiting.result(60)[0].number == 1
     ledger.close()
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmerge.errors import BadSignature, DigestMismatch, UntrustedKey, VerificationError
-from fedmerge.merkle import merkle_root
+from fedmerge.merkle import MerkleTree, merkle_root
 from fedmerge.sign import ALGORITHMS, Algorithm, PublicKey, SigningKey
 from fedmerge.translog import (
     LogCheckpoint,
@@ -29,6 +29,7 @@ from fedmerge.translog import (
 )
 
 LEAVES = [log_leaf(hashlib.sha256(bytes([i])).hexdigest()) for i in range(40)]
+TREE = MerkleTree(LEAVES)  # proofs are of its first leaves, however many came since
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 7, 8, 20])
@@ -36,7 +37,7 @@ def test_every_leaf_has_a_proof_and_no_other_passes(size: int) -> None:
     leaves = LEAVES[:size]
     root = merkle_root(leaves)
     for index, leaf in enumerate(leaves):
-        proof = inclusion_proof(leaves, index)
+        proof = inclusion_proof(TREE, index, size)
         verify_inclusion(leaf, index, size, proof, root)
         wrong = [
             (LEAVES[-1], index, size, proof, root),
@@ -56,7 +57,7 @@ def test_every_growth_has_a_proof_and_no_other_passes() -> None:
         new = LEAVES[:new_size]
         for old_size in range(new_size + 1):
             old_root, new_root = merkle_root(new[:old_size]), merkle_root(new)
-            proof = consistency_proof(new, old_size)
+            proof = consistency_proof(TREE, old_size, new_size)
             verify_consistency(old_size, old_root, new_size, new_root, proof)
             if old_size == 0:
                 continue
@@ -83,10 +84,10 @@ def test_the_example_of_rfc_6962() -> None:
     g, h, i = pair(a, b), pair(c, d), pair(e, f)
     k, l = pair(g, h), pair(i, j)  # noqa: E741 - as the RFC calls it
     assert merkle_root(LEAVES[:7]) == pair(k, l)
-    assert inclusion_proof(LEAVES[:7], 3) == [c, g, l]
-    assert consistency_proof(LEAVES[:7], 3) == [c, d, g, l]
-    assert consistency_proof(LEAVES[:7], 4) == [l]
-    assert consistency_proof(LEAVES[:7], 6) == [i, j, k]
+    assert inclusion_proof(TREE, 3, 7) == [c, g, l]
+    assert consistency_proof(TREE, 3, 7) == [c, d, g, l]
+    assert consistency_proof(TREE, 4, 7) == [l]
+    assert consistency_proof(TREE, 6, 7) == [i, j, k]
 
 
 @settings(max_examples=50)
@@ -96,7 +97,7 @@ def test_a_changed_history_is_never_consistent(new_size: int, data: st.DataObjec
     changed = data.draw(st.integers(0, old_size - 1))
     old, new = list(LEAVES[:old_size]), list(LEAVES[:new_size])
     new[changed] = log_leaf("0" * 64)
-    proof = consistency_proof(new, old_size)
+    proof = consistency_proof(MerkleTree(new), old_size, new_size)
     with pytest.raises(DigestMismatch):
         verify_consistency(old_size, merkle_root(old), new_size, merkle_root(new), proof)
 
