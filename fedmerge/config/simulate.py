@@ -38,16 +38,17 @@ class Simulate(Section):
     """Parameter of the Dirichlet distribution of "dirichlet" and "size"."""
     test_share: float = Field(default=0.0, ge=0, le=0.5)
     """Share of a node's rows that it keeps to evaluate models with; 0 evaluates none."""
-    engine: Literal["inline", "pool", "ray"] = "inline"
-    """Where nodes train: in this process ("inline"), in several ("pool"), or on Ray ("ray"; needs the extra ray)."""
+    engine: Literal["inline", "pool", "ray", "flower"] = "inline"
+    """Where nodes train: in this process ("inline"), in several ("pool"), on Ray ("ray"; needs the extra ray), or in
+    ClientApps of Flower's simulation engine ("flower"; needs the extra flower)."""
     workers: Positive = 2
-    """Processes of "pool"."""
+    """Processes of "pool", virtual SuperNodes of "flower"."""
     ray_address: str | None = Field(default=None, min_length=1, examples=["auto"])
     """Ray cluster to use, HOST:PORT, or "auto" for the one that runs here. Without it one is started."""
     ray_cpus: float = Field(default=1.0, ge=0, le=1e4)
-    """Cores that a node takes on Ray; fractions share one."""
+    """Cores that a node takes on Ray, Flower's too; fractions share one."""
     ray_gpus: float = Field(default=0.0, ge=0, le=1e4)
-    """Accelerators that a node takes on Ray; fractions share one."""
+    """Accelerators that a node takes on Ray, Flower's too; fractions share one."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of everything below that is drawn at random, by node."""
     train_s: float = Field(default=0.0, ge=0, le=1e9)

@@ -1,6 +1,6 @@
 """Rounds on one machine: the same coordinator and node code as deployed, in one process or in several."""
 
-from fedmerge.sim.engines import ENGINES, Engine, Inline, Pool, open_engine
+from fedmerge.sim.engines import ENGINES, Engine, Inline, Pool, local_processes, open_engine
 from fedmerge.sim.inline import prepare_nodes, simulate
 from fedmerge.sim.processes import simulate_processes
 from fedmerge.sim.results import FederationResult, NodeResult, result_of
@@ -18,6 +18,7 @@ __all__ = [
     "Pool",
     "Site",
     "World",
+    "local_processes",
     "make_site",
     "node_home",
     "open_engine",

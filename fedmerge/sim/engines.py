@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -47,24 +47,29 @@ class Inline:
 
 
 class Pool:
-    """`num_workers` processes on this machine, which divide its cores among them."""
+    """Calls on an executor, whose workers see the same files: processes here, or Flower's ClientApps."""
 
-    def __init__(self, num_workers: int) -> None:
-        # Not forked: torch's threads do not survive it.
-        self._pool = ProcessPoolExecutor(
-            num_workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_limit_threads,
-            initargs=(max(1, (os.cpu_count() or 1) // num_workers),),
-        )
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
 
     def submit(self, trainer: Trainer, method: str, *arguments: Any) -> Waiting:
-        """Hand the call to the next process that is free."""
-        return self._pool.submit(call, trainer, method, *map(_portable, arguments)).result
+        """Hand the call to the next worker that is free."""
+        return self._executor.submit(call, trainer, method, *map(_portable, arguments)).result
 
     def close(self) -> None:
-        """Stop the processes."""
-        self._pool.shutdown(cancel_futures=True)
+        """Stop the workers."""
+        self._executor.shutdown(cancel_futures=True)
+
+
+def local_processes(num_workers: int) -> Executor:
+    """Return processes on this machine, which divide its cores among them."""
+    # Not forked: torch's threads do not survive it.
+    return ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_limit_threads,
+        initargs=(max(1, (os.cpu_count() or 1) // num_workers),),
+    )
 
 
 def call(trainer: Trainer, method: str, *arguments: Any) -> Any:
@@ -130,10 +135,17 @@ def _ray(settings: Simulate) -> Engine:
     return Ray(settings.ray_address, num_cpus=settings.ray_cpus, num_gpus=settings.ray_gpus)
 
 
+def _flower(settings: Simulate) -> Engine:
+    from fedmerge.interop.flower.executor import FlowerExecutor
+
+    return Pool(FlowerExecutor(settings.workers, num_cpus=settings.ray_cpus, num_gpus=settings.ray_gpus))
+
+
 ENGINES: dict[str, Callable[[Simulate], Engine]] = {
     "inline": lambda settings: Inline(),
-    "pool": lambda settings: Pool(settings.workers),
+    "pool": lambda settings: Pool(local_processes(settings.workers)),
     "ray": _ray,
+    "flower": _flower,
 }
 
 

@@ -17,7 +17,7 @@ from fedmerge.config import Config, load_config
 from fedmerge.coordinator import open_seat
 from fedmerge.events import DeltaAccepted, RoundSealed
 from fedmerge.node import NodeEvent
-from fedmerge.sim import ENGINES, FederationResult, Pool, make_site, open_engine, simulate
+from fedmerge.sim import ENGINES, FederationResult, Pool, local_processes, make_site, open_engine, simulate
 from fedmerge.sim.inline import KnownNodes
 from fedmerge.store.database import Database
 from fedmerge.store.ledger import Ledger, LedgerEntry
@@ -173,7 +173,7 @@ def main(folder: Path, *to_be_killed: str) -> None:
 
 
 def test_an_error_in_a_worker_comes_out_as_it_is(tmp_path: Path) -> None:
-    with closing(Pool(1)) as pool:
+    with closing(Pool(local_processes(1))) as pool:
         waiting = pool.submit(StepTrainer(1), "evaluate", tmp_path / "nowhere")
         with pytest.raises(Exception, match="nowhere"):
             waiting()
