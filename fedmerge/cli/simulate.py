@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.markup import escape
 from rich.table import Table
 
 from fedmerge.cli.base import prepare_base
-from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json, stdout
+from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json, printable, stderr, stdout
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import Config, load_config
 from fedmerge.errors import ConfigError
 from fedmerge.sim import FederationResult, World, open_engine, simulate_processes, with_virtual_nodes
 from fedmerge.sim import simulate as simulate_inline
+from fedmerge.sim import sweep as run_sweep
+from fedmerge.sim.sweep import Point
 from fedmerge.training import check_plan, load_trainer
 
 
@@ -29,30 +34,24 @@ def simulate(
     processes: Annotated[
         bool, Parameter(negative=(), help="One process for each party, over gRPC and TLS on loopback.")
     ] = False,
+    sweep: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--sweep",
+            help="Simulate once for each of these, SECTION.KEY=VALUE,VALUE, and show what came of each. Repeatable: all"
+            " combinations.",
+        ),
+    ] = (),
     json: JsonFlag = False,
 ) -> None:
     """Run coordinator and nodes here, to the last round; started again, it goes on where it was."""
-    settings = with_virtual_nodes(load_config(config))
-    if not settings.nodes:
-        hint = "add a [[nodes]] section for each, or set simulate.nodes and simulate.data"
-        raise ConfigError(f"{config}: there are no nodes to simulate", hint=hint)
-    if len(settings.nodes) < settings.rounds.min_nodes:
-        raise ConfigError(f"{config}: rounds.min_nodes is more than the {len(settings.nodes)} nodes there are")
-    check_plan(settings.train.trainer, settings.train.extras)
-    trainers = {
-        node.name: load_trainer(settings.train.trainer, node.model_dump(exclude={"name"}, exclude_none=True))
-        for node in settings.nodes
-    }
-    for trainer in trainers.values():
-        trainer.check()
-    base_dir = prepare_base(settings)
-    with node_progress() as show:
+    if sweep:
         if processes:
-            result = simulate_processes(settings, config, on_event=show)
-        else:
-            with closing(open_engine(settings.simulate)) as engine:
-                world = World(time.time())
-                result = simulate_inline(settings, base_dir, trainers, world=world, engine=engine, on_event=show)
+            raise ConfigError("--sweep and --processes do not go together", hint="leave --processes out")
+        _simulate_grid(config, _grid(sweep), json=json)
+        return
+    settings = with_virtual_nodes(load_config(config))
+    result = _simulate(settings, config, prepare_base, deployed=config if processes else None)
     if json:
         print_json(result.to_dict())
         return
@@ -60,6 +59,86 @@ def simulate(
     if not processes:
         stdout.print(_took(settings, result))
     sys.stdout.write(f"{result.model_dir}\n")
+
+
+def _simulate(
+    settings: Config, path: Path, base_of: Callable[[Config], Path], deployed: Path | None = None
+) -> FederationResult:
+    """Simulate a federation, or deploy it here in processes of their own; `path` is where its settings stand."""
+    if not settings.nodes:
+        hint = "add a [[nodes]] section for each, or set simulate.nodes and simulate.data"
+        raise ConfigError(f"{path}: there are no nodes to simulate", hint=hint)
+    if len(settings.nodes) < settings.rounds.min_nodes:
+        raise ConfigError(f"{path}: rounds.min_nodes is more than the {len(settings.nodes)} nodes there are")
+    check_plan(settings.train.trainer, settings.train.extras)
+    trainers = {
+        node.name: load_trainer(settings.train.trainer, node.model_dump(exclude={"name"}, exclude_none=True))
+        for node in settings.nodes
+    }
+    for trainer in trainers.values():
+        trainer.check()
+    base_dir = base_of(settings)
+    with node_progress() as show:
+        if deployed is not None:
+            return simulate_processes(settings, deployed, on_event=show)
+        with closing(open_engine(settings.simulate)) as engine:
+            world = World(time.time())
+            return simulate_inline(settings, base_dir, trainers, world=world, engine=engine, on_event=show)
+
+
+def _simulate_grid(path: Path, grid: dict[str, list[str]], *, json: bool) -> None:
+    """Simulate the federation for each combination of values, all from the same base model."""
+    shared = None if any(key.startswith("model.") for key in grid) else prepare_base(load_config(path))
+
+    def announce(point: Point) -> None:
+        stderr.print(f"[bold]{escape(printable(describe_settings(point.settings)))}[/]")
+
+    def run(config: Config) -> FederationResult:
+        return _simulate(config, path, lambda settings: shared or prepare_base(settings))
+
+    result = run_sweep(path, grid, run, on_point=announce)
+    if json:
+        print_json({"points": result.rows})
+        return
+    columns = list(dict.fromkeys(column for row in result.rows for column in row))
+    hidden = {"rounds", "deltas", "fetched_bytes"}
+    headings = {column: printable(column).removesuffix("_bytes") for column in columns if column not in hidden}
+    table = Table(title=f"{len(result.rows)} simulations")
+    for column, heading in headings.items():
+        table.add_column(heading, justify="left" if column in {*grid, "version", "failure"} else "right")
+    for row in result.rows:
+        table.add_row(*(escape(_cell(column, row.get(column))) for column in headings))
+    stdout.print(table)
+    sys.stdout.write(f"{result.csv_path}\n")
+
+
+def _cell(column: str, value: object) -> str:
+    if column == "sent_bytes" and isinstance(value, int):
+        return format_bytes(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else printable(str(value))[: 8 if column == "version" else 200]
+
+
+def describe_settings(settings: Mapping[str, str]) -> str:
+    """Return a point of a sweep as a few words."""
+    return ", ".join(f"{key} = {value}" for key, value in settings.items())
+
+
+def _grid(assignments: Sequence[str]) -> dict[str, list[str]]:
+    """Parse the SECTION.KEY=VALUE,VALUE of --sweep; raise `ConfigError` for one that is none."""
+    grid: dict[str, list[str]] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        # Commas inside of a list or a table belong to the value.
+        values = [value.strip() for value in re.findall(r"(?:[^,\[{]|\[[^\]]*\]|\{[^}]*\})+", text)]
+        if not re.fullmatch(r"[a-z]+\.\w+", key) or not separator or not all(values) or not values or key in grid:
+            raise ConfigError(
+                f"--sweep {assignment}: expected SECTION.KEY=VALUE,VALUE, each key once",
+                hint="such as merge.density=0.1,0.2",
+            )
+        grid[key] = values
+    return grid
 
 
 def _took(settings: Config, result: FederationResult) -> str:

@@ -40,11 +40,13 @@ class _Problem(NamedTuple):
     text: str
 
 
-def load_config(path: Path, *, environ: Mapping[str, str] | None = None) -> Config:
+def load_config(
+    path: Path, *, environ: Mapping[str, str] | None = None, overrides: Mapping[str, str] | None = None
+) -> Config:
     """Read a fedmerge.toml; relative paths in it start from its folder.
 
-    `environ` is searched for overrides and is the process's own environment by default. Raises `ConfigError` with one
-    line for each problem.
+    `environ` is searched for overrides and is the process's own environment by default; over both go `overrides`, TOML
+    values by SECTION.KEY. Raises `ConfigError` with one line for each problem.
     """
     try:
         text = path.read_bytes().decode()
@@ -53,16 +55,24 @@ def load_config(path: Path, *, environ: Mapping[str, str] | None = None) -> Conf
     except UnicodeDecodeError as err:
         line = path.read_bytes().count(b"\n", 0, err.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8 text") from err
-    return parse_config(text, folder=path.parent, where=str(path), environ=os.environ if environ is None else environ)
+    environ = os.environ if environ is None else environ
+    return parse_config(text, folder=path.parent, where=str(path), environ=environ, overrides=overrides)
 
 
-def parse_config(text: str, *, folder: Path, where: str, environ: Mapping[str, str] | None = None) -> Config:
+def parse_config(
+    text: str,
+    *,
+    folder: Path,
+    where: str,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, str] | None = None,
+) -> Config:
     """Parse the text of a fedmerge.toml that stands, or would stand, in `folder`; `where` names it in errors."""
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as err:  # ValueError: also an integer of thousands of digits
         raise ConfigError(_syntax_error(str(err), text, where)) from err
-    overrides, problems = _read_environment(environ or {}, data)
+    variables, problems = _lay_over(data, [*_in_environment(environ or {}), *_in_settings(overrides or {})])
     huge = [_Problem(path, "should be a number of 64 bits at most") for path in _huge_numbers(data)]
     config, found = (None, huge) if huge else _validate(data, folder)
     problems += found
@@ -71,7 +81,7 @@ def parse_config(text: str, *, folder: Path, where: str, environ: Mapping[str, s
     lines = key_lines(text)
     report: list[tuple[int, str]] = []
     for path, text_ in problems:
-        variable = overrides.get(path[:2])
+        variable = variables.get(path[:2])
         line = 0 if variable or not path else line_of(path, lines)
         place = f"{variable}: " if variable else f"{where}:{line}: " if path else ""
         report.append((line, f"{place}{_dotted(path)}{text_}"))
@@ -287,28 +297,45 @@ def _parameter_problems(
     return problems
 
 
-def _read_environment(environ: Mapping[str, str], data: dict[str, Any]) -> tuple[dict[KeyPath, str], list[_Problem]]:
-    """Lay the overrides over `data`; return the variable by key path, and what is wrong with their names."""
-    variables: dict[KeyPath, str] = {}
-    problems: list[_Problem] = []
+class _Override(NamedTuple):
+    shown_as: str
+    section: str
+    key: str
+    text: str
+
+
+def _in_environment(environ: Mapping[str, str]) -> Iterator[_Override]:
     for variable in sorted(environ):
         section, separator, key = variable.removeprefix(ENV_PREFIX).lower().partition("__")
-        if not variable.startswith(ENV_PREFIX) or not separator:
+        if variable.startswith(ENV_PREFIX) and separator:
+            yield _Override(variable, section, key, environ[variable])
+
+
+def _in_settings(settings: Mapping[str, str]) -> Iterator[_Override]:
+    for name, text in settings.items():
+        section, _, key = name.partition(".")
+        yield _Override(f"{name}={text}", section, key, text)
+
+
+def _lay_over(data: dict[str, Any], overrides: Iterable[_Override]) -> tuple[dict[KeyPath, str], list[_Problem]]:
+    """Lay the overrides over `data`; return what each is shown as, by key path, and what is wrong with their names."""
+    shown: dict[KeyPath, str] = {}
+    problems: list[_Problem] = []
+    for override in overrides:
+        if override.section not in SECTIONS:
+            problem = f"unknown section {override.section!r}{_suggestion(override.section, SECTIONS)}"
+            if override.section == "nodes":
+                problem = "[[nodes]] can only be set in the file"
+            problems.append(_Problem((), f"{override.shown_as}: {problem}"))
             continue
-        if section not in SECTIONS:
-            problem = f"unknown section {section!r}{_suggestion(section, SECTIONS)}"
-            if section == "nodes":
-                problem = "[[nodes]] can't be set from the environment"
-            problems.append(_Problem((), f"{variable}: {problem}"))
-            continue
-        table = data.setdefault(section, {})
+        table = data.setdefault(override.section, {})
         if isinstance(table, dict):
-            table[key] = _environment_value(environ[variable], SECTIONS[section], key)
-            variables[section, key] = variable
-    return variables, problems
+            table[override.key] = _value(override.text, SECTIONS[override.section], override.key)
+            shown[override.section, override.key] = override.shown_as
+    return shown, problems
 
 
-def _environment_value(text: str, section: type[Section], key: str) -> Any:
+def _value(text: str, section: type[Section], key: str) -> Any:
     """Return `text` as the TOML value it spells, or as itself where a string is wanted or it spells none."""
     field = section.model_fields.get(key)
     if field is not None and field.annotation in (str, Path):

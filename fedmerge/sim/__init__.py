@@ -5,6 +5,7 @@ from fedmerge.sim.inline import prepare_nodes, simulate
 from fedmerge.sim.processes import simulate_processes
 from fedmerge.sim.results import FederationResult, NodeResult, result_of
 from fedmerge.sim.sites import LocalLink, Site, make_site, node_home
+from fedmerge.sim.sweep import SweepResult, sweep
 from fedmerge.sim.virtual import with_virtual_nodes
 from fedmerge.sim.world import World
 
@@ -17,6 +18,7 @@ __all__ = [
     "NodeResult",
     "Pool",
     "Site",
+    "SweepResult",
     "World",
     "local_processes",
     "make_site",
@@ -26,5 +28,6 @@ __all__ = [
     "result_of",
     "simulate",
     "simulate_processes",
+    "sweep",
     "with_virtual_nodes",
 ]

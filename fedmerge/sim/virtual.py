@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from fedmerge.config import Config
 from fedmerge.config.simulate import SimulatedNode
@@ -14,10 +15,11 @@ from fedmerge.sim.sites import node_home
 SETTINGS = ("nodes", "data", "partition", "by", "alpha", "test_share", "seed")
 
 
-def with_virtual_nodes(config: Config) -> Config:
+def with_virtual_nodes(config: Config, folder: Path | None = None) -> Config:
     """Return the configuration with the nodes that `simulate.nodes` asks for; without it, as it is.
 
-    Their data are written beside the coordinator's state, once: a simulation that goes on does so with the same. Raises
+    Their data are written to `folder`, by default beside the coordinator's state, once: a simulation that goes on, and
+    others with the same nodes, do so with the same. Raises
     `ConfigError` when they were shared out in another way before, and `InputError` when the data can't be read.
     """
     settings = config.simulate
@@ -28,10 +30,11 @@ def with_virtual_nodes(config: Config) -> Config:
     assert settings.data is not None
     width = len(str(settings.nodes))
     names = [f"node-{number:0{width}}" for number in range(1, settings.nodes + 1)]
-    homes = [node_home(config, name) for name in names]
+    folder = folder or node_home(config, "")
+    homes = [folder / name for name in names]
     files = [(home / "data.jsonl", home / "test.jsonl" if settings.test_share else None) for home in homes]
-    stamp = node_home(config, "partition.json")
-    wanted = json.dumps(settings.model_dump(mode="json", include=set(SETTINGS)), sort_keys=True)
+    stamp = folder / "partition.json"
+    wanted = partition_of(config)
     with reporting_os_errors(stamp):
         shared_out = stamp.read_text() if stamp.exists() else ""
     if shared_out and shared_out != wanted:
@@ -55,3 +58,8 @@ def with_virtual_nodes(config: Config) -> Config:
         SimulatedNode(name=name, data=data, test=test) for name, (data, test) in zip(names, files, strict=True)
     )
     return config.model_copy(update={"nodes": nodes})
+
+
+def partition_of(config: Config) -> str:
+    """Return the settings that the data of made-up nodes follow from, as text."""
+    return json.dumps(config.simulate.model_dump(mode="json", include=set(SETTINGS)), sort_keys=True)

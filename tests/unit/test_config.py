@@ -547,7 +547,7 @@ def test_the_environment_overrides_the_file_and_is_named_in_errors() -> None:
         FEDMERGE_ROUND__MIN_NODES="3",
         FEDMERGE_NODES__NAME="a",
     ) == [
-        "FEDMERGE_NODES__NAME: [[nodes]] can't be set from the environment",
+        "FEDMERGE_NODES__NAME: [[nodes]] can only be set in the file",
         "FEDMERGE_ROUND__MIN_NODES: unknown section 'round'; did you mean 'rounds'?",
         "FEDMERGE_ROUNDS__MIN_NODES: rounds.min_nodes: should be a whole number, not 'many'",
         "FEDMERGE_ROUNDS__MIN_NODS: rounds.min_nods: unknown key; did you mean 'min_nodes'?",
