@@ -15,6 +15,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -325,7 +326,7 @@ class Node:
             payload_root=merkle_root(leaves_of(payload)).hex(),
             num_examples=result.num_examples,
             metrics=result.metrics,
-            software=f"fedmerge {version('fedmerge')}",
+            software=_software(),
         )
         # The statement's presence says that the payload, and the residual and trainer's state beside it, are complete.
         partial = outbox / "statement.partial"
@@ -450,3 +451,8 @@ class Node:
 
     def _emit(self, kind: str, round_number: int, **values: Any) -> None:
         self._on_event(NodeEvent(kind, round_number, values))
+
+
+@cache
+def _software() -> str:
+    return f"fedmerge {version('fedmerge')}"

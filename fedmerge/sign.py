@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -223,6 +224,16 @@ def open_envelope(envelope: bytes, payload_type: str, trusted: Mapping[str, Publ
             f"{where}: signed by key {key_id[:12]}, which is not trusted here",
             hint="compare the key id with its owner over another channel, then: fedmerge keys trust FILE",
         )
+    return _verified(envelope, signer, where)
+
+
+# What follows from bytes alone is remembered of the latest few: all nodes of a simulation, and all steps of a round,
+# open the same plan and the same merge record. Who is trusted is asked each time.
+
+
+@lru_cache(maxsize=32)
+def _verified(envelope: bytes, signer: PublicKey, where: str) -> Signed:
+    parsed, _ = _parse_envelope(envelope, where=where)
     try:
         parsed.verify([signer._verifier()], threshold=1)
     except (DsseError, ValueError) as err:
@@ -230,6 +241,7 @@ def open_envelope(envelope: bytes, payload_type: str, trusted: Mapping[str, Publ
     return Signed(parsed.payload, signer, envelope)
 
 
+@lru_cache(maxsize=32)
 def _parse_envelope(envelope: bytes, *, where: str) -> tuple[Envelope, str]:
     """Return an unverified envelope and the one key id that it names."""
     if len(envelope) > MAX_ENVELOPE_BYTES:

@@ -138,7 +138,7 @@ class Statement(_Strict, ABC):
         return cls.from_payload(signed.payload, where=where), signed
 
 
-@lru_cache(maxsize=32)  # all nodes of a round are handed the same few, which are frozen
+@lru_cache(maxsize=32)  # as `fedmerge.sign` remembers what it has verified; statements are frozen
 def _parse(cls: type[Statement], payload: bytes, where: str) -> Statement:
     body = parse_json_object(payload, where=where)
     try:

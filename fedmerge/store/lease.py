@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, bindparam, select, update
 
 from fedmerge.errors import Deposed
 from fedmerge.store.database import Database
 from fedmerge.store.database import lease as _lease
+
+# Made once: it goes before every write.
+_BEAT = update(_lease).where(_lease.c.token == bindparam("held")).values(beat=_lease.c.beat + 1)
 
 
 class _Row(NamedTuple):
@@ -78,8 +81,7 @@ class Lease:
 
     def require(self, connection: Connection) -> None:
         """Make a transaction one of the holder's: raise `Deposed` in it unless the lease is still held."""
-        mine = update(_lease).where(_lease.c.token == self._token).values(beat=_lease.c.beat + 1)
-        if self._token is None or connection.execute(mine).rowcount != 1:
+        if self._token is None or connection.execute(_BEAT, {"held": self._token}).rowcount != 1:
             raise Deposed(
                 f"another coordinator, {_read(connection).holder or 'since gone'}, has taken this one's place",
                 hint="nothing is lost; started again, this one stands by",
