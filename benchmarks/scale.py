@@ -1,0 +1,378 @@
+"""What simulated nodes cost beside what they compute: our engines and Flower's simulation, in the same run.
+
+    python benchmarks/scale.py [--quick] [--json FILE]
+
+Nodes are tiny (1,024 parameters, a step drawn at random), so that what is measured is everything else: for us keys,
+signed plans and deltas, checks, the ledger, witnesses and signed models; for Flower messages, Ray and FedAvg.
+Each case runs in a process of its own. CPU seconds and memory (the sum of proportional set sizes) are those of that
+process and all that it starts, sampled ten times a second. A round is the mean of the later ones; start-up is what
+comes before the second, less one round. --quick leaves 1,000 nodes out. Then 10,000 nodes, of which 100 are asked in
+each round, and Flower's digits app with its own FedAvg and with our strategy and mod.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from shared import at_least, at_most, print_table, report
+
+ROOT = Path(__file__).parents[1]
+NUM_ROUNDS, SHAPE = 5, (64, 16)
+SAMPLE_S = 0.1
+CONFIG = """
+[federation]
+name = "scale"
+[model]
+base = "base"
+[rounds]
+num_rounds = {num_rounds}
+min_nodes = {min_nodes}
+{sample}
+[simulate]
+engine = "{engine}"
+train_s = 100.0
+spread = 0.5
+"""
+
+
+@dataclass(frozen=True)
+class StepTrainer:
+    """Adds a step drawn from its seed."""
+
+    seed: int
+
+    def check(self) -> None:
+        """Accept anything."""
+
+    def train(self, task: Any) -> Any:
+        """Write the model plus the step."""
+        import torch
+        from safetensors.torch import save_file
+
+        from fedmerge.tensors import Checkpoint
+        from fedmerge.training import TrainResult
+
+        before, out = Checkpoint(task.model_dir), task.workspace / "tuned"
+        out.mkdir(exist_ok=True)
+        step = torch.from_numpy(draw(self.seed))
+        save_file({name: before[name] + step for name in before}, out / "model.safetensors")
+        return TrainResult(out, 10)
+
+    def evaluate(self, model_dir: Path) -> dict[str, float]:
+        """Have nothing to say."""
+        return {}
+
+
+def draw(seed: int) -> np.ndarray:
+    return 0.01 * np.random.Generator(np.random.PCG64(seed)).standard_normal(SHAPE, dtype=np.float32)
+
+
+class Marks:
+    """When each round began, by the wall clock."""
+
+    def __init__(self) -> None:
+        self.at_s: dict[int, float] = {}
+
+    def __call__(self, round_number: int) -> None:
+        self.at_s.setdefault(round_number, time.time())
+
+
+def ours(folder: Path, engine: str, num_nodes: int, num_rounds: int, sample: int) -> dict[str, Any]:
+    """Simulate a federation."""
+    import torch
+    from safetensors.torch import save_file
+
+    from fedmerge.config import parse_config
+    from fedmerge.sim import open_engine, simulate
+
+    (folder / "base").mkdir()
+    save_file({"weight": torch.zeros(SHAPE)}, folder / "base" / "model.safetensors")
+    (folder / "base" / "config.json").write_text("{}")
+    asked = f"sample = {sample}" if sample else ""
+    text = CONFIG.format(engine=engine, num_rounds=num_rounds, min_nodes=sample or num_nodes, sample=asked)
+    config = parse_config(text, folder=folder, where="fedmerge.toml")
+    marks = Marks()
+
+    def on_event(name: str, event: Any) -> None:
+        if event.kind == "encoded":
+            marks(event.round)
+
+    trainers = {f"node-{number:05}": StepTrainer(number) for number in range(num_nodes)}
+    with closing(open_engine(config.simulate)) as opened:
+        simulate(config, folder / "base", trainers, engine=opened, on_event=on_event)
+    return {"marks": marks.at_s}
+
+
+def flower(folder: Path, num_nodes: int, num_rounds: int) -> dict[str, Any]:
+    """Run FedAvg under Flower's simulation engine."""
+    from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp.strategy import FedAvg
+
+    client_app, marks = ClientApp(), Marks()
+
+    @client_app.train()
+    def train(message: Message, context: Any) -> Message:
+        weight = message.content["arrays"]["weight"].numpy() + draw(int(context.node_config["partition-id"]))
+        content = {"arrays": ArrayRecord({"weight": Array(weight)}), "metrics": MetricRecord({"num-examples": 10})}
+        return Message(RecordDict(content), reply_to=message)
+
+    class Marked(FedAvg):
+        def configure_train(self, server_round: int, *arguments: Any) -> Iterable[Message]:
+            marks(server_round)
+            return super().configure_train(server_round, *arguments)
+
+    strategy = Marked(fraction_evaluate=0.0, min_train_nodes=num_nodes, min_available_nodes=num_nodes)
+    initial = ArrayRecord({"weight": Array(np.zeros(SHAPE, dtype=np.float32))})
+    play(client_app, num_nodes, lambda grid: strategy.start(grid=grid, initial_arrays=initial, num_rounds=num_rounds))
+    return {"marks": marks.at_s}
+
+
+def play(client_app: Any, num_nodes: int, serve: Callable[[Any], Any]) -> None:
+    from flwr.serverapp import ServerApp
+    from flwr.simulation import run_simulation
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    server_app = ServerApp()
+    server_app.main()(lambda grid, context: serve(grid))
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"include_dashboard": False}}
+    run_simulation(server_app, client_app, num_nodes, backend_config=resources)
+
+
+def digits(folder: Path, method: str, codec: str, num_rounds: int) -> dict[str, Any]:
+    """Run the digits app at ten sites, by Flower's FedAvg (method "flower") or ours."""
+    sys.path.insert(0, str(ROOT / "clients" / "apps" / "flower"))
+    import torch
+    from digits.task import accuracy, load_site, make_model
+    from digits.task import train as fit
+    from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp.strategy import FedAvg
+
+    from fedmerge.codec import Codec
+    from fedmerge.interop.flower import MergeStrategy, fedmerge_delta
+
+    client_app, marks, num_sites = ClientApp(mods=[fedmerge_delta]), Marks(), 10
+    num_bytes = []
+
+    @client_app.train()
+    def train(message: Message, context: Any) -> Message:
+        site, model = int(context.node_config["partition-id"]), make_model()
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        images, labels, _, _ = load_site(site, num_sites)
+        torch.manual_seed(site)
+        fit(model, images, labels, 2, 0.1)
+        metrics = MetricRecord({"num-examples": len(labels)})
+        return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
+
+    class Counting:
+        """Counts what clients send, and when rounds begin, whatever strategy it is mixed into."""
+
+        def configure_train(self, server_round: int, *arguments: Any) -> Any:
+            marks(server_round)
+            return super().configure_train(server_round, *arguments)  # type: ignore[misc]
+
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            replies = list(replies)
+            records = [record for reply in replies for record in reply.content.array_records.values()]
+            num_bytes.append(sum(len(array.data) for record in records for array in record.values()))
+            return super().aggregate_train(server_round, replies)  # type: ignore[misc]
+
+    options: dict[str, Any] = {
+        "fraction_evaluate": 0.0, "min_train_nodes": num_sites, "min_available_nodes": num_sites
+    }  # fmt: skip
+    if method == "flower":
+        strategy = type("Counted", (Counting, FedAvg), {})(**options)
+    else:
+        kind = type("Counted", (Counting, MergeStrategy), {})
+        strategy = kind(method, codec=Codec(**CODECS[codec]) if codec in CODECS else None, **options)
+    final: dict[str, Any] = {}
+
+    def serve(grid: Any) -> None:
+        initial = ArrayRecord(make_model().state_dict())
+        result = strategy.start(grid=grid, initial_arrays=initial, num_rounds=num_rounds)
+        final.update(result.arrays.to_torch_state_dict())
+
+    play(client_app, num_sites, serve)
+    model = make_model()
+    model.load_state_dict(final)
+    _, _, images, labels = load_site(0, num_sites)
+    return {"marks": marks.at_s, "accuracy": accuracy(model, images, labels), "sent_bytes": sum(num_bytes)}
+
+
+CODECS: dict[str, dict[str, Any]] = {
+    "int8": {},
+    "topk": {"sparsify": "topk", "density": 0.1, "values": "int4", "block_size": 64, "small_elements": 0},
+}
+CASES: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "flower": flower, "digits": digits}
+
+
+def measure(case: str, *arguments: str | int, num_rounds: int) -> dict[str, Any]:
+    """Run a case in a process of its own; return its figures: seconds and CPU seconds, by the marks it left."""
+    with tempfile.TemporaryDirectory(prefix="fedmerge-scale-") as folder:
+        out = Path(folder) / "result.json"
+        asked = json.dumps([*arguments])
+        environ = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+        environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "FEDMERGE_LOG_LEVEL": "ERROR"}
+        began_s = time.time()
+        child = subprocess.Popen(
+            [sys.executable, __file__, "--case", case, asked, folder, str(out)],
+            env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        sampler = Sampler(child.pid)
+        _, problems = child.communicate()
+        samples = sampler.stop()
+        ended_s = time.time()
+        if child.returncode:
+            sys.exit(f"{case} {arguments}: {problems[-3000:]}")
+        found = json.loads(out.read_text())
+    marks = {int(number): at_s for number, at_s in found.pop("marks").items()}
+    times, cpu, memory = map(np.array, zip(*samples, strict=True))
+
+    def split(value_at: Callable[[float], float], whole: float) -> dict[str, float]:
+        per_round = (value_at(marks[num_rounds]) - value_at(marks[2])) / (num_rounds - 2)
+        start_up = value_at(marks[2]) - per_round
+        return {"start_up": start_up, "round": per_round, "whole": whole}
+
+    growth = float(np.interp(marks[num_rounds], times, memory) - np.interp(marks[2], times, memory)) / (num_rounds - 2)
+    return {
+        **found,
+        "cpu_s": split(lambda at_s: float(np.interp(at_s, times, cpu)), float(cpu[-1])),
+        "wall_s": split(lambda at_s: at_s - began_s, ended_s - began_s),
+        "peak_bytes": int(memory.max()),
+        "grown_bytes_per_round": growth,
+    }
+
+
+class Sampler:
+    """Watches a process and all that it starts: CPU seconds so far, and memory now."""
+
+    def __init__(self, pid: int) -> None:
+        self._root = psutil.Process(pid)
+        self._cpu_s: dict[tuple[int, float], float] = {}
+        self._samples: list[tuple[float, float, float]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def stop(self) -> list[tuple[float, float, float]]:
+        self._stop.set()
+        self._thread.join()
+        return self._samples
+
+    def _watch(self) -> None:
+        while not self._stop.wait(SAMPLE_S):
+            num_bytes = 0
+            with suppress(psutil.Error):
+                for process in [self._root, *self._root.children(recursive=True)]:
+                    with suppress(psutil.Error, OSError):
+                        spent = process.cpu_times()
+                        self._cpu_s[process.pid, process.create_time()] = spent.user + spent.system
+                        num_bytes += proportional_bytes(process.pid)
+            if num_bytes:
+                self._samples.append((time.time(), sum(self._cpu_s.values()), num_bytes))
+
+
+def proportional_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+def exponent(values: dict[int, float]) -> float:
+    """Return the slope of the line through the logarithms."""
+    x, y = [math.log(n) for n in values], [math.log(max(value, 1e-3)) for value in values.values()]
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def seconds(found: dict[str, Any]) -> list[str]:
+    cpu, wall = found["cpu_s"], found["wall_s"]
+    return [f"{cpu['start_up']:.1f}", f"{cpu['round']:.3f}", f"{wall['start_up']:.1f}", f"{wall['round']:.3f}",
+            f"{found['peak_bytes'] / 1e6:.0f}"]  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print, and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        case, asked, folder, out = arguments.case
+        Path(out).write_text(json.dumps(CASES[case](Path(folder), *json.loads(asked))))
+        return
+    counts = [2, 10, 100] if arguments.quick else [2, 10, 100, 1000]
+    found: dict[str, dict[int, dict[str, Any]]] = {"inline": {}, "pool": {}, "Flower": {}}
+    for num_nodes in counts:
+        found["inline"][num_nodes] = measure("ours", "inline", num_nodes, NUM_ROUNDS, 0, num_rounds=NUM_ROUNDS)
+        if num_nodes <= 100:
+            found["pool"][num_nodes] = measure("ours", "pool", num_nodes, NUM_ROUNDS, 0, num_rounds=NUM_ROUNDS)
+        found["Flower"][num_nodes] = measure("flower", num_nodes, NUM_ROUNDS, num_rounds=NUM_ROUNDS)
+    headings = ["nodes, engine", "CPU s: start-up", "round", "wall s: start-up", "round", "peak MB"]
+    rows = [[f"{n} {name}", *seconds(cases[n])] for n in counts for name, cases in found.items() if n in cases]
+    print_table(headings, rows)
+    fitted = [n for n in counts if n >= 10]
+    growth = {
+        name: exponent({n: cases[n]["cpu_s"]["round"] for n in fitted})
+        for name, cases in found.items()
+        if all(n in cases for n in fitted)
+    }
+    print("growth of a round with the number of nodes:", ", ".join(f"{k} n^{v:.2f}" for k, v in growth.items()))
+
+    rounds = 4 if arguments.quick else 12
+    many = measure("ours", "inline", 10_000, rounds, 100, num_rounds=rounds)
+    print(f"\n10,000 nodes, 100 asked in each of {rounds} rounds:")
+    print_table(headings, [["10000 inline", *seconds(many)]])
+    print(f"memory grows by {many['grown_bytes_per_round'] / 1e6:.1f} MB in a round")
+
+    apps = {}
+    for label, method, codec in (
+        ("Flower's FedAvg", "flower", "none"), ("ours", "fedavg", "none"), ("ours, int8", "fedavg", "int8"),
+        ("ours, topk 10 %, int4", "fedavg", "topk"),
+    ):  # fmt: skip
+        apps[label] = measure("digits", method, codec, 8, num_rounds=8)
+    print("\nFlower's digits app at ten sites, 8 rounds:")
+    print_table(
+        ["", "bytes sent", "CPU s", "CPU s, round", "accuracy"],
+        [
+            [name, f"{one['sent_bytes']:,}", f"{one['cpu_s']['whole']:.1f}", f"{one['cpu_s']['round']:.2f}",
+             f"{one['accuracy']:.3f}"]
+            for name, one in apps.items()
+        ],
+    )  # fmt: skip
+    peer, own = found["Flower"][100], found["inline"][100]
+    targets = [
+        *(
+            at_most(0.2, f"100 nodes, {label}: {unit} s over Flower's", own[kind][part] / peer[kind][part])
+            for kind, unit in (("cpu_s", "CPU"), ("wall_s", "wall"))
+            for part, label in (("whole", "all of five rounds"), ("start_up", "start-up"), ("round", "a round"))
+        ),
+        at_most(1.1, "growth of a round's CPU s with nodes, exponent", growth["inline"]),
+        at_most(1e9, "10,000 nodes: peak bytes", many["peak_bytes"]),
+        at_least(3, "digits through the mod, int8: times fewer bytes",
+                 apps["Flower's FedAvg"]["sent_bytes"] / apps["ours, int8"]["sent_bytes"]),
+        at_most(0.01, "digits through the mod, int8: accuracy lost",
+                apps["Flower's FedAvg"]["accuracy"] - apps["ours, int8"]["accuracy"]),
+    ]  # fmt: skip
+    figures = {"overhead": {k: {str(n): v for n, v in cases.items()} for k, cases in found.items()}}
+    report(targets, {**figures, "growth": growth, "many": many, "digits": apps}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
