@@ -19,10 +19,11 @@ from fedmerge.cli.base import prepare_base
 from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json, printable, stderr, stdout
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import Config, load_config
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, reporting_os_errors
 from fedmerge.sim import FederationResult, World, open_engine, simulate_processes, with_virtual_nodes
 from fedmerge.sim import simulate as simulate_inline
 from fedmerge.sim import sweep as run_sweep
+from fedmerge.sim.page import page
 from fedmerge.sim.sweep import Point
 from fedmerge.training import check_plan, load_trainer
 
@@ -42,16 +43,23 @@ def simulate(
             " combinations.",
         ),
     ] = (),
+    report: Annotated[
+        Path | None, Parameter(help="HTML file to write: metrics against rounds, bytes and hours, and a table.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Run coordinator and nodes here, to the last round; started again, it goes on where it was."""
     if sweep:
-        if processes:
-            raise ConfigError("--sweep and --processes do not go together", hint="leave --processes out")
+        for option, is_given in (("--processes", processes), ("--report", report)):
+            if is_given:
+                raise ConfigError(f"--sweep and {option} do not go together", hint=f"leave {option} out")
         _simulate_grid(config, _grid(sweep), json=json)
         return
     settings = with_virtual_nodes(load_config(config))
     result = _simulate(settings, config, prepare_base, deployed=config if processes else None)
+    if report is not None:
+        with reporting_os_errors(report):
+            report.write_text(page(result, settings.federation.name), encoding="utf-8")
     if json:
         print_json(result.to_dict())
         return

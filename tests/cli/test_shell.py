@@ -60,7 +60,7 @@ OPTIONS: dict[str, list[str]] = {
     "inspect": ["FILE", "--base", "--tuned", "--seed", "--json"],
     "audit": ["NOTES", "--trust", "--coordinator", "--key", "--json"],
     "verify": ["DIRECTORY", "--key", "--trusted", "--replay", "--base", "--json"],
-    "simulate": ["CONFIG", "--processes", "--sweep", "--json"],
+    "simulate": ["CONFIG", "--processes", "--sweep", "--report", "--json"],
     "serve": ["CONFIG", "--json"],
     "join": [
         "--coordinator", "--trust", "--token", "--data", "--test", "--key", "--passphrase-file",
