@@ -199,7 +199,7 @@ class GrpcLink:
                         file.write(answer.data)
                 return
             except grpc.RpcError as err:
-                if self._wait_or_raise(err, backoff, retried=(BadOffset,)) is BadOffset:
+                if self._wait_or_raise(err, backoff, retried=(BadOffset, Busy)) is BadOffset:
                     target.unlink()
 
     def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:

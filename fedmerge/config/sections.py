@@ -104,10 +104,13 @@ class Server(Section):
     max_uploads: Positive = 32
     """Deltas that may stream in at once, one of each node; who finds no place is told to come back. Each takes about
     8 MiB of memory."""
+    max_downloads: Positive = 128
+    """Files that may stream out at once, one to each node; who finds no place is told to come back."""
     max_bytes_per_s: Size | None = Field(default=None, examples=["20MB"])
-    """Bytes per second that a node may send; a faster one is slowed down."""
+    """Bytes per second that a node may send, and as many that it may fetch; a faster one is slowed down."""
     idle_s: float = Field(default=60.0, gt=0)
-    """Seconds for 1 MiB of a delta to arrive; a slower or silent sender loses its place, and resumes where it stood."""
+    """Seconds for 1 MiB to arrive from a node, or to be taken by it; a slower or silent one loses its place, and
+    resumes where it stood."""
     lease_s: float = Field(default=15.0, ge=1)
     """Seconds without a sign of life after which a coordinator that stands by, on the same database, takes over."""
 

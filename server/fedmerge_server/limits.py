@@ -17,11 +17,11 @@ from fedmerge.errors import Busy, Unreachable
 RETRY_AFTER_S = 2.0
 
 
-class Uploads:
-    """The streams of deltas that are under way, `max_uploads` at most, and what each node sent of late."""
+class Streams:
+    """The streams of one `kind` ("uploads") that are under way, `most` at a time, and what each node moved of late."""
 
-    def __init__(self, max_uploads: int, max_bytes_per_s: int | None) -> None:
-        self._max_uploads = max_uploads
+    def __init__(self, kind: str, most: int, max_bytes_per_s: int | None) -> None:
+        self._kind, self._most = kind, most
         self._max_bytes_per_s = max_bytes_per_s
         self._tasks: dict[str, asyncio.Task[object]] = {}
         self._next_s: dict[str, float] = {}
@@ -36,9 +36,9 @@ class Uploads:
         earlier = self._tasks.pop(node_id, None)
         if earlier is not None:
             earlier.cancel()
-        if len(self._tasks) >= self._max_uploads:
+        if len(self._tasks) >= self._most:
             raise Busy(
-                f"{self._max_uploads} uploads are under way, as many as this coordinator takes at once",
+                f"{self._most} {self._kind} are under way, as many as this coordinator takes at once",
                 hint="it goes on by itself",
                 retry_after_s=RETRY_AFTER_S,
             )
@@ -57,7 +57,7 @@ class Uploads:
                 del self._tasks[node_id]
 
     async def pace(self, node_id: str, num_bytes: int) -> None:
-        """Wait until a node that has just sent `num_bytes` may send more."""
+        """Wait until a node that has just moved `num_bytes` may move more."""
         if self._max_bytes_per_s is None:
             return
         now_s = time.monotonic()

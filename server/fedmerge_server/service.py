@@ -36,7 +36,7 @@ from fedmerge.v1 import (
 )
 from fedmerge.wire import CHUNK_BYTES, PHASES, SESSION_HEADER, STATUS_DETAILS_HEADER, status_of
 from fedmerge_server.access import require_allowed, require_certificate
-from fedmerge_server.limits import Uploads
+from fedmerge_server.limits import Streams
 from fedmerge_server.sessions import Sessions
 from fedmerge_server.tls import Certificates
 
@@ -89,7 +89,8 @@ class Services(
         self._sessions = Sessions(coordinator.key.public, coordinator.trust)
         self._changed = asyncio.Event()
         server = coordinator.config.server
-        self._uploads = Uploads(server.max_uploads, server.max_bytes_per_s)
+        self._uploads = Streams("uploads", server.max_uploads, server.max_bytes_per_s)
+        self._downloads = Streams("downloads", server.max_downloads, server.max_bytes_per_s)
         self._idle_s = server.idle_s
         # Deltas are decoded one after the other; those that wait must not take the threads that chunks and files need.
         self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
@@ -268,20 +269,25 @@ class Services(
 
     # ModelService
 
-    async def FetchArtifact(  # noqa: N802
+    async def FetchArtifact(  # type: ignore[override]  # noqa: N802 - written to, not a generator: writes can time out
         self, request: model_pb2.FetchArtifactRequest, context: Context
-    ) -> AsyncIterator[model_pb2.FetchArtifactResponse]:
+    ) -> None:
         """Stream a file."""
         async with answering(context):
-            self._caller(context, "FetchArtifact")
-            path = await asyncio.to_thread(self._coordinator.artifact, request.root)
-            if not 0 <= request.offset <= path.stat().st_size:
-                raise BadOffset(f"the file has {path.stat().st_size} bytes", hint="start again from 0")
-            with path.open("rb") as file:
-                file.seek(request.offset)
-                while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
-                    self._caller(context, "FetchArtifact")
-                    yield model_pb2.FetchArtifactResponse(data=data)
+            with self._downloads.place(self._caller(context, "FetchArtifact")):
+                path = await asyncio.to_thread(self._coordinator.artifact, request.root)
+                if not 0 <= request.offset <= path.stat().st_size:
+                    raise BadOffset(f"the file has {path.stat().st_size} bytes", hint="start again from 0")
+                with path.open("rb") as file:
+                    file.seek(request.offset)
+                    while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                        caller = self._caller(context, "FetchArtifact")
+                        answer = model_pb2.FetchArtifactResponse(data=data)
+                        try:
+                            await asyncio.wait_for(context.write(answer), self._idle_s)
+                        except TimeoutError:
+                            raise Unreachable(f"nothing was taken in {self._idle_s:g} s") from None
+                        await self._downloads.pace(caller, len(data))
 
     # LogService
 

@@ -14,12 +14,12 @@ import psutil
 import pytest
 
 from fedmerge.errors import Busy, Unreachable
-from fedmerge.merkle import LEAF_BYTES, leaves_of
-from fedmerge.v1 import delta_pb2
-from fedmerge.wire import error_of, status_of
+from fedmerge.merkle import LEAF_BYTES, leaves_of, merkle_root
+from fedmerge.v1 import delta_pb2, model_pb2, model_pb2_grpc
+from fedmerge.wire import CHUNK_BYTES, error_of, status_of
 from fedmerge_client.backoff import Backoff
 from fedmerge_client.link import GrpcLink
-from tests.conftest import Federation, ServerProcess, make_federation
+from tests.conftest import Federation, ServerProcess, make_base, make_federation
 from tests.wire.test_upload import Site, site_of, translated
 
 
@@ -131,6 +131,42 @@ def test_a_node_that_is_too_fast_is_slowed_down_and_nothing_piles_up(tmp_path: P
         south.submit(south.payload(south.spec()[0]))
         for site in (north, south):
             site.link.close()
+
+
+def file_of_the_base(folder: Path, num_bytes: int) -> tuple[Path, str]:
+    """Put a file beside the base model, as a tokenizer would be, and return it with its root."""
+    make_base(folder / "base")
+    path = folder / "base" / "vocab.txt"
+    path.write_bytes(secrets.token_bytes(num_bytes))
+    return path, merkle_root(leaves_of(path)).hex()
+
+
+def test_a_node_that_takes_nothing_loses_its_place_to_another(tmp_path: Path) -> None:
+    path, root = file_of_the_base(tmp_path, 48 << 20)
+    with serving(tmp_path, "max_downloads = 1\nidle_s = 1.5\n") as (federation, server):
+        north, south = (site_of(federation, server, federation.keys[name]) for name in ("north", "south"))
+        stub = model_pb2_grpc.ModelServiceStub(north.link._channel)
+        answers = stub.FetchArtifact(model_pb2.FetchArtifactRequest(root=root), metadata=north.link._metadata())
+        assert next(iter(answers)).data  # and the rest waits at the coordinator, as windows are smaller than the file
+        south.link.fetch(root, tmp_path / "south")  # told to come back, and gets the place
+        assert (tmp_path / "south").read_bytes() == path.read_bytes()
+        with pytest.raises(Unreachable, match="nothing was taken"):
+            translated(lambda: list(answers))
+        north.link.fetch(root, tmp_path / "north")
+        assert (tmp_path / "north").read_bytes() == path.read_bytes()
+        for site in (north, south):
+            site.link.close()
+
+
+def test_a_download_is_slowed_down_too(tmp_path: Path) -> None:
+    num_bytes, rate = 8 << 20, 4 << 20
+    _, root = file_of_the_base(tmp_path, num_bytes)
+    with serving(tmp_path, f"max_bytes_per_s = {rate}\n") as (federation, server):
+        north = site_of(federation, server, federation.keys["north"])
+        began_s = time.monotonic()
+        north.link.fetch(root, tmp_path / "north")
+        assert num_bytes <= rate * (time.monotonic() - began_s) + 2 * CHUNK_BYTES
+        north.link.close()
 
 
 class Proxy:
