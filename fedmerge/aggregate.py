@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedmerge.checks import Known, Owner, ScreenPolicy
 from fedmerge.codec import Codec
 from fedmerge.errors import ConfigError, RoundFailed
 from fedmerge.frame import DeltaFile, write_delta
@@ -22,10 +23,10 @@ from fedmerge.merge import Plan, Recipe, Workers, merge_deltas
 from fedmerge.merge.layers import Value, leaves
 from fedmerge.outer import OUTER
 from fedmerge.robust import Inputs, harden
-from fedmerge.screen import ScreenPolicy, Verdict, screen
+from fedmerge.screen import Verdict, adapted_clip_norm, clip_norm, screen
 from fedmerge.search import Candidate
 from fedmerge.seeds import derive_seed
-from fedmerge.statements import RoundSpec
+from fedmerge.statements import MergeRecord, RoundSpec
 from fedmerge.statistics import statistics_of, statistics_schema, task_vector_of
 from fedmerge.streaming import travelling
 from fedmerge.tensors import Computed, Schema, TensorMap, reporting_save_errors
@@ -60,25 +61,58 @@ def open_delta(spec: RoundSpec, node_id: str, path: Path, schema: Schema) -> Del
 
 
 def screen_round(
-    spec: RoundSpec, deltas: Mapping[str, TensorMap], num_examples: Mapping[str, int], schema: Schema
+    spec: RoundSpec, deltas: Mapping[str, TensorMap], num_examples: Mapping[str, int], schema: Schema, known: Known
 ) -> list[Verdict]:
     """Step 9: one verdict and weight per delta, sorted by key (`delta_key`, here and wherever deltas are merged).
 
     A delta that is s rounds late is scaled by 1 / sqrt(1 + s), which is not made up for by the others (FedBuff, arXiv
-    2106.06639): a step of late deltas only is a shorter one. Raises `RoundFailed` when the deltas of fewer than the
-    round's `min_nodes` pass.
+    2106.06639): a step of late deltas only is a shorter one. Raises `RoundFailed` when too few pass for the caps on
+    their weights.
     """
     kind = Recipe.from_dict(spec.merge).statistics
     deltas = {node_id: task_vector_of(sent, kind) for node_id, sent in deltas.items()}
-    verdicts = screen(deltas, num_examples, travelling(spec, schema), ScreenPolicy.from_dict(spec.screen))
-    accepted = {node_of(verdict.node_id) for verdict in verdicts if verdict.accepted}
-    if len(accepted) < spec.min_nodes:
-        refused = "; ".join(f"{v.node_id[:12]}: {v.detail}" for v in verdicts if not v.accepted)
-        num_nodes = len({node_of(verdict.node_id) for verdict in verdicts})
-        raise RoundFailed(f"the deltas of only {len(accepted)} of {num_nodes} nodes passed screening ({refused})")
+    verdicts = screen(deltas, num_examples, travelling(spec, schema), ScreenPolicy.from_dict(spec.screen), known)
     return [
         replace(verdict, scale=verdict.scale / math.sqrt(1 + staleness_of(verdict.node_id))) for verdict in verdicts
     ]
+
+
+def require_enough(spec: RoundSpec, verdicts: Sequence[Verdict]) -> None:
+    """Raise `RoundFailed` when the deltas of fewer than the round's `min_nodes` passed, or not that of its root."""
+    root = ScreenPolicy.from_dict(spec.screen).root
+    accepted = {node_of(verdict.node_id) for verdict in verdicts if verdict.accepted} - {root}
+    refused = "; ".join(f"{v.node_id[:12]}: {v.detail}" for v in verdicts if not v.accepted)
+    if len(accepted) < spec.min_nodes:
+        num_nodes = len({node_of(verdict.node_id) for verdict in verdicts} - {root})
+        raise RoundFailed(f"the deltas of only {len(accepted)} of {num_nodes} nodes passed screening ({refused})")
+    if root is not None and not any(verdict.node_id == root and verdict.accepted for verdict in verdicts):
+        raise RoundFailed(f"the root of trust, node {root[:12]}, sent no delta that passed screening ({refused})")
+
+
+def round_clip_norm(spec: RoundSpec, verdicts: Sequence[Verdict], known: Known) -> float | None:
+    """Return the norm that a round's deltas were clipped to, for the record; None without clipping."""
+    policy = ScreenPolicy.from_dict(spec.screen)
+    norms = [each.norm or 0.0 for each in verdicts if each.accepted and node_of(each.node_id) != policy.root]
+    return clip_norm(norms, policy, known)
+
+
+def next_clip_norm(spec: RoundSpec, previous: MergeRecord | None) -> float | None:
+    """Return the clipping norm that follows from the round before, where it follows a quantile; None at first."""
+    policy = ScreenPolicy.from_dict(spec.screen)
+    if policy.clip_quantile is None or previous is None or previous.clip_norm is None:
+        return None
+    norms = [each.norm or 0.0 for each in previous.contributions if each.accepted and each.node_id != policy.root]
+    return adapted_clip_norm(previous.clip_norm, norms, policy)
+
+
+def known_from(spec: RoundSpec, record: MergeRecord, previous: MergeRecord | None) -> Known:
+    """Return what a round was screened by beside its deltas, as its record and that of the round before have it."""
+    by_key = {delta_key(each.node_id, each.staleness): each for each in record.contributions}
+    return Known(
+        owners={key: Owner(each.node_id, each.organisation) for key, each in by_key.items()},
+        clip_norm=next_clip_norm(spec, previous),
+        gains={key: each.gain for key, each in by_key.items()},
+    )
 
 
 def weights_of(verdicts: Sequence[Verdict], candidate: Candidate | None) -> dict[str, Value]:
@@ -120,6 +154,7 @@ class RoundUpdate(Mapping[str, Tensor]):
         # Weights of zero: a search left the node out, and methods that look at all deltas must not see this one.
         merged = [node_id for node_id, weight in weights.items() if any(leaves(weight))]
         policy = ScreenPolicy.from_dict(spec.screen)
+        root = None if policy.root is None else task_vector_of(deltas[policy.root], recipe.statistics)
         sent = [deltas[node_id] for node_id in merged]
         inputs = Inputs(
             [task_vector_of(one, recipe.statistics) for one in sent],
@@ -133,7 +168,7 @@ class RoundUpdate(Mapping[str, Tensor]):
             # What the rules answer with are combinations of deltas, of which no node has statistics.
             raise RoundFailed(f"robust rules do not go with {recipe.method}, which needs statistics of every delta")
         try:
-            inputs = harden(inputs, policy.robust, policy.max_bad)
+            inputs = harden(inputs, policy.robust, policy.max_bad, root=root)
         except ConfigError as err:
             raise RoundFailed(f"after screening, {err.message}") from err
         self._plan = Plan(recipe, inputs.weights, self._names)

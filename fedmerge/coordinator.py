@@ -84,9 +84,15 @@ class Coordinator:
         self.key = key or SigningKey.load_or_create(config.federation.key)
         self.trust = trust or TrustStore(config.federation.trusted)
         self.trust.keys()  # a file that is no key is reported now, not to every caller
+        self._root = self._root_key()
+        if config.screen.root is not None and self._root is None:
+            raise ConfigError(
+                f"screen.root: no trusted node is called {config.screen.root!r}",
+                hint=f"make its key, and trust it: fedmerge keys trust FILE --name {config.screen.root}",
+            )
         self.policy = RoundPolicy(
             num_rounds=config.rounds.num_rounds,
-            min_nodes=config.rounds.min_nodes,
+            min_nodes=config.rounds.min_nodes + (self._root is not None),
             deadline_s=config.rounds.deadline_s,
             grace_s=config.rounds.grace_s,
             fraction=config.rounds.fraction,
@@ -235,6 +241,9 @@ class Coordinator:
         if self.policy.sample is not None:
             seed = derive_seed(config.merge.seed, round_number, state.attempt + 1 if again else 1)
             sample = self.policy.sampled(self.trust.keys(), seed)
+        self._root = self._root_key() or self._root  # it may have a new key
+        if sample and self._root is not None:
+            sample = sorted({*sample, self._root})
         spec = RoundSpec(
             federation=created.federation,
             run=created.run,
@@ -250,11 +259,11 @@ class Coordinator:
             downlink=config.downlink_codec(self.schema).to_dict(),
             merge=config.recipe().to_dict(),
             merge_seed=config.merge.seed,
-            screen=config.screen_policy().to_dict(),
+            screen=config.screen_policy(root=self._root).to_dict(),
             search=search.to_dict() if (search := config.search_settings()) else {},
             outer=config.outer_settings(),
             streaming=fragments.to_dict() if (fragments := config.fragments()) else {},
-            min_nodes=self.policy.min_nodes,
+            min_nodes=config.rounds.min_nodes,
             sample=sample,
             max_staleness=self.policy.max_staleness,
             steps=self._dynamic_steps(),
@@ -321,6 +330,13 @@ class Coordinator:
             snapshot_every=snapshot_every,
             workers=self.config.merge_workers(),
         )
+        screened = merge.screened()
+        if screened != self.journal.state.screened:
+            self.journal.append(screened)
+            for verdict in screened.verdicts:
+                if not verdict.accepted:
+                    log.warning("round %d: %s is left out: %s", screened.round, verdict.node_id[:12], verdict.detail)
+        merge.require_enough()
         searching = bool(merge.spec.search)
         if self.journal.state.phase == Phase.SEALED:
             generation = merge.next_generation() if searching else None
@@ -386,6 +402,11 @@ class Coordinator:
         return {fact.node_id: fact.node_key for fact in facts if isinstance(fact, DeltaAccepted)}
 
     # Helpers
+
+    def _root_key(self) -> str | None:
+        """Return the key id of the node that is the root of trust; None without one, or while it is not trusted."""
+        name = self.config.screen.root
+        return next((key_id for key_id, known in sorted(self.trust.names().items()) if known == name), None)
 
     def _due(self) -> Action:
         with self.journal.lock:

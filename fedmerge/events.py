@@ -83,6 +83,27 @@ class RoundSealed(_Event):
     grace_s: float
 
 
+class DeltaVerdict(_Event):
+    """What screening says of one delta of a sealed round: see `fedmerge.screen.Verdict`."""
+
+    node_id: Digest
+    statement_digest: Digest
+    accepted: bool
+    reason: str
+    detail: str
+    value: float | None
+    limit: float | None
+    gain: float | None
+
+
+class DeltasScreened(_Event):
+    """A sealed round's deltas were screened: which count, which do not and why, each with its number and limit."""
+
+    kind: Literal["deltas_screened"] = "deltas_screened"
+    round: int
+    verdicts: list[DeltaVerdict]
+
+
 class CandidatesProposed(_Event):
     """A generation of candidate merges is stored and out for scoring by `judges`; `num_bytes` is what each fetches."""
 
@@ -240,6 +261,7 @@ Event: TypeAlias = (
     | DeltaAccepted
     | DeltaRejected
     | RoundSealed
+    | DeltasScreened
     | CandidatesProposed
     | CandidatesScored
     | MergeStarted

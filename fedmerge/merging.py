@@ -11,9 +11,28 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmerge.aggregate import RoundUpdate, delta_key, node_of, open_delta, screen_round, staleness_of, weights_of
+from fedmerge.aggregate import (
+    RoundUpdate,
+    delta_key,
+    next_clip_norm,
+    node_of,
+    open_delta,
+    require_enough,
+    round_clip_norm,
+    screen_round,
+    staleness_of,
+    weights_of,
+)
+from fedmerge.checks import Known, Owner
 from fedmerge.errors import RoundFailed
-from fedmerge.events import CandidatesProposed, DeltaAccepted, MergeFinished
+from fedmerge.events import (
+    CandidatesProposed,
+    DeltaAccepted,
+    DeltasScreened,
+    DeltaVerdict,
+    MemberAdmitted,
+    MergeFinished,
+)
 from fedmerge.journal import Journal
 from fedmerge.merge import Recipe, Workers
 from fedmerge.publish import software_versions
@@ -48,7 +67,7 @@ class Made:
 
 
 class RoundMerge:
-    """A sealed round: its spec, its deltas and their verdicts. Raises `RoundFailed` when too few pass screening.
+    """A sealed round: its spec, its deltas and their verdicts. Raises `RoundFailed` when too few have a weight.
 
     `snapshot_every` is in rounds; None where nodes fetch updates and not steps. `workers` say where to merge.
     """
@@ -79,8 +98,40 @@ class RoundMerge:
             for key, fact in self._facts.items()
         }
         counts = {key: fact.num_examples for key, fact in self._facts.items()}
-        self.verdicts = screen_round(spec, self._deltas, counts, schema)
+        self._known = Known(owners=self._owners(), clip_norm=next_clip_norm(spec, journal.record()))
+        self.verdicts = screen_round(spec, self._deltas, counts, schema, self._known)
         self.node_ids = [verdict.node_id for verdict in self.verdicts if verdict.accepted]
+
+    def _owners(self) -> dict[str, Owner]:
+        """Return whose each delta is, by the newest word of whose key signed it."""
+        admitted = [entry.event for entry in self._journal.ledger.entries if isinstance(entry.event, MemberAdmitted)]
+        organisations = {event.node_id: event.organisation for event in admitted}
+        return {
+            key: Owner(fact.node_id, organisations.get(fact.node_id, fact.node_id)) for key, fact in self._facts.items()
+        }
+
+    def screened(self) -> DeltasScreened:
+        """Return the verdicts as they are put on record."""
+        return DeltasScreened(
+            round=self.spec.round,
+            verdicts=[
+                DeltaVerdict(
+                    node_id=node_of(verdict.node_id),
+                    statement_digest=self._facts[verdict.node_id].statement_digest,
+                    accepted=verdict.accepted,
+                    reason=verdict.reason,
+                    detail=verdict.detail,
+                    value=verdict.value,
+                    limit=verdict.limit,
+                    gain=verdict.gain,
+                )
+                for verdict in self.verdicts
+            ],
+        )
+
+    def require_enough(self) -> None:
+        """Raise `RoundFailed` when too few deltas passed."""
+        require_enough(self.spec, self.verdicts)
 
     def make(self, candidate: Candidate | None = None, *, is_final: bool = False) -> Made:
         """Merge, step, and store the update and the steps.
@@ -148,6 +199,7 @@ class RoundMerge:
             contributions=[
                 Contribution(
                     node_id=node_of(verdict.node_id),
+                    organisation=self._known.owner(verdict.node_id).organisation,
                     statement_digest=facts[verdict.node_id].statement_digest,
                     payload_root=facts[verdict.node_id].payload_root,
                     payload_bytes=facts[verdict.node_id].payload_bytes,
@@ -155,12 +207,16 @@ class RoundMerge:
                     staleness=staleness_of(verdict.node_id),
                     accepted=verdict.accepted,
                     reason=verdict.reason,
+                    value=verdict.value,
+                    limit=verdict.limit,
                     norm=verdict.norm,
+                    gain=verdict.gain,
                     weight=weights.get(verdict.node_id, verdict.weight),
                     scale=verdict.scale,
                 )
                 for verdict in self.verdicts
             ],
+            clip_norm=round_clip_norm(self.spec, self.verdicts, self._known),
             merge=recipe.to_dict(),
             merge_seed=self.spec.merge_seed,
             outer=self.spec.outer,

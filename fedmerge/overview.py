@@ -11,6 +11,7 @@ from fedmerge.errors import InputError, UntrustedKey
 from fedmerge.events import (
     DeadlineExtended,
     DeltaAccepted,
+    DeltasScreened,
     MergeFinished,
     MetricsReported,
     RolledBack,
@@ -31,7 +32,8 @@ from fedmerge.store.ledger import LedgerEntry
 class RoundRow:
     """One round. Times are in seconds since the epoch; `received_bytes` are those of all its deltas, late ones too.
 
-    `metrics` are means over the nodes that evaluated the round's model. `notes` is what the operator did, and why.
+    `metrics` are means over the nodes that evaluated the round's model. `notes` is what the operator did, and why,
+    and `refused` why screening left deltas out, by node.
     """
 
     round: int
@@ -48,6 +50,7 @@ class RoundRow:
     failure: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def overview(
                 made_for.num_late += event.statement_digest in state.carried
             case RoundSealed(closed_by=closed_by):
                 row.sealed_at_s, row.closed_by = entry.at_s, closed_by
+            case DeltasScreened(verdicts=verdicts):
+                row.refused = {verdict.node_id: verdict.detail for verdict in verdicts if not verdict.accepted}
             case MergeFinished(version=version):
                 row.version = version
             case RoundPublished():

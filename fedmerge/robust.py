@@ -28,11 +28,13 @@ Matrix: TypeAlias = npt.NDArray[np.float64]
 class Rule(NamedTuple):
     """A robust rule: `mixing(gram, f)` returns the mixing (m, n) for inner products (n, n), both fp64.
 
-    `min_nodes(f)` is the least n for which the rule's guarantee holds, and below which it is refused.
+    `min_nodes(f)` is the least n for which the rule's guarantee holds, and below which it is refused. A rule that
+    `needs_root` gets the inner products with a root of trust as well, (n + 1, n + 1), its own last.
     """
 
     mixing: Callable[[Matrix, int], Matrix]
     min_nodes: Callable[[int], int]
+    needs_root: bool = False
 
 
 def gram_of(deltas: Sequence[TensorMap]) -> Matrix:
@@ -126,6 +128,21 @@ def geometric_median(gram: Matrix, f: int) -> Matrix:
     return point[None, :]
 
 
+def fltrust(gram: Matrix, f: int) -> Matrix:
+    """Combine all, at the root's length and weighed by how far they point its way, ReLU(cosine). FLTrust, arXiv
+    2012.13995.
+
+    Where none does, the answer is zero. It holds against any number of bad ones, if the root is good.
+    """
+    lengths = np.sqrt(np.diagonal(gram))
+    others, root = lengths[:-1], lengths[-1]
+    scale = np.where(others > 0, 1.0 / np.where(others > 0, others, 1.0), 0.0)
+    toward = np.maximum(gram[:-1, -1] * scale, 0.0)
+    trust = toward / toward.sum() if toward.any() else toward
+    combined: Matrix = (trust * scale * root)[None, :]
+    return combined
+
+
 RULES: dict[str, Rule] = {
     "arc": Rule(arc, lambda f: 2 * f + 1),
     "nnm": Rule(nnm, lambda f: 2 * f + 1),
@@ -134,15 +151,20 @@ RULES: dict[str, Rule] = {
     "bulyan": Rule(bulyan, lambda f: 4 * f + 3),
     "centered_clip": Rule(centered_clip, lambda f: 2 * f + 1),
     "geometric_median": Rule(geometric_median, lambda f: 2 * f + 1),
+    "fltrust": Rule(fltrust, lambda f: 1, needs_root=True),
 }
 
 
-def require_rules(names: Sequence[str], num_bad: int, num_nodes: int) -> None:
-    """Raise `ConfigError` unless all rules exist and hold against `num_bad` of `num_nodes` nodes."""
+def require_rules(names: Sequence[str], num_bad: int, num_nodes: int, *, has_root: bool) -> None:
+    """Raise `ConfigError` unless all rules exist and hold against `num_bad` of `num_nodes` nodes beside the root."""
     for name in names:
         if name not in RULES:
             raise ConfigError(
                 f"there is no robust rule {name!r}{did_you_mean(name, RULES)}", hint=f"one of {', '.join(RULES)}"
+            )
+        if RULES[name].needs_root and not has_root:
+            raise ConfigError(
+                f"{name} needs a root of trust", hint="set screen.root to the name of a node with data of your own"
             )
         least = RULES[name].min_nodes(num_bad)
         if num_nodes < least:
@@ -152,13 +174,21 @@ def require_rules(names: Sequence[str], num_bad: int, num_nodes: int) -> None:
             )
 
 
-def mixing_of(gram: Matrix, names: Sequence[str], num_bad: int) -> Matrix:
-    """Return the mixing (m, n) of the rules `names`, one after the other, for inner products (n, n)."""
-    mixing = np.eye(len(gram))
+def mixing_of(gram: Matrix, names: Sequence[str], num_bad: int, *, has_root: bool = False) -> Matrix:
+    """Return the mixing (m, n) of the rules `names`, one after the other, for inner products (n, n).
+
+    With a root of trust they are (n + 1, n + 1), its own last; it is in no combination.
+    """
+    num_deltas = len(gram) - has_root
+    mixing = np.eye(num_deltas)
     for name in names:
+        rule = RULES[name]
+        seen = mixing @ gram[:num_deltas, :num_deltas] @ mixing.T
+        if rule.needs_root:
+            toward = mixing @ gram[:num_deltas, -1]
+            seen = np.block([[seen, toward[:, None]], [toward[None, :], gram[-1:, -1:]]])
         # Rounded, so that last bits in which processors differ do not reach what is published.
-        step = RULES[name].mixing(mixing @ gram @ mixing.T, num_bad).astype(np.float32).astype(np.float64)
-        mixing = step @ mixing
+        mixing = rule.mixing(seen, num_bad).astype(np.float32).astype(np.float64) @ mixing
     return mixing
 
 
@@ -170,18 +200,21 @@ class Inputs(NamedTuple):
     scales: Sequence[float]
 
 
-def harden(inputs: Inputs, rules: Sequence[str], num_bad: int) -> Inputs:
+def harden(inputs: Inputs, rules: Sequence[str], num_bad: int, *, root: TensorMap | None = None) -> Inputs:
     """Return `inputs` after the robust `rules`, one after the other, against `num_bad` bad ones; as they are without.
 
-    Raises `ConfigError` when there are too few for a rule to hold.
+    `root` is the task vector of a root of trust. Raises `ConfigError` when there are too few for a rule to hold, or
+    there is no root for one that needs it.
     """
     if not rules:
         return inputs
-    require_rules(rules, num_bad, len(inputs.deltas))
-    scaling = np.diag(np.asarray(inputs.scales, dtype=np.float64))
-    mixing = mixing_of(scaling @ gram_of(inputs.deltas) @ scaling, rules, num_bad)
+    require_rules(rules, num_bad, len(inputs.deltas), has_root=root is not None)
+    known = [] if root is None else [root]
+    scales = np.asarray([*inputs.scales, *(1.0 for _ in known)], dtype=np.float64)
+    gram = scales[:, None] * gram_of([*inputs.deltas, *known]) * scales
+    mixing = mixing_of(gram, rules, num_bad, has_root=root is not None)
     weights = mixed_weights(inputs.weights, mixing)
-    return Inputs(mix(inputs.deltas, mixing @ scaling), weights, [1.0] * len(mixing))
+    return Inputs(mix(inputs.deltas, mixing * scales[: len(inputs.deltas)]), weights, [1.0] * len(mixing))
 
 
 def mix(deltas: Sequence[TensorMap], mixing: Matrix) -> list[TensorMap]:
@@ -195,8 +228,10 @@ def mix(deltas: Sequence[TensorMap], mixing: Matrix) -> list[TensorMap]:
 
 def mixed_weights(weights: Sequence[float], mixing: Matrix) -> list[float]:
     """Return the weight of each combination, the mean weight of what is in it; they sum to 1."""
-    shares = np.abs(mixing) / np.abs(mixing).sum(axis=1, keepdims=True)
-    mixed = shares @ np.asarray(weights)
+    parts = np.abs(mixing)
+    totals = parts.sum(axis=1, keepdims=True)
+    # A combination of nothing, where a rule trusts nobody, is zero whatever it weighs.
+    mixed = np.where(totals > 0, parts, 1.0) / np.where(totals > 0, totals, len(weights)) @ np.asarray(weights)
     return [float(weight) for weight in mixed / mixed.sum()]
 
 

@@ -24,6 +24,7 @@ from fedmerge.events import (
     DeadlineExtended,
     DeltaAccepted,
     DeltaRejected,
+    DeltasScreened,
     FederationCreated,
     KeyRotated,
     MemberAdmitted,
@@ -63,7 +64,8 @@ class FederationState:
 
     `attempt` counts how often the current round was opened. `plans` are the rounds so far, but for failed attempts.
     `carried` are late deltas by statement digest, of which those in `carried_in` are part of the sealed round and the
-    others wait for the next; `delivered` has round and node of all that may still be sent twice.
+    others wait for the next; `delivered` has round and node of all that may still be sent twice. `screened` are the
+    verdicts on the sealed round's deltas.
 
     `proposals` are the round's generations of candidates, `answers` the metrics statements about them that count, by
     candidate and node: a judge's first one before the generation was closed.
@@ -89,6 +91,7 @@ class FederationState:
     carried: Mapping[str, LedgerEntry] = field(default_factory=dict)
     carried_in: tuple[str, ...] = ()
     delivered: frozenset[tuple[int, str]] = frozenset()
+    screened: DeltasScreened | None = None
     proposals: tuple[LedgerEntry, ...] = ()
     answers: Mapping[tuple[str, str], str] = field(default_factory=dict)
     merges: tuple[MergeFinished, ...] = ()
@@ -155,6 +158,7 @@ _LEGAL: dict[type, set[Phase]] = {
     DeltaAccepted: set(Phase) - {Phase.PLANNED},
     DeltaRejected: {Phase.OPEN},
     RoundSealed: {Phase.OPEN},
+    DeltasScreened: {Phase.SEALED, Phase.MERGING},
     CandidatesProposed: {Phase.SEALED},
     CandidatesScored: {Phase.SEARCHING},
     MergeStarted: {Phase.SEALED},
@@ -201,6 +205,7 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
                 carried_in=(),
                 delivered=frozenset(pair for pair in state.delivered if pair[0] in _takes_late(state, event.round)),
                 sealed_hash="",
+                screened=None,
                 proposals=(),
                 answers={},
                 failure="",
@@ -218,6 +223,8 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
                 carried_in=tuple(event.carried),
                 sealed_hash=entry.hash,
             )
+        case DeltasScreened():
+            return replace(state, screened=event)
         case CandidatesProposed():
             return replace(state, phase=Phase.SEARCHING, proposals=(*state.proposals, entry))
         case CandidatesScored():

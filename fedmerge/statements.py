@@ -426,10 +426,13 @@ class Contribution(_Strict):
     """What became of one node's delta: its screening verdict and, by digest, what it signed.
 
     `staleness` is how many rounds before the merge's the delta was made for; `scale` has the discount for it. `weight`
-    is a list where a search found one for each part of the model's depth.
+    is a list where a search found one for each part of the model's depth. Where a delta was refused, `value` is the
+    number that the `reason` is about and `limit` what it was held against; `gain` is what the coordinator measured that
+    the delta adds to the model's score, None where it did not or there was none.
     """
 
     node_id: Digest
+    organisation: str
     statement_digest: Digest
     payload_root: Digest
     payload_bytes: Size
@@ -437,13 +440,19 @@ class Contribution(_Strict):
     staleness: Count
     accepted: bool
     reason: str
+    value: float | None
+    limit: float | None
     norm: float | None
+    gain: float | None
     weight: float | list[float]
     scale: float
 
 
 class MergeRecord(Statement):
-    """How a model version came about: inputs by digest, recipe, seeds, software. Enough to do it again, bit for bit."""
+    """How a model version came about: inputs by digest, recipe, seeds, software. Enough to do it again, bit for bit.
+
+    `clip_norm` is the norm that longer deltas were clipped to, None where none were.
+    """
 
     kind: ClassVar[str] = "mergerecord"
     digest_algorithm: ClassVar[str] = MODEL_DIGEST
@@ -456,6 +465,7 @@ class MergeRecord(Statement):
     model: ModelRef
     schema_digest: Digest
     contributions: list[Contribution]
+    clip_norm: float | None
     merge: dict[str, Any]
     merge_seed: Count
     outer: dict[str, Any]

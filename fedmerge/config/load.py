@@ -20,6 +20,7 @@ from fedmerge.config.locate import KeyPath, key_lines, line_of
 from fedmerge.config.section import Section
 from fedmerge.config.sections import Config
 from fedmerge.errors import ConfigError, did_you_mean
+from fedmerge.shares import SLACK
 
 if TYPE_CHECKING:
     from fedmerge.merge import Parameter
@@ -110,7 +111,8 @@ def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[_
         problems = [_Problem(error["loc"], _explain(error)) for error in err.errors(include_url=False)]
     merge_problems = _merge_problems(filled["merge"])
     problems += merge_problems + _rounds_problems(config) + _delta_problems(config)
-    problems += _scaffold_problems(config) + _robust_problems(config) + _streaming_problems(config)
+    problems += _scaffold_problems(config) + _screen_problems(config) + _robust_problems(config)
+    problems += _streaming_problems(config)
     return config, problems if merge_problems else problems + _search_problems(config)
 
 
@@ -167,9 +169,29 @@ def _scaffold_problems(config: Config | None) -> list[_Problem]:
     return [_Problem(("train", "scaffold"), 'needs the plain mean: [merge] method = "fedavg", [outer] "sgd" with lr 1')]
 
 
+def _screen_problems(config: Config | None) -> list[_Problem]:
+    """Refuse what in [screen] does not go together, or with the smallest round."""
+    if config is None:
+        return []
+    screen, problems = config.screen, []
+    if screen.clip_quantile is not None and screen.clip_norm_ratio is not None:
+        problems.append(_Problem(("screen", "clip_quantile"), "is another way to clip than clip_norm_ratio; set one"))
+    least = config.rounds.min_nodes
+    if screen.max_weight_node * least < 1 - SLACK:
+        text = f"can't hold with {least} nodes (`rounds.min_nodes`): it should be {1 / least:.4g} at least"
+        problems.append(_Problem(("screen", "max_weight_node"), text))
+    if config.search.strategy != "none":
+        # A search puts factors on the weights, and what was capped would not be any more.
+        caps = [key for key in ("max_weight_node", "max_weight_org") if getattr(screen, key) < 1]
+        problems += [_Problem(("screen", key), "does not go with a search, which sets weights itself") for key in caps]
+    if screen.root is not None and "fltrust" not in screen.robust:
+        problems.append(_Problem(("screen", "root"), 'has no effect without the rule "fltrust" in robust'))
+    return problems
+
+
 def _robust_problems(config: Config | None) -> list[_Problem]:
-    """Refuse robust rules that could not hold in a round of the least allowed size."""
-    if config is None or not config.screen.robust:
+    """Refuse robust rules that could not hold in a round of the least allowed size, and what does not go with them."""
+    if config is None or not (rules := config.robust_rules()):
         return []
     from fedmerge.merge.methods import NEEDS_STATISTICS
     from fedmerge.robust import require_rules
@@ -178,7 +200,7 @@ def _robust_problems(config: Config | None) -> list[_Problem]:
         text = f'do not go with [merge] method = "{config.merge.method}": combinations of deltas have no statistics'
         return [_Problem(("screen", "robust"), text)]
     try:
-        require_rules(config.screen.robust, config.screen.max_bad, config.rounds.min_nodes)
+        require_rules(rules, config.max_bad(), config.rounds.min_nodes, has_root=config.screen.root is not None)
     except ConfigError as err:
         return [_Problem(("screen", "robust"), err.message)]
     return []
@@ -211,7 +233,7 @@ def _search_problems(config: Config | None) -> list[_Problem]:
     """Check a search against the merge that it varies, which must be right itself."""
     if config is None or config.search.strategy == "none":
         return []
-    if config.screen.robust:
+    if config.robust_rules():
         # They mix deltas so that no single node matters much; a factor for each node is the opposite.
         return [_Problem(("search", "strategy"), "does not go with [screen] robust; set one of them")]
     try:

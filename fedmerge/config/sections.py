@@ -34,10 +34,10 @@ from fedmerge.config.values import (
 from fedmerge.errors import InputError
 
 if TYPE_CHECKING:
+    from fedmerge.checks import ScreenPolicy
     from fedmerge.codec import Codec
     from fedmerge.merge import Recipe, Workers
     from fedmerge.regime import Uplink
-    from fedmerge.screen import ScreenPolicy
     from fedmerge.search import SearchSettings
     from fedmerge.store.blobs import BlobStore
     from fedmerge.streaming import Fragments
@@ -323,16 +323,37 @@ class Screen(Section):
     """Leaves out a delta whose norm is over so many times the median norm, where there are three or more."""
     clip_norm_ratio: float | None = Field(default=None, gt=0, examples=[2.0])
     """Scales a delta down to so many times the median norm when it is longer."""
+    clip_quantile: float | None = Field(default=None, gt=0, le=1, examples=[0.5])
+    """Scales longer deltas down to a norm that starts at this quantile of the first round's norms, and follows it over
+    the rounds, slowly, so that no single round sets it."""
+    clip_rate: float = Field(default=0.2, gt=0, le=1)
+    """How fast that norm follows: by at most so much of itself in a round, about."""
+    max_unchanged: float | None = Field(default=None, gt=0, le=1, examples=[0.9])
+    """Leaves out a delta of which more than this share of the entries is zero, as of a node that did not train. With a
+    sparsify of [delta], or frozen tensors, many are zero in every delta."""
+    duplicates: Literal["reject", "accept"] = "reject"
+    """What becomes of a delta that another node sent as well, entry for entry: one of them counts, or all."""
+    max_overlap: float | None = Field(default=None, gt=0, le=1, examples=[0.95])
+    """Leaves out a delta that agrees with another node's in the signs of more than this share of its entries: a copy,
+    even if it was scaled or has noise. Honest nodes with alike data agree in 50 to 80 %."""
     weighting: Literal["examples", "equal"] = "examples"
     """Weighs nodes by their number of training examples, or all the same."""
     max_weight_ratio: float = Field(default=3.0, ge=1)
     """Caps a node's weight at so many times the median weight, as the number of examples is the node's own claim."""
-    robust: list[str] = Field(default_factory=list)
-    """Robust rules that the deltas go through before the merge: "arc", "nnm", "krum", "multi_krum", "bulyan",
-    "centered_clip" or "geometric_median". With 5 nodes or more, ["arc", "nnm"] and then the method "trimmed_mean" keep
-    the merge near the honest nodes' mean."""
+    max_weight_node: float = Field(default=1.0, gt=0, le=1, examples=[0.3])
+    """Largest share of the whole weight that one node may have."""
+    max_weight_org: float = Field(default=1.0, gt=0, le=1, examples=[0.5])
+    """Largest share that all nodes of one organisation may have together."""
+    robust: Literal["auto"] | list[str] = "auto"
+    """Robust rules that the deltas go through before the merge: some of "arc", "nnm", "krum", "multi_krum", "bulyan",
+    "centered_clip", "geometric_median" and "fltrust". "auto" takes ["arc", "nnm"], and the merge method "trimmed_mean",
+    from a min_nodes of 5 up, where [merge] says nothing else and every entry travels; otherwise none."""
     max_bad: int = Field(default=1, ge=1)
-    """How many nodes may be bad; each rule needs some number of good ones for it (`rounds.min_nodes`)."""
+    """How many nodes may be bad; each rule needs some number of good ones for it (`rounds.min_nodes`). With robust =
+    "auto" it is 2 from a min_nodes of 9 up, if not more."""
+    root: str | None = Field(default=None, min_length=1, examples=["root"])
+    """Name of a node of the operator's own, on data that are beyond doubt: the rule "fltrust" holds the others' deltas
+    against its, which is not merged. Trust its key before the coordinator starts; min_nodes does not count it."""
 
 
 class Search(Section):
@@ -517,7 +538,7 @@ class Config(Section):
                 num_rounds=self.rounds.num_rounds,
                 lora_rank=lora_rank if isinstance(lora_rank, int) else 0,
                 merge="+".join(step.name for step in recipe.steps),
-                is_linear=recipe.method in LINEAR and not recipe.before and not self.screen.robust,
+                is_linear=recipe.method in LINEAR and not recipe.before and not self.robust_rules(),
                 # An average over rounds carries the past on as momentum does.
                 has_momentum=self.outer.name != "sgd" or bool(recipe.after),
                 is_local=self.server.is_local,
@@ -557,6 +578,9 @@ class Config(Section):
         if self.merge.steps:
             recipe = Recipe.from_steps([(step.method, step.extras) for step in self.merge.steps])
             return replace(recipe, scope=self.merge.scope)
+        if self._is_hardened():
+            # So much that floor(trimmed * nodes) is max_bad with the least number of them, in floating point.
+            return Recipe("trimmed_mean", {"trimmed": round(self.max_bad() / self.rounds.min_nodes + 5e-5, 4)})
         return Recipe(self.merge.method, self.merge.extras, scope=self.merge.scope)
 
     def merge_workers(self) -> Workers:
@@ -572,8 +596,37 @@ class Config(Section):
             settings.check(self.recipe())
         return settings
 
-    def screen_policy(self) -> ScreenPolicy:
-        """Return which deltas count, and for how much."""
-        from fedmerge.screen import ScreenPolicy
+    def robust_rules(self) -> tuple[str, ...]:
+        """Return the robust rules before the merge, chosen for the federation with "auto"."""
+        if isinstance(self.screen.robust, list):
+            return tuple(self.screen.robust)
+        return ("arc", "nnm") if self._is_hardened() else ()
 
-        return ScreenPolicy(**self.screen.model_dump())
+    def max_bad(self) -> int:
+        """Return how many bad nodes the robust rules are to hold against."""
+        few = min(2, (self.rounds.min_nodes - 1) // 4) if self._is_hardened() else 1
+        return max(self.screen.max_bad, few)
+
+    def _is_hardened(self) -> bool:
+        """Whether rounds are merged by ARC, NNM and the trimmed mean: by default, where these keep their promise.
+
+        They look at every entry, so thinned deltas would be trimmed to nothing; and a search, and control variates,
+        need to know whose delta is whose.
+        """
+        merge = self.merge
+        return (
+            self.screen.robust == "auto"
+            and self.rounds.min_nodes >= 5
+            and not (merge.steps or merge.extras or merge.model_fields_set & {"method", "scope"})
+            and self.delta.codec == "custom"
+            and self.delta.sparsify in {"none", "lowrank"}
+            and self.search.strategy == "none"
+            and not self.train.extras.get("scaffold")
+        )
+
+    def screen_policy(self, root: str | None = None) -> ScreenPolicy:
+        """Return which deltas count, and for how much; `root` is the key id of the node that `screen.root` names."""
+        from fedmerge.checks import ScreenPolicy
+
+        settings = self.screen.model_dump(exclude={"robust", "max_bad", "root"})
+        return ScreenPolicy(**settings, robust=self.robust_rules(), max_bad=self.max_bad(), root=root)

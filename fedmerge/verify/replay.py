@@ -8,7 +8,15 @@ from tempfile import TemporaryDirectory
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmerge.aggregate import RoundUpdate, delta_key, open_delta, screen_round, weights_of
+from fedmerge.aggregate import (
+    RoundUpdate,
+    delta_key,
+    known_from,
+    open_delta,
+    round_clip_norm,
+    screen_round,
+    weights_of,
+)
 from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import (
@@ -125,12 +133,16 @@ class _Rounds:
             for key, each in signed.items()
         }
         counts = {key: each.num_examples for key, each in signed.items()}
-        verdicts = screen_round(spec, deltas, counts, self._schema)
+        earlier = [each for each in history.records if each.model == record.before]
+        known = known_from(spec, record, earlier[-1] if earlier else None)
+        verdicts = screen_round(spec, deltas, counts, self._schema, known)
         candidate = None
         if record.search is not None:
             candidates = proposed([history.proposals[digest] for digest in record.search.proposals])
             candidate = candidate_of(candidates[record.search.chosen])
         _require_verdicts(record, verdicts, candidate)
+        if (clip_norm := round_clip_norm(spec, verdicts, known)) != record.clip_norm:
+            raise DigestMismatch(f"deltas are to be clipped to a norm of {clip_norm}, not {record.clip_norm}")
         before = self._model(record)
         update = RoundUpdate(spec, verdicts, deltas, before, self._state, candidate=candidate)
         path = self._scratch / f"update-{record.round}"
@@ -157,6 +169,8 @@ def _require_verdicts(record: MergeRecord, verdicts: list[Verdict], candidate: C
         each = recorded[verdict.node_id]
         found = {
             "reason": (verdict.reason, each.reason),
+            "value": (verdict.value, each.value),
+            "limit": (verdict.limit, each.limit),
             "norm": (verdict.norm, each.norm),
             "weight": (weights.get(verdict.node_id, verdict.weight), each.weight),
             "scale": (verdict.scale, each.scale),

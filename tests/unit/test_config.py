@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedmerge.checks import ScreenPolicy
 from fedmerge.codec import Codec
 from fedmerge.config import (
     Config,
@@ -29,7 +30,6 @@ from fedmerge.merge import METHODS, Recipe, parameters
 from fedmerge.merge.methods import IN_TIME
 from fedmerge.outer import OUTER
 from fedmerge.outer import parameters as outer_parameters
-from fedmerge.screen import ScreenPolicy
 from fedmerge.search import SearchSettings
 from fedmerge.tensors import TensorSpec
 

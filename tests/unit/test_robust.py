@@ -49,8 +49,9 @@ def tensor_maps(rows: Array) -> list[dict[str, Tensor]]:
     ]
 
 
-def merged(rows: Array, rules: list[str], method: str, **params: float) -> Array:
-    inputs = harden(Inputs(tensor_maps(rows), [1 / len(rows)] * len(rows), [1.0] * len(rows)), rules, NUM_BAD)
+def merged(rows: Array, rules: list[str], method: str, *, root: Array | None = None, **params: float) -> Array:
+    inputs = Inputs(tensor_maps(rows), [1 / len(rows)] * len(rows), [1.0] * len(rows))
+    inputs = harden(inputs, rules, NUM_BAD, root=None if root is None else tensor_maps(root[None, :])[0])
     tensors = [
         METHODS[method](torch.stack([delta[name] for delta in inputs.deltas]), torch.tensor(inputs.weights), **params)
         for name in ("a", "b")
@@ -146,8 +147,13 @@ def test_geometric_median_has_the_least_sum_of_distances() -> None:
 def test_who_is_first_makes_no_difference(rule: str) -> None:
     rows = np.concatenate([honest(), honest(seed=3)])
     order = np.random.Generator(np.random.PCG64(2)).permutation(len(rows))
-    first = mixing_of(gram_of(tensor_maps(rows)), [rule], NUM_BAD) @ rows
-    second = mixing_of(gram_of(tensor_maps(rows[order])), [rule], NUM_BAD) @ rows[order]
+    root = [honest(seed=5)[0]] if RULES[rule].needs_root else []
+
+    def combined(rows: Array) -> Array:
+        gram = gram_of(tensor_maps(np.array([*rows, *root])))
+        return mixing_of(gram, [rule], NUM_BAD, has_root=bool(root)) @ rows
+
+    first, second = combined(rows), combined(rows[order])
     if len(first) == len(rows):
         first = first[order]
     np.testing.assert_allclose(np.sort(second, axis=0), np.sort(first, axis=0), rtol=1e-4, atol=1e-5)
@@ -157,13 +163,15 @@ def test_equal_deltas_stay() -> None:
     rows = np.tile(honest()[:1], (NUM_NODES, 1))
     for rule in RULES:
         if RULES[rule].min_nodes(NUM_BAD) <= NUM_NODES:
-            np.testing.assert_allclose(merged(rows, [rule], "fedavg"), rows[0], rtol=1e-4, atol=1e-5)
+            found = merged(rows, [rule], "fedavg", root=rows[0] if RULES[rule].needs_root else None)
+            np.testing.assert_allclose(found, rows[0], rtol=1e-4, atol=1e-5)
 
 
 def test_zero_deltas_stay() -> None:
     for rule in RULES:
         if RULES[rule].min_nodes(NUM_BAD) <= NUM_NODES:
-            assert not merged(np.zeros((NUM_NODES, NUM_ELEMENTS)), [rule], "fedavg").any()
+            root = honest()[0] if RULES[rule].needs_root else None
+            assert not merged(np.zeros((NUM_NODES, NUM_ELEMENTS)), [rule], "fedavg", root=root).any()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +193,9 @@ def test_too_few_nodes_are_refused(tmp_path: Path, rule: str, least: int) -> Non
 def test_a_federation_with_a_liar(tmp_path: Path) -> None:
     """The liar is not so long that its norm alone gives it away, and still does not show in the model."""
     make_base(tmp_path / "base")
-    rules = '[screen]\nrobust = ["arc", "nnm"]\n[merge]\nmethod = "trimmed_mean"\ntrimmed = 0.2\n'
+    rules = (
+        '[screen]\nduplicates = "accept"\nrobust = ["arc", "nnm"]\n[merge]\nmethod = "trimmed_mean"\ntrimmed = 0.2\n'
+    )
     text = TOML.format(num_rounds=1, min_nodes=5, rounds="", server="", extra=rules)
     config = parse_config(text, folder=tmp_path, where="fedmerge.toml")
     trainers = {f"good-{seed}": StepTrainer(seed=7, scale=0.01) for seed in range(4)}
@@ -209,3 +219,66 @@ def test_chains_are_products() -> None:
         one = mixing_of(gram, [first], 1)
         two = mixing_of(one @ gram @ one.T, [second], 1)
         np.testing.assert_allclose(mixing_of(gram, [first, second], 1), two @ one, rtol=1e-6, atol=1e-7)
+
+
+def test_fltrust_is_its_definition() -> None:
+    rows = np.concatenate([honest()[:3], ATTACKS["sign flip"](honest()), 1000 * honest(seed=4)[:2]])
+    root = honest(seed=0)[7]
+    cosines = rows @ root / np.linalg.norm(rows, axis=1) / np.linalg.norm(root)
+    assert (cosines < 0).any()
+    trust = np.maximum(cosines, 0)
+    expected = sum(t * row * np.linalg.norm(root) / np.linalg.norm(row) for t, row in zip(trust, rows, strict=True))
+    found = merged(rows, ["fltrust"], "fedavg", root=root)
+    np.testing.assert_allclose(found, expected / trust.sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_majority_of_liars_does_not_beat_a_root_of_trust() -> None:
+    good = honest()
+    rows = np.concatenate([good[:2], *(ATTACKS["sign flip"](good) for _ in range(4))])
+    assert error(good, merged(rows, ["fltrust"], "fedavg", root=good[5])) < 0.5
+    assert error(good, merged(rows, ["geometric_median"], "fedavg")) > 1
+
+
+def test_whom_nobody_trusts_changes_nothing() -> None:
+    good = honest()
+    assert not merged(ATTACKS["sign flip"](good), ["fltrust"], "fedavg", root=good[5]).any()
+
+
+def test_rules_before_fltrust_see_no_root() -> None:
+    rows, root = honest(), honest(seed=5)[0]
+    gram = gram_of(tensor_maps(np.array([*rows, root])))
+    mixed = mixing_of(gram[:-1, :-1], ["nnm"], NUM_BAD) @ rows
+    both = mixing_of(gram, ["nnm", "fltrust"], NUM_BAD, has_root=True) @ rows
+    np.testing.assert_allclose(both[0], merged(mixed, ["fltrust"], "fedavg", root=root), rtol=1e-4, atol=1e-5)
+
+
+def test_from_five_nodes_on_a_plan_is_robust_by_itself(tmp_path: Path) -> None:
+    make_base(tmp_path / "base")
+
+    def plan(min_nodes: int, extra: str = "") -> tuple[str, float | None, tuple[str, ...], int]:
+        text = TOML.format(num_rounds=1, min_nodes=min_nodes, rounds="", server="", extra=extra)
+        config = parse_config(text, folder=tmp_path, where="fedmerge.toml")
+        recipe, policy = config.recipe(), config.screen_policy()
+        return recipe.method, recipe.params.get("trimmed"), policy.robust, policy.max_bad
+
+    plain: tuple[str, None, tuple[str, ...], int] = ("fedavg", None, (), 1)
+    assert plan(4) == plain
+    for min_nodes, num_bad in ((5, 1), (8, 1), (9, 2), (49, 2)):
+        method, trimmed, rules, found = plan(min_nodes)
+        assert (method, rules, found) == ("trimmed_mean", ("arc", "nnm"), num_bad)
+        assert trimmed is not None
+        assert math.floor(trimmed * min_nodes) == num_bad
+    assert plan(9, "[screen]\nmax_bad = 3")[1:] == (pytest.approx(1 / 3, abs=1e-3), ("arc", "nnm"), 3)
+    # What was chosen stays: thinned deltas would be trimmed away, and a search wants each node by itself.
+    for extra in (
+        "[merge]\nmethod = 'fedavg'",
+        "[screen]\nrobust = []",
+        "[delta]\nsparsify = 'topk'\ndensity = 0.1",
+        "[delta]\ncodec = 'auto'",
+        "[search]\nstrategy = 'cma_es'",
+    ):
+        assert plan(9, extra) == plain
+    with pytest.raises(ConfigError, match="arc against 5 bad nodes needs at least 11 nodes"):
+        plan(9, "[screen]\nmax_bad = 5")
+    with pytest.raises(ConfigError, match="fltrust needs a root of trust"):
+        plan(2, "[screen]\nrobust = ['fltrust']")

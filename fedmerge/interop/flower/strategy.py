@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
+from fedmerge.checks import ScreenPolicy
 from fedmerge.codec import Codec
 from fedmerge.delta import apply_one, delta_schema, working_dtype
 from fedmerge.errors import ConfigError, FedmergeError, InvalidDelta
@@ -24,7 +25,7 @@ from fedmerge.merge import Recipe, merge_deltas
 from fedmerge.merge.methods import IN_TIME
 from fedmerge.merge.parameters import resolve
 from fedmerge.outer import OUTER, parameters
-from fedmerge.screen import ScreenPolicy, screen
+from fedmerge.screen import screen
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import TensorMap, require_same_schema, schema_of
 
