@@ -34,7 +34,7 @@ from fedmerge.journal import Journal
 from fedmerge.logkeeper import LogKeeper
 from fedmerge.members import Members
 from fedmerge.merge import Plan, Recipe
-from fedmerge.merging import RoundMerge, drop_candidates
+from fedmerge.merging import Probe, RoundMerge, drop_candidates
 from fedmerge.operator import Operator
 from fedmerge.pace import dynamic_steps
 from fedmerge.policy import Action, RoundPolicy, Standing, next_action, next_due_s, standing
@@ -109,6 +109,9 @@ class Coordinator:
             Search(search, config.recipe(), num_models=2, seed=0)  # so is a library that is not installed
         if fragments := config.fragments():
             fragments.names(self.schema)  # so are more fragments than the model has layers
+        self._probe: Probe | None = None
+        if (evaluate := config.probe()) is not None:
+            self._probe = Probe(evaluate, config.screen.probe_metric, config.federation.state)
         self.uplink = config.uplink(self.schema)
         if config.delta.codec == "auto":
             log.info("codec: %s", self.uplink)
@@ -329,6 +332,7 @@ class Coordinator:
             self.schema,
             snapshot_every=snapshot_every,
             workers=self.config.merge_workers(),
+            probe=self._probe,
         )
         screened = merge.screened()
         if screened != self.journal.state.screened:

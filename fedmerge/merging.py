@@ -5,8 +5,11 @@ All of it can be done again at any time, to the same bits: the round's statement
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,8 +26,9 @@ from fedmerge.aggregate import (
     staleness_of,
     weights_of,
 )
-from fedmerge.checks import Known, Owner
-from fedmerge.errors import RoundFailed
+from fedmerge.checks import GAIN, Known, Owner
+from fedmerge.delta import UpdatedModel
+from fedmerge.errors import InputError, RoundFailed, reporting_os_errors
 from fedmerge.events import (
     CandidatesProposed,
     DeltaAccepted,
@@ -37,7 +41,8 @@ from fedmerge.journal import Journal
 from fedmerge.merge import Recipe, Workers
 from fedmerge.publish import software_versions
 from fedmerge.scoring import candidate_of, outcome, proposed, resume
-from fedmerge.search import Candidate, SearchSettings
+from fedmerge.search import Candidate, SearchSettings, score_of
+from fedmerge.search.local import Evaluate
 from fedmerge.sign import PublicKey
 from fedmerge.statements import (
     Candidates,
@@ -50,10 +55,11 @@ from fedmerge.statements import (
     StepRef,
     UpdateRef,
 )
+from fedmerge.statistics import task_vector_of
 from fedmerge.steps import write_steps
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint, Schema, TensorMap, model_digest
-from fedmerge.versions import open_model
+from fedmerge.versions import open_model, write_model
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,51 @@ class Made:
     state_root: str | None
 
 
+@dataclass(frozen=True)
+class Probe:
+    """How the coordinator scores a model on data of its own: `evaluate` gets a directory below `scratch`."""
+
+    evaluate: Evaluate
+    metric: str
+    scratch: Path
+
+    def score(self, model: TensorMap, base: Checkpoint) -> float:
+        """Return a model's score, minus infinity if it is not finite. Raises `InputError` when there is none."""
+        with (
+            reporting_os_errors(self.scratch),
+            TemporaryDirectory(prefix=".fedmerge-probe-", dir=self.scratch) as folder,
+        ):
+            write_model(model, base, Path(folder) / "model")
+            metrics = self.evaluate(Path(folder) / "model")
+        score = score_of(metrics, self.metric)
+        if score is None:
+            raise InputError(f"the probe gave {', '.join(metrics) or 'no metrics'}, not {self.metric}")
+        return score
+
+
+class _Gains(Mapping[str, float | None]):
+    """What each delta adds to the model's score, measured when it is asked for unless it was before."""
+
+    def __init__(self, found: dict[str, float | None], measure: Callable[[str], float | None]) -> None:
+        self._found, self._measure = found, measure
+
+    def __getitem__(self, key: str) -> float | None:
+        if key not in self._found:
+            self._found[key] = self._measure(key)
+        return self._found[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
 class RoundMerge:
     """A sealed round: its spec, its deltas and their verdicts. Raises `RoundFailed` when too few have a weight.
 
-    `snapshot_every` is in rounds; None where nodes fetch updates and not steps. `workers` say where to merge.
+    `snapshot_every` is in rounds; None where nodes fetch updates and not steps. `workers` say where to merge. `probe`
+    scores the deltas that pass all other checks, where the plan has it; scores that are on record are not taken again.
     """
 
     def __init__(
@@ -81,6 +128,7 @@ class RoundMerge:
         *,
         snapshot_every: int | None,
         workers: Workers,
+        probe: Probe | None = None,
     ) -> None:
         self._snapshot_every, self._workers = snapshot_every, workers
         self._journal, self._blobs, self._base, self._schema = journal, blobs, base, schema
@@ -98,7 +146,11 @@ class RoundMerge:
             for key, fact in self._facts.items()
         }
         counts = {key: fact.num_examples for key, fact in self._facts.items()}
-        self._known = Known(owners=self._owners(), clip_norm=next_clip_norm(spec, journal.record()))
+        self._known = Known(
+            owners=self._owners(),
+            clip_norm=next_clip_norm(spec, journal.record()),
+            gains=self._gains(probe) if probe is not None else {},
+        )
         self.verdicts = screen_round(spec, self._deltas, counts, schema, self._known)
         self.node_ids = [verdict.node_id for verdict in self.verdicts if verdict.accepted]
 
@@ -109,6 +161,25 @@ class RoundMerge:
         return {
             key: Owner(fact.node_id, organisations.get(fact.node_id, fact.node_id)) for key, fact in self._facts.items()
         }
+
+    def _gains(self, probe: Probe) -> Mapping[str, float | None]:
+        before = open_model(self.spec.model, self._base, self._find_update)
+        kind, start = Recipe.from_dict(self.spec.merge).statistics, math.nan
+
+        def measure(key: str) -> float | None:
+            nonlocal start
+            start = probe.score(before, self._base) if math.isnan(start) else start
+            if not math.isfinite(start):
+                raise RoundFailed(f"the probe gives the model that round {self.spec.round} starts from no finite score")
+            score = probe.score(UpdatedModel(before, [task_vector_of(self._deltas[key], kind)]), self._base)
+            return score - start if math.isfinite(score) else None
+
+        recorded = self._journal.state.screened
+        known = {verdict.statement_digest: verdict for verdict in (recorded.verdicts if recorded else ())}
+        found = {
+            key: known[fact.statement_digest] for key, fact in self._facts.items() if fact.statement_digest in known
+        }
+        return _Gains({key: v.gain for key, v in found.items() if v.gain is not None or v.reason == GAIN}, measure)
 
     def screened(self) -> DeltasScreened:
         """Return the verdicts as they are put on record."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge.checks import CHECKS, Known, Measured, ScreenPolicy
+from fedmerge.checks import CHECKS, GAIN, Known, Measured, ScreenPolicy
 from fedmerge.delta import delta_schema
 from fedmerge.errors import InputError, InvalidDelta, RoundFailed
 from fedmerge.shares import capped_shares
@@ -69,9 +69,9 @@ def screen(
     """Return the verdict on each of `deltas`, which are keyed by node id, sorted by node id.
 
     `schema` is the model's, of which deltas have the floating-point part, in any floating dtype. Tensors are asked for
-    one at a time, once, and once more where `max_overlap` is set. Weights and scales depend on accepted deltas only.
-    Raises `InputError` when a node has no number of examples, and `RoundFailed` when those that are accepted are too
-    few for the caps on weights.
+    one at a time, once, and once more where `max_overlap` is set; gains, of what passes all other checks. Weights and
+    scales depend on accepted deltas only. Raises `InputError` when a node has no number of examples, and `RoundFailed`
+    when those that are accepted are too few for the caps on weights.
     """
     known = known or Known()
     unknown = sorted(deltas.keys() - num_examples.keys())
@@ -82,12 +82,17 @@ def screen(
     for key in sorted(deltas):
         verdicts[key], measured = _inspect(key, deltas[key], num_examples[key], schema, policy)
         left += [measured] if measured else []
+    scored: set[str] = set()
     for reason, check in CHECKS.items():
+        if reason == GAIN and policy.min_gain is not None:
+            scored = {each.key for each in left if known.owner(each.key).node_id != policy.root}
         failures = check(left, policy, known)
         for key, (value, limit, detail) in failures.items():
             verdicts[key] = _reject(verdicts[key], reason, detail, value=value, limit=limit)
         left = [each for each in left if each.key not in failures]
-    return _weigh([replace(each, gain=known.gains.get(key)) for key, each in verdicts.items()], policy, known)
+    for key in scored:
+        verdicts[key] = replace(verdicts[key], gain=known.gains.get(key))
+    return _weigh(list(verdicts.values()), policy, known)
 
 
 def clip_norm(norms: Sequence[float], policy: ScreenPolicy, known: Known) -> float | None:

@@ -184,6 +184,10 @@ def _screen_problems(config: Config | None) -> list[_Problem]:
         # A search puts factors on the weights, and what was capped would not be any more.
         caps = [key for key in ("max_weight_node", "max_weight_org") if getattr(screen, key) < 1]
         problems += [_Problem(("screen", key), "does not go with a search, which sets weights itself") for key in caps]
+    try:
+        config.probe()
+    except ConfigError as err:
+        problems.append(_Problem(("screen", "probe"), err.message.removeprefix("screen.probe").lstrip(": ")))
     if screen.root is not None and "fltrust" not in screen.robust:
         problems.append(_Problem(("screen", "root"), 'has no effect without the rule "fltrust" in robust'))
     return problems
@@ -219,6 +223,8 @@ def _streaming_problems(config: Config | None) -> list[_Problem]:
         "late deltas ([rounds] late or async_buffer), which are of other parts": config.rounds.staleness_limit > 0,
         f"{' and '.join(adapted)} in [train], which go by whole models": bool(adapted),
         "[search], which scores whole models": config.search.strategy != "none",
+        "[screen] probe, which scores whole models": config.screen.probe is not None,
+        "[screen] clip_quantile, as parts have lengths of their own": config.screen.clip_quantile is not None,
         "[delta] error_feedback, whose residuals would be of other parts": config.delta.error_feedback > 0,
         '[delta] codec = "auto", which chooses for whole models': config.delta.codec == "auto",
         f'[merge] method = "{merge.method}", which needs statistics': merge.method in NEEDS_STATISTICS,

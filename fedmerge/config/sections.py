@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fedmerge.merge import Recipe, Workers
     from fedmerge.regime import Uplink
     from fedmerge.search import SearchSettings
+    from fedmerge.search.local import Evaluate
     from fedmerge.store.blobs import BlobStore
     from fedmerge.streaming import Fragments
     from fedmerge.tensors import Schema
@@ -336,6 +337,15 @@ class Screen(Section):
     max_overlap: float | None = Field(default=None, gt=0, le=1, examples=[0.95])
     """Leaves out a delta that agrees with another node's in the signs of more than this share of its entries: a copy,
     even if it was scaled or has noise. Honest nodes with alike data agree in 50 to 80 %."""
+    probe: str | None = Field(default=None, min_length=1, examples=["python score.py {model}"])
+    """A command of the coordinator's that prints the metrics of the model directory {model} as a JSON object. It scores
+    the model with each delta alone, and without; no shell looks at it."""
+    probe_metric: str = Field(default="auto", min_length=1)
+    """Which of the metrics counts: its name, or -NAME where lower is better; "auto" is accuracy, else -loss."""
+    probe_timeout_s: float = Field(default=3600.0, gt=0)
+    """Seconds that the command may take for one model."""
+    min_gain: float = 0.0
+    """Leaves out a delta that adds less than this to the score; below 0 for nodes whose data are of another kind."""
     weighting: Literal["examples", "equal"] = "examples"
     """Weighs nodes by their number of training examples, or all the same."""
     max_weight_ratio: float = Field(default=3.0, ge=1)
@@ -596,6 +606,17 @@ class Config(Section):
             settings.check(self.recipe())
         return settings
 
+    def probe(self) -> Evaluate | None:
+        """Return what scores a model directory on the coordinator's data. Raises `ConfigError` for no such command."""
+        if self.screen.probe is None:
+            return None
+        from fedmerge.search.local import evaluation_command
+
+        timeout_s = self.screen.probe_timeout_s
+        return evaluation_command(
+            self.screen.probe, timeout_s=timeout_s, setting="screen.probe", more_time="screen.probe_timeout_s"
+        )
+
     def robust_rules(self) -> tuple[str, ...]:
         """Return the robust rules before the merge, chosen for the federation with "auto"."""
         if isinstance(self.screen.robust, list):
@@ -628,5 +649,7 @@ class Config(Section):
         """Return which deltas count, and for how much; `root` is the key id of the node that `screen.root` names."""
         from fedmerge.checks import ScreenPolicy
 
-        settings = self.screen.model_dump(exclude={"robust", "max_bad", "root"})
+        local = {"probe", "probe_metric", "probe_timeout_s"}
+        settings = self.screen.model_dump(exclude={"robust", "max_bad", "root", *local})
+        settings["min_gain"] = None if self.screen.probe is None else self.screen.min_gain
         return ScreenPolicy(**settings, robust=self.robust_rules(), max_bad=self.max_bad(), root=root)

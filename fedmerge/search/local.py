@@ -90,19 +90,26 @@ def as_job(candidate: Candidate, job: MergeJob) -> MergeJob:
     return replace(job, slices=(replace(part, recipe=candidate.recipe(part.recipe), sources=kept),))
 
 
-def evaluation_command(command: str, *, timeout_s: float) -> Evaluate:
+def evaluation_command(
+    command: str,
+    *,
+    timeout_s: float,
+    setting: str = "--evaluate",
+    more_time: str = "--search-set deadline_s=SECONDS",
+) -> Evaluate:
     """Return a function that runs `command` on a model directory and returns the metrics that it prints.
 
     `{model}` in it stands for the directory; no shell looks at it. The last line it prints must be a JSON object of
     numbers. Raises `ConfigError` when `{model}` is missing; the function raises `InputError` when the command can't be
-    started, fails, takes more than `timeout_s` seconds, or prints something else.
+    started, fails, takes more than `timeout_s` seconds, or prints something else. Messages name the `setting` that has
+    the command, and the one that gives it `more_time`.
     """
     try:
         words = shlex.split(command)
     except ValueError as err:
-        raise ConfigError(f"--evaluate: {err}") from err
+        raise ConfigError(f"{setting}: {err}") from err
     if not any(PLACEHOLDER in word for word in words):
-        raise ConfigError(f"--evaluate {command:.80}: has no {PLACEHOLDER}, which stands for the candidate's directory")
+        raise ConfigError(f"{setting} {command:.80}: has no {PLACEHOLDER}, which stands for the candidate's directory")
 
     def evaluate(directory: Path) -> Mapping[str, float]:
         arguments = [word.replace(PLACEHOLDER, str(directory)) for word in words]
@@ -113,8 +120,9 @@ def evaluation_command(command: str, *, timeout_s: float) -> Evaluate:
         except OSError as err:
             raise InputError(f"the evaluation can't be started: {arguments[0]}: {err.strerror}") from err
         except subprocess.TimeoutExpired as err:
-            hint = "give it more with --search-set deadline_s=SECONDS"
-            raise InputError(f"the evaluation took more than {timeout_s:g} s", hint=hint) from err
+            raise InputError(
+                f"the evaluation took more than {timeout_s:g} s", hint=f"give it more with {more_time}"
+            ) from err
         if result.returncode != 0:
             said = _last_line(result.stderr) or "it wrote nothing to stderr"
             raise InputError(f"the evaluation failed with exit code {result.returncode}: {said}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from fedmerge.errors import ConfigError, RoundFailed
 from fedmerge.events import DeltasScreened
 from fedmerge.overview import overview
-from fedmerge.sign import SigningKey
+from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim import prepare_nodes, simulate
 from fedmerge.statements import Contribution, MergeRecord
 from fedmerge.store.blobs import BlobStore
@@ -38,16 +40,27 @@ class Lazy(StepTrainer):
         return TrainResult(out, self.num_examples)
 
 
+class Push(StepTrainer):
+    """Adds `scale` to every entry."""
+
+    def step(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        return torch.full(like.shape, self.scale)
+
+
 def federate(
     folder: Path, nodes: Mapping[str, Trainer], extra: str, **settings: object
 ) -> tuple[Path, list[MergeRecord]]:
     """Run a federation, check what it published with all deltas merged again, and return it with its records."""
     config, _ = make_config(folder, extra=EXACT + extra, **settings)  # type: ignore[arg-type]
     result = simulate(config, folder / "base", nodes)
-    key = SigningKey.load(folder / "coordinator.key").public
-    _, history, _ = verify_directory(result.model_dir, {key.key_id: key})
+    _, history, _ = verify_directory(result.model_dir, coordinator_key(folder))
     assert replay(history, Checkpoint(folder / "base"), BlobStore(config.federation.state / "blobs")).passed
     return result.model_dir, history.records
+
+
+def coordinator_key(folder: Path) -> dict[str, PublicKey]:
+    key = SigningKey.load(folder / "coordinator.key").public
+    return {key.key_id: key}
 
 
 def by_name(folder: Path, record: MergeRecord) -> dict[str, Contribution]:
@@ -137,3 +150,56 @@ def test_a_root_of_trust_outweighs_a_majority_of_liars(tmp_path: Path) -> None:
     # Of those that point its way, there is one, and it is brought to the root's length.
     expected = base["vector"] + nodes["root"].step("vector", base["vector"])
     torch.testing.assert_close(merged["vector"], expected, atol=1e-5, rtol=0)
+
+
+SCORE = """
+import json, sys, pathlib
+from safetensors.numpy import load_file
+directory, calls = map(pathlib.Path, sys.argv[1:])
+(calls / str(len(list(calls.iterdir())))).touch()
+print("scoring")
+print(json.dumps({"height": float(load_file(directory / "model.safetensors")["vector"].astype("float64").mean())}))
+"""
+
+
+def test_the_coordinators_probe_scores_each_delta_alone(tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text(SCORE)
+    (tmp_path / "calls").mkdir()
+    command = f"{sys.executable} {tmp_path / 'score.py'} {{model}} {tmp_path / 'calls'}"
+    screen = f"[screen]\nprobe = {json.dumps(command)}\nprobe_metric = 'height'\nmin_gain = -0.01\n"
+    nodes = {"up": Push(1, scale=0.03), "flat": Push(2, scale=-0.005), "down": Push(3, scale=-0.02), "lazy": Lazy(4)}
+    model_dir, (record,) = federate(tmp_path, nodes, screen + "max_unchanged = 0.9\n")
+    found = by_name(tmp_path, record)
+    gains = {name: each.gain for name, each in found.items()}
+    # Whom another check refused is not scored.
+    assert gains == {
+        "up": pytest.approx(0.03),
+        "flat": pytest.approx(-0.005),
+        "down": pytest.approx(-0.02),
+        "lazy": None,
+    }
+    assert (found["down"].reason, found["down"].value, found["down"].limit) == ("GAIN", gains["down"], -0.01)
+    base, merged = Checkpoint(tmp_path / "base")["vector"], Checkpoint(model_dir)["vector"]
+    torch.testing.assert_close(merged, base + (0.03 - 0.005) / 2, atol=1e-6, rtol=0)
+    (check,) = (each for each in verify_directory(model_dir, coordinator_key(tmp_path))[2] if each.name == "probe")
+    assert check.passed is None
+    # Once for the model as it was and once for each of the three; computing the merge again did not ask.
+    assert len(list((tmp_path / "calls").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("python score.py", r"screen\.probe: python score\.py: has no \{model\}"),
+        ("python 'score.py {model}", r"screen\.probe: No closing quotation"),
+    ],
+)
+def test_a_probe_that_can_not_be_one(tmp_path: Path, command: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_config(tmp_path, extra=f"[screen]\nprobe = {json.dumps(command)}\n")
+
+
+def test_a_probe_that_fails_fails_the_round(tmp_path: Path) -> None:
+    command = json.dumps(f"{sys.executable} -c 'print({{}})' {{model}}")
+    with pytest.raises(RoundFailed, match="the probe gave no metrics, not auto"):
+        federate(tmp_path, {"a": Push(1), "b": Push(2)}, f"[screen]\nprobe = {command}\nduplicates = 'accept'\n")
