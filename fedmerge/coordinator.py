@@ -85,7 +85,7 @@ class Coordinator:
         self.trust = trust or TrustStore(config.federation.trusted)
         self.trust.keys()  # a file that is no key is reported now, not to every caller
         self._root = self._root_key()
-        if config.screen.root is not None and self._root is None:
+        if config.screen.root and self._root is None:
             raise ConfigError(
                 f"screen.root: no trusted node is called {config.screen.root!r}",
                 hint=f"make its key, and trust it: fedmerge keys trust FILE --name {config.screen.root}",

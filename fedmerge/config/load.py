@@ -174,7 +174,7 @@ def _screen_problems(config: Config | None) -> list[_Problem]:
     if config is None:
         return []
     screen, problems = config.screen, []
-    if screen.clip_quantile is not None and screen.clip_norm_ratio is not None:
+    if screen.clip_quantile and screen.clip_norm_ratio is not None:
         problems.append(_Problem(("screen", "clip_quantile"), "is another way to clip than clip_norm_ratio; set one"))
     least = config.rounds.min_nodes
     if screen.max_weight_node * least < 1 - SLACK:
@@ -188,7 +188,7 @@ def _screen_problems(config: Config | None) -> list[_Problem]:
         config.probe()
     except ConfigError as err:
         problems.append(_Problem(("screen", "probe"), err.message.removeprefix("screen.probe").lstrip(": ")))
-    if screen.root is not None and "fltrust" not in screen.robust:
+    if screen.root and "fltrust" not in screen.robust:
         problems.append(_Problem(("screen", "root"), 'has no effect without the rule "fltrust" in robust'))
     return problems
 
@@ -204,7 +204,7 @@ def _robust_problems(config: Config | None) -> list[_Problem]:
         text = f'do not go with [merge] method = "{config.merge.method}": combinations of deltas have no statistics'
         return [_Problem(("screen", "robust"), text)]
     try:
-        require_rules(rules, config.max_bad(), config.rounds.min_nodes, has_root=config.screen.root is not None)
+        require_rules(rules, config.max_bad(), config.rounds.min_nodes, has_root=config.screen.root != "")
     except ConfigError as err:
         return [_Problem(("screen", "robust"), err.message)]
     return []
@@ -224,7 +224,7 @@ def _streaming_problems(config: Config | None) -> list[_Problem]:
         f"{' and '.join(adapted)} in [train], which go by whole models": bool(adapted),
         "[search], which scores whole models": config.search.strategy != "none",
         "[screen] probe, which scores whole models": config.screen.probe is not None,
-        "[screen] clip_quantile, as parts have lengths of their own": config.screen.clip_quantile is not None,
+        "[screen] clip_quantile, as parts have lengths of their own": config.screen.clip_quantile > 0,
         "[delta] error_feedback, whose residuals would be of other parts": config.delta.error_feedback > 0,
         '[delta] codec = "auto", which chooses for whole models': config.delta.codec == "auto",
         f'[merge] method = "{merge.method}", which needs statistics': merge.method in NEEDS_STATISTICS,

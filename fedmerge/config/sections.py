@@ -324,9 +324,9 @@ class Screen(Section):
     """Leaves out a delta whose norm is over so many times the median norm, where there are three or more."""
     clip_norm_ratio: float | None = Field(default=None, gt=0, examples=[2.0])
     """Scales a delta down to so many times the median norm when it is longer."""
-    clip_quantile: float | None = Field(default=None, gt=0, le=1, examples=[0.5])
-    """Scales longer deltas down to a norm that starts at this quantile of the first round's norms, and follows it over
-    the rounds, slowly, so that no single round sets it."""
+    clip_quantile: float = Field(default=0.0, ge=0, le=1)
+    """Above 0, scales longer deltas down to a norm that starts at this quantile of the first round's norms, and follows
+    it over the rounds, slowly, so that no single round sets it; 0.5 is the median."""
     clip_rate: float = Field(default=0.2, gt=0, le=1)
     """How fast that norm follows: by at most so much of itself in a round, about."""
     max_unchanged: float | None = Field(default=None, gt=0, le=1, examples=[0.9])
@@ -350,9 +350,9 @@ class Screen(Section):
     """Weighs nodes by their number of training examples, or all the same."""
     max_weight_ratio: float = Field(default=3.0, ge=1)
     """Caps a node's weight at so many times the median weight, as the number of examples is the node's own claim."""
-    max_weight_node: float = Field(default=1.0, gt=0, le=1, examples=[0.3])
+    max_weight_node: float = Field(default=1.0, gt=0, le=1)
     """Largest share of the whole weight that one node may have."""
-    max_weight_org: float = Field(default=1.0, gt=0, le=1, examples=[0.5])
+    max_weight_org: float = Field(default=1.0, gt=0, le=1)
     """Largest share that all nodes of one organisation may have together."""
     robust: Literal["auto"] | list[str] = "auto"
     """Robust rules that the deltas go through before the merge: some of "arc", "nnm", "krum", "multi_krum", "bulyan",
@@ -361,9 +361,10 @@ class Screen(Section):
     max_bad: int = Field(default=1, ge=1)
     """How many nodes may be bad; each rule needs some number of good ones for it (`rounds.min_nodes`). With robust =
     "auto" it is 2 from a min_nodes of 9 up, if not more."""
-    root: str | None = Field(default=None, min_length=1, examples=["root"])
-    """Name of a node of the operator's own, on data that are beyond doubt: the rule "fltrust" holds the others' deltas
-    against its, which is not merged. Trust its key before the coordinator starts; min_nodes does not count it."""
+    root: str = ""
+    """Name, if any, of a node of the operator's own, on data that are beyond doubt: the rule "fltrust" holds the others'
+    deltas against its, which is not merged. Trust its key before the coordinator starts; min_nodes does not count
+    it."""
 
 
 class Search(Section):
@@ -651,5 +652,6 @@ class Config(Section):
 
         local = {"probe", "probe_metric", "probe_timeout_s"}
         settings = self.screen.model_dump(exclude={"robust", "max_bad", "root", *local})
+        settings["clip_quantile"] = self.screen.clip_quantile or None
         settings["min_gain"] = None if self.screen.probe is None else self.screen.min_gain
         return ScreenPolicy(**settings, robust=self.robust_rules(), max_bad=self.max_bad(), root=root)
