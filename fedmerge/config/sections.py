@@ -362,9 +362,8 @@ class Screen(Section):
     """How many nodes may be bad; each rule needs some number of good ones for it (`rounds.min_nodes`). With robust =
     "auto" it is 2 from a min_nodes of 9 up, if not more."""
     root: str = ""
-    """Name, if any, of a node of the operator's own, on data that are beyond doubt: the rule "fltrust" holds the others'
-    deltas against its, which is not merged. Trust its key before the coordinator starts; min_nodes does not count
-    it."""
+    """Name, if any, of a node of the operator's own, on data beyond doubt: the rule "fltrust" holds the others' deltas
+    against its, which is not merged. Trust its key before the coordinator starts; min_nodes does not count it."""
 
 
 class Search(Section):
