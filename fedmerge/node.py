@@ -218,15 +218,16 @@ class Node:
             kept = self.home / REFUSED / f"{record.round:04d}-{verdict.statement_digest[:12]}.json"
             if verdict.node_id == self.node_id and not verdict.accepted and not kept.exists():
                 replace_file(kept, envelope)
-                norm = "" if verdict.norm is None else f", norm {verdict.norm:.6g}"
+                found = "" if verdict.value is None else f", {verdict.value:.6g}"
+                found += "" if verdict.limit is None else f" against a limit of {verdict.limit:.6g}"
                 log.warning(
                     "round %d: this site's delta was not merged: %s%s; the signed record of it is in %s",
                     record.round,
                     verdict.reason,
-                    norm,
+                    found,
                     kept,
                 )
-                self._emit("excluded", record.round, reason=verdict.reason, norm=verdict.norm)
+                self._emit("excluded", record.round, reason=verdict.reason, value=verdict.value, limit=verdict.limit)
 
     def _take_part(self, spec: RoundSpec, spec_digest: str) -> None:
         try:

@@ -67,8 +67,9 @@ def describe(event: NodeEvent) -> str:
         case "cosigned":
             return f"{where}: checked and cosigned the coordinator's log of {values['log_events']} events"
         case "excluded":
-            norm = "" if values["norm"] is None else f", norm {values['norm']:.3g}"
-            return f"{where}: this site's delta was not merged ({values['reason']}{norm})"
+            found = "" if values["value"] is None else f", {values['value']:.3g}"
+            found += "" if values["limit"] is None else f" against a limit of {values['limit']:.3g}"
+            return f"{where}: this site's delta was not merged ({values['reason']}{found})"
         case "missed":
             return f"{where}: missed ({values['reason']})"
         case _:

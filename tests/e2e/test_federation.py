@@ -123,9 +123,13 @@ def test_a_node_whose_delta_is_left_out_is_told_why_with_the_coordinators_signat
     base = Checkpoint(tmp_path / "base")
     sent = sum(float(trainers["loud"].step(name, base[name]).square().sum()) for name in ("matrix", "vector")) ** 0.5
     assert refused.norm == pytest.approx(sent, rel=1e-2)
-    assert told[1].values == {"reason": "NORM", "norm": refused.norm}
-    assert f"not merged: NORM, norm {refused.norm:.6g}; the signed record of it is in {kept}" in caplog.text
-    assert describe(told[1]) == f"round 1: this site's delta was not merged (NORM, norm {refused.norm:.3g})"
+    norms = sorted(each.norm or 0.0 for each in record.contributions)
+    assert (refused.value, refused.limit) == (refused.norm, 2 * norms[1])
+    assert told[1].values == {"reason": "NORM", "value": refused.norm, "limit": refused.limit}
+    against = f"{refused.norm:.6g} against a limit of {refused.limit:.6g}"
+    assert f"not merged: NORM, {against}; the signed record of it is in {kept}" in caplog.text
+    against = f"{refused.norm:.3g} against a limit of {refused.limit:.3g}"
+    assert describe(told[1]) == f"round 1: this site's delta was not merged (NORM, {against})"
 
 
 @contextlib.contextmanager
