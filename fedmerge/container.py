@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -74,7 +74,8 @@ def writing_container(path: Path, key: str, *, where: str) -> Iterator[Container
     except OSError as err:
         raise ResourceError(f"{path}: could not be written ({err})", hint="is the disk full?") from err
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # what is left over harms nobody
+            part.unlink(missing_ok=True)
 
 
 def _safetensors_header(container: Container, key: str) -> bytes:

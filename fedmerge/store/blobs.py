@@ -71,8 +71,14 @@ class BlobStore:
             raise DigestMismatch(
                 f"chunk at {offset} does not have the promised hash", hint=f"send it again from {stored}"
             )
-        with reporting_os_errors(self._parts), self._part(upload_id).open("ab") as file:
-            file.write(data)
+        part = self._part(upload_id)
+        with reporting_os_errors(self._parts):
+            try:
+                with part.open("ab") as file:
+                    file.write(data)
+            except OSError:
+                os.truncate(part, stored)  # half a leaf is nothing to go on from
+                raise
         return stored + len(data)
 
     def part_bytes(self, upload_id: str) -> int:
@@ -83,15 +89,16 @@ class BlobStore:
     def recover_part(self, upload_id: str, leaves: Sequence[bytes]) -> int:
         """After a crash, cut a part back to its longest prefix of whole, correct leaves, and return its length."""
         part = self._part(upload_id)
-        part.touch()
         good = 0
-        with part.open("rb") as file:
-            for expected in leaves:
-                chunk = file.read(LEAF_BYTES)
-                if not chunk or leaf_hash(chunk) != expected:
-                    break
-                good += len(chunk)
-        os.truncate(part, good)
+        with reporting_os_errors(part):
+            part.touch()
+            with part.open("rb") as file:
+                for expected in leaves:
+                    chunk = file.read(LEAF_BYTES)
+                    if not chunk or leaf_hash(chunk) != expected:
+                        break
+                    good += len(chunk)
+            os.truncate(part, good)
         return good
 
     def finish_part(self, upload_id: str, root: str) -> None:
@@ -106,13 +113,15 @@ class BlobStore:
 
     def drop_part(self, upload_id: str) -> None:
         """Remove an upload's part."""
-        self._part(upload_id).unlink(missing_ok=True)
+        with reporting_os_errors(self._parts):
+            self._part(upload_id).unlink(missing_ok=True)
 
     def drop_stray_parts(self, known: set[str]) -> None:
         """Remove parts that belong to no upload: what a crash between two steps leaves behind."""
-        for part in self._parts.glob("*.part"):
-            if part.stem not in known:
-                part.unlink()
+        with reporting_os_errors(self._parts):
+            for part in self._parts.glob("*.part"):
+                if part.stem not in known:
+                    part.unlink()
 
     def _part(self, upload_id: str) -> Path:
         return self._parts / f"{upload_id}.part"
