@@ -67,8 +67,13 @@ class FolderShelf:
         target = self._place(root)
         with reporting_os_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            if self._durable:
-                sync_file(source)
+            try:
+                if self._durable:
+                    sync_file(source)
+            except OSError:
+                # Nobody knows which bytes are on the disk now, and the next sync would not say so: they must come anew.
+                source.unlink(missing_ok=True)
+                raise
             try:
                 source.replace(target)
             except OSError as err:

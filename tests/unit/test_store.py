@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedmerge.store.blobs import BlobStore, split_leaf_hashes
 from fedmerge.store.database import REVISION, Database, metadata
 from fedmerge.store.ledger import Ledger, UploadRow
 from fedmerge.store.migrations import scripts
+from fedmerge.store.shelves import FolderShelf
 from tests.databases import PostgresServer
 
 FACTS = [
@@ -190,6 +192,30 @@ def test_after_a_crash_a_part_keeps_its_whole_and_correct_leaves(tmp_path: Path,
     blobs.part_path("u1").write_bytes(CHUNKS[0] + garbage)
     assert blobs.recover_part("u1", LEAVES) == LEAF_BYTES
     assert blobs.write_part("u1", LEAF_BYTES, CHUNKS[1], LEAVES, len(DATA)) == 2 * LEAF_BYTES
+
+
+def test_a_leaf_that_the_disk_took_half_of_is_taken_whole_later(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 1000
+    leaves = [leaf_hash(data)]
+    store = BlobStore(tmp_path)
+    store.begin_part("u")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(ResourceError, match="large"):
+            store.write_part("u", 0, data, leaves, len(data))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert store.part_bytes("u") == 0
+    assert store.write_part("u", 0, data, leaves, len(data)) == len(data)
+
+
+def test_what_could_not_be_synced_has_to_come_again(tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    part.symlink_to("/dev/null")
+    with pytest.raises(ResourceError, match="Invalid argument"):  # which is what that device says to a sync
+        FolderShelf(tmp_path / "blobs").install(part, "a" * 64)
+    assert not part.is_symlink()
 
 
 @pytest.mark.parametrize("root", ["", "..", "../../etc/passwd", "A" * 64, "0" * 63, "0" * 64])
