@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from fedmerge.delta import delta_schema
 from fedmerge.errors import DigestMismatch, InputError, InvalidDelta, reporting_os_errors
+from fedmerge.files import sync_file, sync_tree
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.statements import ModelRef, RoundSpec, StepRef, UpdateRef
 from fedmerge.tensors import Checkpoint, TensorMap, model_digest, schema_digest
@@ -80,6 +81,7 @@ class ModelChain:
             for old in target.parent.iterdir():
                 if old != partial:
                     shutil.rmtree(old)
+            sync_tree(partial)
             partial.rename(target)
             for step in ref.steps:  # of no use any more
                 self._place(step).unlink(missing_ok=True)
@@ -134,4 +136,5 @@ class ModelChain:
             if merkle_root(leaves_of(partial)).hex() != root:
                 partial.unlink()
                 raise DigestMismatch(f"{target.name}: the coordinator sent other bytes than it promised")
+            sync_file(partial)
             partial.rename(target)

@@ -52,6 +52,16 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def sync_tree(path: Path) -> None:
+    """Make a file durable, or a folder with all that is in it."""
+    if not path.is_dir():
+        sync_file(path)
+        return
+    for inner in path.iterdir():
+        sync_tree(inner)
+    sync_directory(path)
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames in a folder durable, where the platform can."""
     if os.name != "posix":

@@ -36,8 +36,8 @@ from fedmerge.errors import (
     UntrustedKey,
     reporting_os_errors,
 )
-from fedmerge.feedback import carry_over, previous_residual, unsent, write_residual
-from fedmerge.files import replace_file
+from fedmerge.feedback import RESIDUAL, carry_over, previous_residual, unsent, write_residual
+from fedmerge.files import replace_file, sync_directory, sync_tree
 from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.merge import Recipe
 from fedmerge.merkle import leaves_of, merkle_root
@@ -330,10 +330,13 @@ class Node:
             software=_software(),
         )
         # The statement's presence says that the payload, and the residual and trainer's state beside it, are complete.
-        partial = outbox / "statement.partial"
         with reporting_os_errors(outbox):
-            partial.write_bytes(statement.sign(self.key))
-            partial.rename(outbox / STATEMENT)
+            for path in (payload, outbox / RESIDUAL, outbox / STATE):
+                if path.exists():
+                    sync_tree(path)
+            sync_directory(outbox)
+        replace_file(outbox / STATEMENT, statement.sign(self.key))
+        with reporting_os_errors(outbox):
             for directory in {result.model_dir, whole} if not self._keep_tuned else ():
                 shutil.rmtree(directory)
             if task.model_dir != model_dir:
@@ -365,7 +368,7 @@ class Node:
         signed_for, _ = Receipt.open(receipt, self._coordinator, where="receipt")
         if signed_for.statement_digest != digest_of(statement.to_payload()):
             raise DigestMismatch("the coordinator's receipt is for another delta than the one that was sent")
-        (outbox / "receipt.json").write_bytes(receipt)
+        replace_file(outbox / "receipt.json", receipt)
         self._num_done += 1
         self._emit("delivered", spec.round, payload_bytes=num_bytes, event=signed_for.event)
 

@@ -23,7 +23,7 @@ from fedmerge.attest import MODEL_KEY, MODEL_SIGNATURE, SLSA_PROVENANCE, model_s
 from fedmerge.card import local_card, model_card
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import reporting_os_errors
-from fedmerge.files import sync_directory, sync_file
+from fedmerge.files import sync_directory, sync_tree
 from fedmerge.merge import Write
 from fedmerge.sign import SigningKey
 from fedmerge.statements import Lineage, LocalMerge, MergeRecord
@@ -139,8 +139,7 @@ def appearing_whole(target: Path) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True)
             yield partial
-            for path in partial.rglob("*"):
-                sync_directory(path) if path.is_dir() else sync_file(path)
+            sync_tree(partial)
             if target.exists():
                 shutil.rmtree(target)
             partial.rename(target)

@@ -88,7 +88,7 @@ class Obstructed(StepTrainer):
         return super().train(task)
 
 
-@pytest.mark.parametrize("obstacle", [{"file": "residual"}, {"folder": "statement.partial"}])
+@pytest.mark.parametrize("obstacle", [{"file": "residual"}, {"folder": ".statement.json.partial"}])
 def test_a_node_stopped_between_delta_and_statement_sends_what_it_would_have(
     tmp_path: Path, obstacle: dict[str, str]
 ) -> None:
