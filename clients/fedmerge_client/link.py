@@ -380,7 +380,15 @@ def _as_error(err: grpc.RpcError | FedmergeError) -> FedmergeError:
     details = (err.details() if isinstance(err, grpc.Call) else None) or "no answer"
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         if "certificate has expired" in details:
-            return CertificateExpired("the coordinator's certificate has expired", hint="tell its operator")
+            return CertificateExpired(
+                "the coordinator's certificate has expired",
+                hint="tell its operator, unless this machine's clock is wrong",
+            )
+        if "certificate is not yet valid" in details:
+            return UntrustedCertificate(
+                "the coordinator's certificate is not valid yet, by this machine's clock",
+                hint="set this machine's clock",
+            )
         if any(sign in details for sign in NOT_OURS):
             return UntrustedCertificate(
                 "the coordinator's certificate is not the one that coordinator.pem pins",

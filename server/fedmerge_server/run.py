@@ -76,7 +76,8 @@ async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        coordinator = Coordinator(config, base_dir, clock=time.time, seat=seat) if seat.try_take() else None
+        clock = steady_clock()
+        coordinator = Coordinator(config, base_dir, clock=clock, seat=seat) if seat.try_take() else None
         key = check_standby(config, base_dir, seat) if coordinator is None else coordinator.key
         gate = Gate("this coordinator stands by for another one", config.server.lease_s / 3)
         healthy = health.aio.HealthServicer()
@@ -88,7 +89,7 @@ async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening
             on_ready(listening)
             stood_by = coordinator is None
             if coordinator is None and await _stand_by(seat, config.server.lease_s, stop):
-                opening = partial(Coordinator, config, base_dir, clock=time.time, seat=seat, key=key)
+                opening = partial(Coordinator, config, base_dir, clock=clock, seat=seat, key=key)
                 coordinator = await asyncio.to_thread(opening)
             if coordinator is None:
                 return
@@ -120,6 +121,15 @@ async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening
                 task.result()
         finally:
             await server.stop(None)
+
+
+def steady_clock() -> Callable[[], float]:
+    """Return a clock that begins with the wall clock's time and goes on evenly, however that one is set later.
+
+    A round whose deadline jumped by would fail, and one whose deadline jumped away would wait.
+    """
+    offset_s = time.time() - time.monotonic()
+    return lambda: offset_s + time.monotonic()
 
 
 async def _stand_by(seat: Seat, lease_s: float, stop: asyncio.Event) -> bool:

@@ -142,15 +142,16 @@ def test_a_coordinators_certificate_is_replaced_while_it_runs(tmp_path: Path) ->
         finally:
             link.close()
 
-    def becomes(error: type[Exception] | None) -> None:
+    def becomes(error: type[Exception] | None, saying: str = "") -> None:
         deadline_s = time.monotonic() + 15
         while True:
+            message = ""
             try:
                 attempt()
                 found: type[Exception] | None = None
             except UntrustedCertificate as err:
-                found = type(err)
-            if found is error:
+                found, message = type(err), err.message
+            if found is error and saying in message:
                 return
             assert time.monotonic() < deadline_s, found
             time.sleep(0.3)
@@ -158,8 +159,10 @@ def test_a_coordinators_certificate_is_replaced_while_it_runs(tmp_path: Path) ->
     becomes(None)
     _write(tmp_path, authority.server([TLS_NAME], NOW - 2 * DAY, DAY))
     becomes(CertificateExpired)
+    _write(tmp_path, authority.server([TLS_NAME], NOW + 2 * DAY, DAY))
+    becomes(UntrustedCertificate, "not valid yet, by this machine's clock")
     _write(tmp_path, Authority.create(tmp_path / "another", NOW, DAY).server([TLS_NAME], NOW, DAY))
-    becomes(UntrustedCertificate)
+    becomes(UntrustedCertificate, "not the one that coordinator.pem pins")
     (tmp_path / "own.crt").write_text("half of one")  # of no use: the one before stays
     _write(tmp_path, authority.server([TLS_NAME], NOW, DAY))
     becomes(None)
