@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fedmerge_server.run
 from fedmerge.errors import BadOffset, reporting_os_errors
 from fedmerge.events import DeltaAccepted, Event, MetricsReported
-from fedmerge.merkle import LEAF_BYTES
+from fedmerge.merkle import LEAF_BYTES, leaf_hash
 from fedmerge.store import shelves
 from fedmerge.store.blobs import BlobStore
+from fedmerge.store.lease import Lease
 from fedmerge.store.ledger import Ledger, LedgerEntry
 
 
@@ -82,3 +85,24 @@ def halves_of_leaves_stay() -> None:
         return stored + len(data)
 
     BlobStore.write_part = write_part  # type: ignore[method-assign]
+
+
+def nobody_is_fenced_off() -> None:
+    """A coordinator does not notice that another has taken its place."""
+    Lease.require = lambda self, connection: None  # type: ignore[method-assign]
+
+
+def rounds_follow_the_wall_clock() -> None:
+    """Deadlines are by a clock that may be set."""
+    fedmerge_server.run.steady_clock = lambda: time.time  # type: ignore[assignment]
+
+
+def chunks_are_not_checked() -> None:
+    """Chunks of a delta are taken whatever their hash."""
+    really = BlobStore.write_part
+
+    def write_part(self: BlobStore, upload_id: str, offset: int, data: bytes, leaves: list[bytes], *more: int) -> int:
+        at = offset // LEAF_BYTES
+        return really(self, upload_id, offset, data, [*leaves[:at], leaf_hash(data), *leaves[at + 1 :]], *more)
+
+    BlobStore.write_part = write_part  # type: ignore[assignment, method-assign]

@@ -7,14 +7,17 @@ other.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 
 from fedmerge.cli import main
-from fedmerge.config import load_config
+from fedmerge.config import Config, load_config
 from fedmerge.events import DeltaAccepted, RoundPublished
 from fedmerge.sign import SigningKey
 from fedmerge.sim import prepare_nodes, simulate
@@ -41,9 +44,11 @@ from fedmerge.verify import replay, verify_directory
 
 NODES = {"north": 1, "south": 3}  # and how many examples each has
 NUM_ROUNDS = 2
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0  # a busy machine is not a broken promise
 POLL_S = 0.01
+PR_SET_PDEATHSIG = 1
 RESTART_S = 0.1
+UNREACHABLE = 4  # a node's code when it never found its coordinator
 LINES = 3 if "FEDMERGE_TRACEBACK" not in os.environ else 60
 CONFIG = """
 [federation]
@@ -107,7 +112,7 @@ def simulated_version(folder: Path) -> str:
     base = folder / "base"
     base.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    shapes = {"matrix": (300, 1000), "vector": (300,)}
+    shapes = {"matrix": (500, 1500), "vector": (300,)}
     save_file(
         {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, base / "model.safetensors"
     )
@@ -156,6 +161,7 @@ class Before:
 
 
 os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}  # for what processes are forked from
+_LOCK = threading.Lock()  # whoever starts a process also looks after everybody else's, which must not look then
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["fault_warm"])
 
@@ -164,12 +170,19 @@ def _command(
     arguments: Sequence[str], folder: Path, name: str, environ: Mapping[str, str], before: list[Before]
 ) -> None:
     """Be the command `fedmerge ARGUMENTS`, with its output in files of the folder."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # with whoever forked it
     os.chdir(folder)
     for number, file in ((1, f"{name}.out"), (2, f"{name}.log")):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if number == 1 else os.O_APPEND))
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.environ.update(environ)
+    if "LD_PRELOAD" in environ:  # which only a new program takes up
+        names = [f"{each.function.__module__}.{each.function.__name__}" for each in before]
+        modules = sorted({__name__, *(name.partition(".")[0] for name in names)})
+        calls = [f"{name}(*{each.arguments})" for name, each in zip(names, before, strict=True)]
+        code = f"import sys, {', '.join(modules)}; {'; '.join([*calls, f'sys.exit({__name__}.main(sys.argv[1:]))'])}"
+        os.execv(sys.executable, [sys.executable, "-c", code, *arguments])
     faulthandler.enable()
     for each in before:
         each.function(*each.arguments)
@@ -183,7 +196,8 @@ class Run:
         self.folder = folder
         self.template = template
         self.address = f"127.0.0.1:{free_port()}"
-        self.node_address = self.address  # another one where something stands between
+        self.node_addresses = dict.fromkeys(NODES, self.address)  # others where something stands between
+        self.patience_s = PATIENCE_S
         self.processes: dict[str, multiprocessing.process.BaseProcess] = {}
         self.before: dict[str, list[Before]] = {}
         self.environ: dict[str, dict[str, str]] = {}
@@ -193,16 +207,24 @@ class Run:
     def start(self, name: str) -> None:
         """Start the coordinator or a node, again or for the first time."""
         environ = {"FEDMERGE_SERVER__LISTEN": self.address, **self.environ.get(name, {})}
-        if name == "coordinator":
+        if name not in NODES:
             arguments = ["serve", "fedmerge.toml", "--json"]
         else:
-            arguments = ["join", "--coordinator", self.node_address, "--trust", "state/coordinator.pem", "--json"]
+            arguments = [
+                "join",
+                "--coordinator",
+                self.node_addresses[name],
+                "--trust",
+                "state/coordinator.pem",
+                "--json",
+            ]
             arguments += ["--key", f"{name}/node.key", "--home", name, "--trainer", "known-step"]
             arguments += ["--option", f"seed={NODES[name]}"]
         (self.folder / f"{name}.out").unlink(missing_ok=True)
         what = (arguments, self.folder, name, environ, self.before.get(name, []))
         process = _FORKED.Process(target=_command, args=what, daemon=True)
-        process.start()
+        with _LOCK:
+            process.start()
         self.processes[name] = process
 
     def start_all(self) -> None:
@@ -216,7 +238,8 @@ class Run:
         """Have `function(*arguments, connection)` run beside the federation; return the connection's other end."""
         here, there = _FORKED.Pipe()
         process = _FORKED.Process(target=function, args=(*arguments, there), daemon=True)
-        process.start()
+        with _LOCK:
+            process.start()
         there.close()
         self._helpers.append(process)
         return here
@@ -232,17 +255,25 @@ class Run:
 
     def kill(self, name: str) -> None:
         """End a process as kill -9 does."""
-        self.processes[name].kill()
-        self.processes[name].join()
+        self.signal(name, signal.SIGKILL)
+        self.await_end(name)
 
     def code(self, name: str) -> int | None:
         """A process's exit code, None while it runs."""
-        return self.processes[name].exitcode
+        with _LOCK:
+            return self.processes[name].exitcode
 
-    def await_ready(self, *, restarted: Sequence[int] = ()) -> None:
-        """Wait until the coordinator says where it listens; `restarted` as in `finish`."""
-        out = self.folder / "coordinator.out"
-        for _ in patiently("the coordinator to listen", lambda: self.said("coordinator")):
+    def await_end(self, name: str) -> int:
+        """Wait until a process has ended, and return its exit code."""
+        for _ in self.patiently(f"{name} to end"):
+            if (code := self.code(name)) is not None:
+                return code
+        raise AssertionError("not reached")
+
+    def await_ready(self, name: str = "coordinator", *, restarted: Sequence[int] = ()) -> None:
+        """Wait until a coordinator says where it listens; `restarted` as in `finish`."""
+        out = self.folder / f"{name}.out"
+        for _ in self.patiently(f"the {name} to listen"):
             if out.exists() and out.read_text().endswith("\n"):
                 return
             self.supervise(restarted)
@@ -252,16 +283,21 @@ class Run:
 
         Whatever ends with a code among `restarted` is started again, as by a supervisor.
         """
-
-        def what_is_wrong() -> str:
-            self.check_acknowledged()
-            return self.said("coordinator", *NODES)
-
-        for _ in patiently("the nodes to end", what_is_wrong):
+        for _ in self.patiently("the nodes to end"):
             self.supervise(restarted)
             if all(self.code(name) == 0 for name in NODES):
                 break
-        self.stop(restarted=restarted)
+        for name in self.processes.keys() - NODES.keys():
+            self.stop(name, restarted=restarted)
+
+    def patiently(self, what: str) -> Iterator[None]:
+        """Go round until `patience_s` have passed, then raise `Failed`."""
+        give_up_s = time.monotonic() + self.patience_s
+        while time.monotonic() < give_up_s:
+            yield
+            time.sleep(POLL_S)
+        self.check_acknowledged()
+        raise Failed(f"waited {self.patience_s:g} s for {what}: {self.said(*self.processes)}")
 
     def supervise(self, restarted: Sequence[int] = ()) -> None:
         """Start again what has ended with a code among `restarted`. Raises `Failed` when anything ended otherwise."""
@@ -269,29 +305,27 @@ class Run:
             code = self.code(name)
             if code is None or (code == 0 and name in NODES):
                 continue
-            if code not in restarted:
+            if code not in (*restarted, *([UNREACHABLE] if name in NODES else [])):
                 raise Failed(f"{name} ended with code {code}: {self.said(name)}")
             time.sleep(RESTART_S)
             self.start(name)
 
-    def stop(self, *, restarted: Sequence[int] = ()) -> None:
-        """Stop the coordinator as an operator does."""
-        self.await_ready(restarted=restarted)
-        process = self.processes["coordinator"]
-        process.terminate()
-        process.join(30)
-        if process.exitcode not in (0, *restarted):
-            raise Failed(
-                f"the coordinator was stopped, and its code was {process.exitcode}: {self.said('coordinator')}"
-            )
+    def stop(self, name: str = "coordinator", *, restarted: Sequence[int] = ()) -> None:
+        """Stop a coordinator as an operator does."""
+        self.await_ready(name, restarted=restarted)
+        self.signal(name, signal.SIGTERM)
+        code = self.await_end(name)
+        if code not in (0, *restarted):
+            raise Failed(f"the {name} was stopped, and its code was {code}: {self.said(name)}")
 
     def end(self) -> None:
         """Leave nothing running."""
         processes = [*self.processes.values(), *self._helpers]
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
+        with _LOCK:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
         self.processes.clear()
         self._helpers.clear()
 
@@ -308,9 +342,13 @@ class Run:
                 found.append(f"{name}: {json.loads(line)['message'] if line.startswith('{') else line}")
         return " | ".join(found)
 
+    def config(self) -> Config:
+        """The coordinator's settings."""
+        return load_config(self.folder / "fedmerge.toml", environ=self.environ.get("coordinator", {}))
+
     def entries(self) -> list[LedgerEntry]:
         """The ledger's events."""
-        ledger = Ledger(Database(load_config(self.folder / "fedmerge.toml").database_url()))
+        ledger = Ledger(Database(self.config().database_url()))
         ledger.close()
         return ledger.entries
 
@@ -332,7 +370,7 @@ class Run:
     def check(self) -> None:
         """All that is promised of a federation that has ended."""
         self.check_acknowledged()
-        for name in ("coordinator", *NODES):
+        for name in self.processes:
             if "internal error" in self.log(name) or "Traceback" in self.log(name):
                 raise Failed(f"{name} met an error that it did not expect: {self.said(name)}")
         events = [entry.event for entry in self.entries()]
@@ -343,9 +381,9 @@ class Run:
         if len(set(accepted)) != len(accepted) or len(accepted) != NUM_ROUNDS * len(NODES):
             raise Failed(f"accepted {len(accepted)} deltas, {len(set(accepted))} of them different")
         key = SigningKey.load(self.folder / "coordinator.key").public
-        config = load_config(self.folder / "fedmerge.toml")
-        home = config.federation.state
-        lineage, history, _ = verify_directory(home / "models" / f"round-{NUM_ROUNDS:04d}", {key.key_id: key})
+        config, name = self.config(), f"round-{NUM_ROUNDS:04d}"
+        model_dir = next(self.folder.glob(f"*/models/{name}"))  # of whichever coordinator published it
+        lineage, history, _ = verify_directory(model_dir, {key.key_id: key})
         if not replay(history, Checkpoint(config.model.base), config.open_blobs()).passed:
             raise Failed("the deltas that are stored do not lead to what is published")
         digests = {"the coordinator": lineage.model.digest}
@@ -377,15 +415,6 @@ class Part:
     planted: Callable[[Template, random.Random], Sequence[Trial]] = lambda template, draw: []
     bug: Before | None = None
     why_not: Callable[[], str] = str
-
-
-def patiently(what: str, about: Callable[[], str] = str) -> Iterator[None]:
-    """Go round until `PATIENCE_S` have passed."""
-    give_up_s = time.monotonic() + PATIENCE_S
-    while time.monotonic() < give_up_s:
-        yield
-        time.sleep(POLL_S)
-    raise Failed(f"waited {PATIENCE_S:g} s for {what}: {about()}")
 
 
 def free_port() -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 import fault_bugs
-from fault_federation import NODES, Before, Part, Run, Template, Trial, patiently
+from fault_federation import NODES, Before, Part, Run, Template, Trial
 
 
 def killed(seed: int) -> Trial:
@@ -41,7 +41,7 @@ def killed_when_acknowledged(num_receipts: int) -> Trial:
 
     def trial(run: Run) -> bool:
         run.start_all()
-        for _ in patiently("receipts", lambda: run.said("coordinator", *NODES)):
+        for _ in run.patiently("receipts"):
             if len(run.receipts()) >= num_receipts:
                 break
         run.kill("coordinator")

@@ -22,7 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import fault_clock
 import fault_disk
+import fault_network
 import fault_power
 import fault_processes
 from fault_federation import NODES, Failed, Part, Template, Trial, running
@@ -37,6 +39,11 @@ PARTS = {
     "errors": fault_disk.ERRORS,
     "full": fault_disk.FULL,
     "power": fault_power.POWER,
+    "standby": fault_clock.STANDBY,
+    "clock": fault_clock.CLOCK,
+    "lines": fault_network.LINES,
+    "chunks": fault_network.CHUNKS,
+    "network": fault_network.NETWORK,
 }
 
 
