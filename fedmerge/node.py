@@ -122,7 +122,7 @@ class Node:
     `home` is the node's folder, `base` a directory with the base model (fetched from the coordinator when None),
     `coordinator` the key that round specs must be signed with. A round's own fine-tune is deleted once its delta is
     signed, unless `keep_tuned`. With a `witness` the node checks and cosigns the coordinator's log. `make_chain` makes
-    the node's models where they are not copies of its own.
+    the node's models where they are not copies of its own. What it keeps is `durable` unless it is only simulated.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class Node:
         witness: Witness | None = None,
         on_event: Callable[[NodeEvent], None] = lambda event: None,
         make_chain: ChainMaker = ModelChain,
+        durable: bool = True,
     ) -> None:
         self.link = link
         self.trainer = trainer
@@ -147,6 +148,7 @@ class Node:
         self._coordinator = {coordinator.key_id: coordinator}
         self._chain = make_chain(home, link.fetch, self._announce_fetch, base)
         self._keep_tuned = keep_tuned
+        self._durable = durable
         self._witness = witness
         self._on_event = on_event
         self._taken: set[str] = set()
@@ -330,12 +332,13 @@ class Node:
             software=_software(),
         )
         # The statement's presence says that the payload, and the residual and trainer's state beside it, are complete.
-        with reporting_os_errors(outbox):
-            for path in (payload, outbox / RESIDUAL, outbox / STATE):
-                if path.exists():
-                    sync_tree(path)
-            sync_directory(outbox)
-        replace_file(outbox / STATEMENT, statement.sign(self.key))
+        if self._durable:
+            with reporting_os_errors(outbox):
+                for path in (payload, outbox / RESIDUAL, outbox / STATE):
+                    if path.exists():
+                        sync_tree(path)
+                sync_directory(outbox)
+        replace_file(outbox / STATEMENT, statement.sign(self.key), durable=self._durable)
         with reporting_os_errors(outbox):
             for directory in {result.model_dir, whole} if not self._keep_tuned else ():
                 shutil.rmtree(directory)
@@ -368,7 +371,7 @@ class Node:
         signed_for, _ = Receipt.open(receipt, self._coordinator, where="receipt")
         if signed_for.statement_digest != digest_of(statement.to_payload()):
             raise DigestMismatch("the coordinator's receipt is for another delta than the one that was sent")
-        replace_file(outbox / "receipt.json", receipt)
+        replace_file(outbox / "receipt.json", receipt, durable=self._durable)
         self._num_done += 1
         self._emit("delivered", spec.round, payload_bytes=num_bytes, event=signed_for.event)
 

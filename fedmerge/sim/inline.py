@@ -172,6 +172,7 @@ class Simulation:
                 witness=Witness(home, link, key, self.coordinator.key.public, self.world.clock, durable=False),
                 on_event=on_event,
                 make_chain=make_chain,
+                durable=False,
             )
             self._nodes[name] = link, node
         return self._nodes[name]
