@@ -23,10 +23,10 @@ def acknowledge_before_writing() -> None:
     waiting: list[Callable[..., object]] = []
     can_wait = [False]
 
-    def append_later(self: Ledger, fact: Event, **more: Any) -> LedgerEntry:
-        can_wait[0] = isinstance(fact, (DeltaAccepted, MetricsReported))
+    def append_later(self: Ledger, *facts: Event, **more: Any) -> list[LedgerEntry]:
+        can_wait[0] = all(isinstance(fact, (DeltaAccepted, MetricsReported)) for fact in facts)
         try:
-            return append(self, fact, **more)
+            return append(self, *facts, **more)
         finally:
             can_wait[0] = False
 

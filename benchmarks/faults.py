@@ -72,6 +72,8 @@ def find_planted(template: Template, part: Part, draw: random.Random) -> tuple[b
     number = 0
     for number, trial in enumerate(part.planted(template, draw), 1):
         outcome = attempt(template, trial, number, part, planted=True)
+        if "TypeError" in outcome.broken:  # of what was planted: the product has changed since
+            raise SystemExit(outcome.broken)
         if outcome.broken:
             print(f"  found what was planted, in trial {number}: {outcome.broken[:300]}", flush=True)
             return True, number
