@@ -143,8 +143,8 @@ class Outcome:
 class Texts:
     """The four domains' texts as files, and the model that the federations begin with."""
 
-    def __init__(self, folder: Path, kept: Kept, *, base_steps: int) -> None:
-        self.folder, self.base_steps = folder, base_steps
+    def __init__(self, folder: Path, kept: Kept, *, base_steps: int, width: int = 128) -> None:
+        self.folder, self.base_steps, self.width = folder, base_steps, width
         (source,) = data_files("lm_4domains.jsonl.gz")
         for row in read_records(source):
             parts = {row["split"]: row["text"]}
@@ -153,7 +153,7 @@ class Texts:
                 parts = {"train": row["text"][:cut], "validation": row["text"][cut:]}
             for split, text in parts.items():
                 (folder / f"{row['client']}-{split}.txt").write_text(text)
-        self.base = kept.folder / f"base-{base_steps}"
+        self.base = kept.folder / (f"base-{base_steps}" + (f"-{width}" if width != 128 else ""))
         if not self.base.exists():
             self._train_base()
 
@@ -171,8 +171,8 @@ class Texts:
     def _train_base(self) -> None:
         config = LlamaConfig(
             vocab_size=256,
-            hidden_size=128,
-            intermediate_size=352,
+            hidden_size=self.width,
+            intermediate_size=self.width * 11 // 4,
             num_hidden_layers=4,
             num_attention_heads=4,
             max_position_embeddings=256,

@@ -42,10 +42,16 @@ class Kept:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
+    def has(self, asked: dict[str, Any]) -> bool:
+        """Whether the same was asked before."""
+        return self._path(asked).exists()
+
+    def _path(self, asked: dict[str, Any]) -> Path:
+        return self.folder / f"{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]}.json"
+
     def get(self, asked: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what `work` returned when the same was asked before, or let it work now."""
-        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.folder / f"{key}.json"
+        path = self._path(asked)
         if not path.exists():
             found = work()
             partial = path.with_suffix(f".{os.getpid()}")
