@@ -56,6 +56,8 @@ class World:
             self._wake(task, max(until_s, self.now_s))
         self._listening.append(task)
         self._leave()
+        if task in self._listening:  # nobody did: what is told from now on is not for this wait
+            self._listening.remove(task)
 
     def notify(self) -> None:
         """Wake the tasks that wait for news."""

@@ -42,6 +42,28 @@ def test_time_never_runs_backwards_and_tasks_that_are_due_together_keep_their_or
         assert own == [sum(naps[: step + 1]) for step in range(len(naps))]
 
 
+def test_news_that_come_after_a_wait_is_over_wake_nobody() -> None:
+    world, seen = World(), []
+
+    def sleeper() -> None:
+        world.wait(1.0)
+        world.sleep(10.0)
+        seen.append(world.now_s)
+
+    def ends_after_waiting() -> None:
+        world.wait(2.0)
+
+    def teller() -> None:
+        world.sleep(5.0)
+        world.notify()
+
+    world.spawn(sleeper)
+    world.spawn(ends_after_waiting)
+    world.spawn(teller)
+    world.run()
+    assert seen == [11.0]
+
+
 def test_news_ends_a_wait_before_its_time_and_only_once() -> None:
     world, seen = World(), []
 
