@@ -24,6 +24,7 @@ from fedmerge.errors import (
     FedmergeError,
     NoSession,
     Refused,
+    UnknownUpload,
     Unreachable,
     UntrustedCertificate,
     reporting_os_errors,
@@ -224,9 +225,9 @@ class GrpcLink:
                 commit = delta_pb2.CommitDeltaRequest(upload_id=upload.upload_id)
                 receipt = self._call(lambda: self._deltas.CommitDelta, commit, timeout_s=COMMIT_TIMEOUT_S)
                 return bytes(receipt.receipt_envelope)
-            except (grpc.RpcError, BadOffset) as err:
-                # Whatever got there stays there: beginning again says from where to go on.
-                self._wait_or_raise(err, backoff, retried=(BadOffset, Busy))
+            except (grpc.RpcError, BadOffset, UnknownUpload) as err:
+                # Whatever got there stays there: beginning again says from where to go on, or that the round is over.
+                self._wait_or_raise(err, backoff, retried=(BadOffset, Busy, UnknownUpload))
 
     def report_metrics(self, envelope: bytes) -> None:
         """Hand in a signed evaluation."""

@@ -405,6 +405,24 @@ def test_an_interrupted_upload_goes_on_where_it_stood(north: Site) -> None:
     assert opened.statement_digest == digest_of(statement.to_payload())
 
 
+def test_an_upload_that_gave_way_to_another_one_is_begun_again(north: Site) -> None:
+    spec, _ = north.spec()
+    payload, other = north.payload(spec), north.payload(spec, scale=0.02)
+    statement = north.statement(payload)
+    told: list[int] = []
+
+    def sent(num_bytes: int) -> None:
+        if not told:
+            north.begin(other)
+        told.append(num_bytes)
+
+    receipt = north.link.submit(statement.sign(north.key), payload, leaves_of(payload), sent)
+    trusted = {north.link.coordinator.key_id: north.link.coordinator}
+    signed_for, _ = Receipt.open(receipt, trusted, where="receipt")
+    assert signed_for.statement_digest == digest_of(statement.to_payload())
+    assert told.count(0) == 2
+
+
 def test_an_upload_survives_a_restart_of_the_coordinator(federation: Federation) -> None:
     server = federation.serve()
     site = site_of(federation, server, federation.keys["north"])
