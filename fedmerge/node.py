@@ -27,6 +27,7 @@ from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import (
     ConflictingSubmission,
     DigestMismatch,
+    NotAsked,
     NothingDue,
     RoundClosed,
     RoundFailed,
@@ -234,7 +235,7 @@ class Node:
     def _take_part(self, spec: RoundSpec, spec_digest: str) -> None:
         try:
             self.contribute(spec, spec_digest)
-        except (RoundClosed, UnknownRound, StaleBase, ConflictingSubmission) as err:
+        except (RoundClosed, UnknownRound, NotAsked, StaleBase, ConflictingSubmission) as err:
             # The round went on without this delta; the next one is another chance.
             log.warning("round %d: %s", spec.round, err.message)
             self._emit("missed", spec.round, reason=err.message)

@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from fedmerge.config import Config, load_config
-from fedmerge.coordinator import open_seat
+from fedmerge.coordinator import Coordinator, open_seat
+from fedmerge.errors import RoundFailed
 from fedmerge.events import DeltaAccepted, RoundSealed
 from fedmerge.node import NodeEvent
-from fedmerge.sim import ENGINES, FederationResult, Pool, local_processes, make_site, open_engine, simulate
+from fedmerge.rounds import Phase
+from fedmerge.sim import ENGINES, FederationResult, Pool, World, local_processes, make_site, open_engine, simulate
 from fedmerge.sim.inline import KnownNodes
+from fedmerge.sim.sites import LocalLink
 from fedmerge.store.database import Database
 from fedmerge.store.ledger import Ledger, LedgerEntry
 from fedmerge.tensors import Checkpoint
@@ -134,6 +137,41 @@ def test_only_a_simulation_waits_for_no_disk(tmp_path: Path) -> None:
     for settings, expected in (({}, 2), ({"durable": False}, 0)):
         with closing(open_seat(config, time.monotonic, **settings)) as seat:
             assert seat.database.run(lambda connection: connection.exec_driver_sql(asked).scalar()) == expected
+
+
+def test_a_node_that_was_asked_before_the_round_was_opened_again_misses_it(tmp_path: Path) -> None:
+    config, _ = make_config(
+        tmp_path,
+        rounds="sample = 1\ndeadline_s = 100.0",
+        min_nodes=1,
+        extra="[simulate]\ntrain_s = 150.0\nspread = 0.0\n",
+    )
+    world, asked, events = World(), list[str](), list[tuple[str, str]]()
+
+    def connect(coordinator: Coordinator, node_id: str) -> LocalLink:
+        def try_again() -> None:
+            state = coordinator.journal.state
+            if state.phase == Phase.FAILED and not state.is_retried and state.attempt < 4:
+                coordinator.operator.retry("again")
+            if state.opened is not None and state.phase == Phase.OPEN:
+                asked[state.attempt - 1 :] = state.opened.sample
+
+        if not asked:
+            coordinator.journal.on_change.append(try_again)
+            try_again()
+        return LocalLink(coordinator, node_id)
+
+    with pytest.raises(RoundFailed):
+        simulate(
+            config,
+            tmp_path / "base",
+            NODES,
+            world=world,
+            connect=connect,
+            on_event=lambda name, event: events.append((name, event.kind)),
+        )
+    assert len(set(asked)) > 1
+    assert sum(kind == "missed" for _, kind in events) == 4
 
 
 def merged(result: FederationResult) -> tuple[str, torch.Tensor]:
