@@ -51,6 +51,7 @@ class Machine:
 
     def __init__(self, name: str, root: Path, stage: Stage) -> None:
         self.name, self.root, self.stage = name, root, stage
+        self.disks = f"{root.parent}/"
         self.life: Life | None = None
         self.frozen_until_s = 0.0
         # How many writes the next process lives for; power is cut then.
@@ -213,8 +214,11 @@ def _before(what: str, arguments: tuple[Any, ...]) -> None:
     life = owners.get(getcurrent())
     if life is None:
         return
-    if what == "open" and not _is_writing(*arguments):
-        return
+    name = str(arguments[0]) if arguments else ""
+    if (what == "open" and not _is_writing(*arguments)) or (
+        name[:1] == "/" and not name.startswith(life.machine.disks)
+    ):
+        return  # caches of compiled code, for instance, which are there the second time
     if not life.is_alive:
         raise Killed
     _in_hook.append(None)
@@ -222,8 +226,8 @@ def _before(what: str, arguments: tuple[Any, ...]) -> None:
         if life.writes_left is not None:
             life.writes_left -= 1
             if life.writes_left < 0:
-                if what == "open" and isinstance(arguments[1], str) and "w" in arguments[1]:
-                    Path(arguments[0]).write_bytes(b"")  # opened, and nothing written yet
+                if what == "open" and arguments[1] == "w" and not Path(name).is_dir():
+                    Path(name).write_bytes(b"")  # opened, and nothing written yet
                 life.machine.stage.trace(life.machine.name, f"dies at {what} {_short(arguments)}")
                 life.machine.kill(cut_power=life.cut_power)
                 raise Killed
