@@ -27,7 +27,7 @@ from fedmerge.rounds import FederationState, Phase
 from fedmerge.sign import PublicKey
 from fedmerge.statements import DeltaStatement, digest_of
 from fedmerge.store.blobs import BlobStore, split_leaf_hashes
-from fedmerge.store.ledger import UploadRow
+from fedmerge.store.ledger import LedgerEntry, UploadRow
 from fedmerge.trust import TrustStore
 
 log = logging.getLogger(__name__)
@@ -79,15 +79,16 @@ class Intake:
             state, spec = self._journal.state, self._journal.spec()
             if spec is None or state.opened is None:
                 raise RoundClosed("no round has been opened yet", hint="wait for the first round")
-            accepted = self._accepted(caller_id, upload_id)
-            if accepted is not None:
-                return upload_id, accepted.payload_bytes
+            is_over = not self._takes(state, statement.round)
+            delivered = state.has_delivered(statement.round, caller_id)
+            if (is_over or delivered) and self._accepted(caller_id, upload_id) is not None:
+                return upload_id, statement.payload_bytes  # merged or not: its receipt may have been lost on the way
             opened, is_open = state.opened, state.phase == Phase.OPEN
-            if self._takes(state, statement.round):  # also for a round that is over, where late deltas count
+            if not is_over:  # also for a round that is over, where late deltas count
                 opened, is_open = state.plans[statement.round], True
                 spec = self._journal.plan(statement.round)
             admit(statement, spec, opened.spec_digest, caller_id=caller_id, is_open=is_open)
-            if state.has_delivered(statement.round, caller_id):
+            if delivered:
                 raise ConflictingSubmission(
                     f"node {caller_id[:12]} already delivered another delta for round {spec.round}",
                     hint="one delta counts per node and round; wait for the next round",
@@ -114,9 +115,9 @@ class Intake:
 
     def committed_bytes(self, caller_id: str, upload_id: str) -> int:
         """Return the bytes stored of an upload; raise `UnknownUpload` when the caller has none of that id."""
-        accepted = self._accepted(caller_id, upload_id)
+        accepted = None if upload_id in self._uploads else self._accepted(caller_id, upload_id)
         if accepted is not None:
-            return accepted.payload_bytes
+            return accepted[1].payload_bytes
         return self._stored_bytes(self._find(caller_id, upload_id))
 
     def commit(self, caller_id: str, upload_id: str) -> bytes:
@@ -152,12 +153,12 @@ class Intake:
         staleness = state.staleness(round_number)
         return staleness is not None and round_number + staleness <= self._journal.plan(round_number).num_rounds
 
-    def _accepted(self, node_id: str, statement_digest: str) -> DeltaAccepted | None:
-        """Return what the node delivered under a statement, if it is yet to be merged."""
-        state = self._journal.state
-        for fact in (state.accepted(node_id), state.late(statement_digest)):
-            if fact is not None and (fact.node_id, fact.statement_digest) == (node_id, statement_digest):
-                return fact
+    def _accepted(self, node_id: str, statement_digest: str) -> tuple[LedgerEntry, DeltaAccepted] | None:
+        """Return what the node delivered under a statement, be it merged by now or not."""
+        for entry in reversed(self._journal.ledger.entries):
+            fact = entry.event
+            if isinstance(fact, DeltaAccepted) and (fact.node_id, fact.statement_digest) == (node_id, statement_digest):
+                return entry, fact
         return None
 
     def forget_node(self, node_id: str) -> None:
@@ -210,12 +211,10 @@ class Intake:
 
     def _receipt(self, node_id: str, statement_digest: str) -> bytes | None:
         # Built from the ledger each time: keys sign the same bytes the same way, so it need not be stored.
-        created = self._journal.created
-        for entry in reversed(self._journal.ledger.entries):
-            fact = entry.event
-            if isinstance(fact, DeltaAccepted) and (fact.node_id, fact.statement_digest) == (node_id, statement_digest):
-                return receipt_of(entry, created).sign(self._journal.key)
-        return None
+        accepted = self._accepted(node_id, statement_digest)
+        if accepted is None:
+            return None
+        return receipt_of(accepted[0], self._journal.created).sign(self._journal.key)
 
     def _resume(self, row: UploadRow) -> None:
         """Take up an upload that a restart interrupted, unless its signer is no longer trusted."""

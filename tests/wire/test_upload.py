@@ -468,13 +468,16 @@ def test_a_delta_for_a_round_that_is_over_is_refused(tmp_path: Path) -> None:
         spec, _ = sites[0].spec()
         old = sites[0].payload(spec)
         envelope = sites[0].statement(old).sign(sites[0].key)
-        sites[0].link.submit(envelope, old, leaves_of(old), lambda sent: None)
+        late = sites[0].statement(old).sign(sites[0].key)
+        receipt = sites[0].link.submit(envelope, old, leaves_of(old), lambda sent: None)
         sites[1].submit(sites[1].payload(spec))
         for view in sites[0].link.watch():
             if view.round == 2:
                 break
         with pytest.raises(RoundClosed):
-            sites[0].link.submit(envelope, old, leaves_of(old), lambda sent: None)
+            sites[0].link.submit(late, old, leaves_of(old), lambda sent: None)
+        # Whoever did not get the receipt gets it now.
+        assert sites[0].link.submit(envelope, old, leaves_of(old), lambda sent: None) == receipt
     finally:
         for site in sites:
             site.link.close()
