@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from machines import Machine, Network, Stage, green_threading, stages
 from safetensors.torch import save_file
 
-from fedmerge import intake, journal, merkle, node, publish
+from fedmerge import intake, journal, merkle, publish
 from fedmerge.config import Config, parse_config
 from fedmerge.coordinator import Coordinator, open_seat
 from fedmerge.errors import BadOffset, Busy, Deposed, RoundFailed, UnknownUpload, Unreachable, WrongPhase
@@ -71,8 +71,7 @@ def small_leaves(put: Callable[[Any, str, Any], None]) -> None:
 
 def remember(put: Callable[[Any, str, Any], None]) -> None:
     """Have what is found out again and again be found out once: statements under the same keys, package versions."""
-    for module in (node, publish):
-        put(module, "version", cache(module.version))
+    put(publish, "version", cache(publish.version))
     verify, known = Statement.open.__func__, dict[Any, Any]()  # type: ignore[attr-defined]
 
     def open_once(cls: type[Statement], envelope: bytes, trusted: Mapping[str, PublicKey], *, where: str) -> Any:
@@ -540,7 +539,7 @@ class DisturbedFederation:
             "close": lambda: operator.close("enough"),
             "extend": lambda: operator.extend(60.0, "more time"),
         }
-        with suppress(WrongPhase):
+        with suppress(WrongPhase, Deposed):
             orders[what]()
             self.stage.trace(host.machine.name, f"is told to {what}")
 
