@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from calls import LEAF_BYTES, TICK_S, Calls, Observed
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from drawn import LEASE_S, Schedule
 from machines import Machine, Network, Stage, green_threading, stages
 from safetensors.torch import save_file
 
 from fedmerge import intake, journal, merkle, publish
 from fedmerge.config import Config, parse_config
 from fedmerge.coordinator import Coordinator, open_seat
-from fedmerge.errors import BadOffset, Busy, Deposed, RoundFailed, UnknownUpload, Unreachable, WrongPhase
-from fedmerge.node import Node, RoundView
+from fedmerge.errors import Deposed, RoundFailed, Unreachable, WrongPhase
+from fedmerge.node import Node
 from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, SigningKey
-from fedmerge.sim.sites import LocalLink
 from fedmerge.sim.world import World
 from fedmerge.statements import Statement
 from fedmerge.store import blobs
@@ -36,29 +36,8 @@ from fedmerge.store.database import Database, sqlite_url
 from fedmerge.store.seat import Seat
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
-from fedmerge.translog import Growth
 from fedmerge.trust import Member, TrustStore
 from fedmerge.witness import Witness
-
-Answer = TypeVar("Answer")
-
-LEAF_BYTES = 512
-LEASE_S = 30.0
-TICK_S = 20.0
-POLICIES = {
-    "everyone": (
-        "min_nodes = {nodes}\ndeadline_s = 1e7",
-        "[delta]\nsparsify = 'topk'\ndensity = 0.2\nerror_feedback = 0.9",
-    ),
-    "deadline": ("min_nodes = {nodes}\ndeadline_s = 120.0", ""),
-    "quorum": ("min_nodes = {most}\ngrace_s = 10.0\ndeadline_s = 200.0", "[outer]\nname = 'nesterov'\nlr = 0.7"),
-    "fraction": ("min_nodes = 1\nfraction = 0.6\ngrace_s = 'auto'\ndeadline_s = 200.0", "[merge]\nmethod = 'ties'"),
-    "carry": ("min_nodes = 1\ngrace_s = 5.0\ndeadline_s = 200.0\nlate = 'carry'\nmax_staleness = 2", ""),
-    "buffer": ("min_nodes = 1\nasync_buffer = 2\ndeadline_s = 200.0\nlate = 'carry'", "[outer]\nname = 'momentum'"),
-    "sample": ("min_nodes = 1\nsample = {most}\ndeadline_s = 200.0", "[delta]\nvalues = 'fp32'"),
-}
-# Where a round can do without one of its nodes, if there are so many.
-DISPENSABLE = {"quorum": 2, "fraction": 3, "carry": 2, "buffer": 2}
 
 
 def small_leaves(put: Callable[[Any, str, Any], None]) -> None:
@@ -83,86 +62,6 @@ def remember(put: Callable[[Any, str, Any], None]) -> None:
         return known[asked]
 
     put(Statement, "open", classmethod(open_once))
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What a seed stands for. All rates are 0 in one without `faults`."""
-
-    seed: int
-    policy: str
-    num_nodes: int
-    num_rounds: int
-    faults: bool = True
-    num_coordinators: int = 1
-    loss: float = 0.0
-    doubling: float = 0.0
-    slowest_s: float = 0.01
-    num_kills: int = 0
-    num_cuts: int = 0
-    num_freezes: int = 0
-    num_clock_steps: int = 0
-    num_orders: int = 0
-    cuts_power: bool = False
-    vanishes: bool = False
-    witnesses: bool = False
-    cosignatures: int = 0
-    evaluates: bool = False
-    fetches_base: bool = False
-
-    @property
-    def variant(self) -> tuple[str, int, int]:
-        """What the model depends on, beside whose deltas are merged."""
-        return self.policy, self.num_nodes, self.num_rounds
-
-    def undisturbed(self) -> Schedule:
-        """The same federation, and nothing happens to it."""
-        return Schedule(0, *self.variant, faults=False)
-
-    def toml(self) -> str:
-        """The federation's configuration."""
-        rounds, further = POLICIES[self.policy]
-        names = {"nodes": self.num_nodes, "most": max(1, self.num_nodes - 1)}
-        lines = [
-            "[federation]\nname = 'schedules'\nstate = '@HOST/state'\n[model]\nbase = 'base'",
-            f"[server]\nlease_s = {LEASE_S}\n[train]\ntrainer = 'walk'",
-            f"[rounds]\nnum_rounds = {self.num_rounds}\npublish_after_cosignatures = {self.cosignatures}",
-            rounds.format(**names),
-            "[store]\ndatabase = 'sqlite:///@SHARED/ledger.sqlite'\nblobs = '@SHARED/blobs'",
-            further,
-        ]
-        if "[merge]" not in further:
-            lines.append("[merge]\nmethod = 'fedavg'")
-        return "\n".join(lines).replace("[merge]", "[merge]\nthreads = 1")
-
-
-def draw(seed: int) -> Schedule:
-    """Return the schedule of a seed. Each kind of fault is absent from some, so that others get further."""
-    rng = Random(f"schedule {seed}")
-    policy = rng.choice(list(POLICIES))
-    witnesses = rng.random() < 0.3
-    num_nodes = rng.choice([2, 2, 3, 3, 4])
-    return Schedule(
-        seed=seed,
-        policy=policy,
-        num_nodes=num_nodes,
-        num_rounds=rng.choice([2, 2, 3]),
-        num_coordinators=rng.choice([1, 1, 1, 2]),
-        loss=rng.choice([0.0, 0.05, 0.2]),
-        doubling=rng.choice([0.0, 0.1, 0.3]),
-        slowest_s=rng.choice([0.01, 1.0, 10.0]),
-        num_kills=rng.choice([0, 1, 2, 4, 6]),
-        num_cuts=rng.choice([0, 0, 1, 3]),
-        num_freezes=rng.choice([0, 0, 1]),
-        num_clock_steps=rng.choice([0, 0, 0, 2]),
-        num_orders=rng.choice([0, 0, 0, 3]),
-        cuts_power=rng.random() < 0.3,
-        vanishes=num_nodes >= DISPENSABLE.get(policy, 5) and rng.random() < 0.2,
-        witnesses=witnesses,
-        cosignatures=rng.choice([0, 1]) if witnesses else 0,
-        evaluates=rng.random() < 0.2,
-        fetches_base=rng.random() < 0.2,
-    )
 
 
 class Known(TrustStore):
@@ -242,17 +141,6 @@ def _key(number: int) -> SigningKey:
     return SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32))
 
 
-@dataclass
-class Observed:
-    """What a schedule led to: what the coordinator signed to nodes, and each node's model at its end."""
-
-    receipts: list[bytes] = field(default_factory=list)
-    records: set[bytes] = field(default_factory=set)
-    finals: dict[str, Path] = field(default_factory=dict)
-    vanished: set[str] = field(default_factory=set)
-    num_deaths: int = 0
-
-
 class Host:
     """A coordinator's machine: takes the lead when it is free, and moves rounds along."""
 
@@ -321,123 +209,6 @@ class Host:
             self.machine.kill()
 
 
-class Calls:
-    """A `fedmerge.node.Link` of single calls, each of which may fail, with the retries of the gRPC link."""
-
-    def __init__(self, federation: DisturbedFederation, name: str) -> None:
-        self._federation, self._name = federation, name
-        self._node_id = federation.template.node_keys[name].public.key_id
-        self._turn = 0
-
-    def _call(self, what: str, serve: Callable[[Coordinator], Answer]) -> Answer:
-        hosts = self._federation.hosts
-        host = hosts[self._turn % len(hosts)]
-
-        def serve_if_leading() -> Answer:
-            if host.coordinator is None:
-                raise Unreachable("stands by")
-            return serve(host.coordinator)
-
-        return self._federation.network.call(self._name, host.machine, what, serve_if_leading)
-
-    def _insist(self, attempt: Callable[[], Answer], *also: type[Exception]) -> Answer:
-        stage, delay_s = self._federation.stage, 1.0
-        give_up_s = stage.world.now_s + 900.0
-        while True:
-            try:
-                return attempt()
-            except (Unreachable, *also):
-                self._turn += 1
-                if stage.world.now_s > give_up_s:
-                    raise
-                stage.rest(stage.rng.uniform(0.0, delay_s))
-                delay_s = min(2 * delay_s, 30.0)
-
-    def keep_trying(self, patience_s: float) -> None:
-        """Go on as before."""
-
-    def watch(self) -> Iterator[RoundView]:
-        """Yield the state now and after every change."""
-        stage, num_seen = self._federation.stage, -1
-
-        def look(coordinator: Coordinator) -> tuple[int, RoundView]:
-            until_s = stage.world.now_s + 10 * TICK_S
-            while len(coordinator.journal.ledger.entries) == num_seen and stage.world.now_s < until_s:
-                stage.wait(until_s)
-            with coordinator.journal.lock:
-                return len(coordinator.journal.ledger.entries), LocalLink(coordinator, self._node_id).view()
-
-        while True:
-            num_seen, view = self._insist(lambda: self._call("view", look), Busy)
-            self._federation.observed.records.add(view.record_envelope)
-            yield view
-            if view.finished:
-                return
-
-    def fetch(self, root: str, target: Path) -> None:
-        """Fetch a file into `target`, continuing after the bytes that are there."""
-
-        def attempt() -> None:
-            have_bytes = target.stat().st_size if target.exists() else 0
-
-            def read(coordinator: Coordinator) -> bytes:
-                path = coordinator.artifact(root)
-                if have_bytes > path.stat().st_size:
-                    raise BadOffset("the file is shorter")
-                return path.read_bytes()[have_bytes:]
-
-            try:
-                data = self._call(f"fetch {root[:6]}", read)
-            except BadOffset:
-                target.unlink()
-                raise
-            is_cut = self._federation.network.loses()
-            with target.open("ab") as file:
-                file.write(data[: len(data) // 2] if is_cut else data)
-            if is_cut:
-                raise Unreachable("the stream broke")
-
-        self._insist(attempt, BadOffset, Busy)
-
-    def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:
-        """Upload a payload from wherever it stands, commit it, and return the receipt."""
-        me, data = self._node_id, payload.read_bytes()
-
-        def attempt() -> bytes:
-            upload_id, stored = self._call("begin", lambda each: each.intake.begin(me, envelope, b"".join(leaves)))
-            sent(stored)
-            while stored < len(data):
-                stored = self._send(upload_id, stored, data[stored : stored + LEAF_BYTES])
-                sent(stored)
-            return self._call("commit", lambda each: each.intake.commit(me, upload_id))
-
-        receipt = self._insist(attempt, BadOffset, Busy, UnknownUpload)
-        self._federation.observed.receipts.append(receipt)
-        return receipt
-
-    def _send(self, upload_id: str, offset: int, chunk: bytes) -> int:
-        me = self._node_id
-        return self._call(f"chunk {offset}", lambda each: each.intake.write_chunk(me, upload_id, offset, chunk))
-
-    def growth(self, old_size: int) -> Growth:
-        """Return a checkpoint of the log, and the proof that it continues that of `old_size` events."""
-        return self._insist(lambda: self._call("growth", lambda each: each.log.growth(old_size)), Busy)
-
-    def inclusion(self, index: int, size: int) -> list[bytes]:
-        """Return the proof that event `index` is among the first `size`."""
-        return self._insist(lambda: self._call("inclusion", lambda each: each.log.inclusion(index, size)), Busy)
-
-    def cosign(self, note: bytes, cosignature: bytes) -> None:
-        """Hand in a cosignature."""
-        me = self._node_id
-        self._insist(lambda: self._call("cosign", lambda each: each.log.cosign(me, note, cosignature)), Busy)
-
-    def report_metrics(self, envelope: bytes) -> None:
-        """Hand in a signed evaluation."""
-        me = self._node_id
-        self._insist(lambda: self._call("metrics", lambda each: each.report_metrics(me, envelope)), Busy)
-
-
 class DisturbedFederation:
     """A federation in a world of its own, to be run once."""
 
@@ -493,7 +264,7 @@ class DisturbedFederation:
 
         def main() -> None:
             while True:
-                link = Calls(self, name)
+                link = Calls(self.network, self.hosts, name, key.public.key_id, self.observed)
                 witness = Witness(machine.root, link, key, coordinator, self.world.clock)
                 member = Node(
                     link,
@@ -523,9 +294,9 @@ class DisturbedFederation:
             for host in self.hosts:
                 coordinator = host.coordinator
                 if coordinator is not None and coordinator.journal.state.phase == Phase.FAILED:
-                    host.machine.spawn(lambda host=host: self._order(host, "retry"))  # type: ignore[misc]
+                    host.machine.spawn(lambda host=host: self._order(host, "retry"))
                 if coordinator is not None and coordinator.journal.state.paused_at_s is not None:
-                    host.machine.spawn(lambda host=host: self._order(host, "resume"))  # type: ignore[misc]
+                    host.machine.spawn(lambda host=host: self._order(host, "resume"))
             self.world.sleep(50.0)
 
     def _order(self, host: Host, what: str) -> None:
@@ -563,14 +334,14 @@ class DisturbedFederation:
             at_some_time(self._step_clock)
         for _ in range(schedule.num_orders):
             what = rng.choice(["pause", "close", "extend"])
-            at_some_time(lambda what=what: self._order_all(what))  # type: ignore[misc]
+            at_some_time(lambda what=what: self._order_all(what))
         if schedule.vanishes:
             at_some_time(self._vanish)
 
     def _order_all(self, what: str) -> None:
         for host in self.hosts:
             if host.machine.life is not None:
-                host.machine.spawn(lambda host=host: self._order(host, what))  # type: ignore[misc]
+                host.machine.spawn(lambda host=host: self._order(host, what))
 
     def _kill_some(self) -> None:
         """Kill a machine now, or at one of its next writes; coordinators twice as often."""

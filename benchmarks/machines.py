@@ -226,7 +226,7 @@ def _before(what: str, arguments: tuple[Any, ...]) -> None:
         if life.writes_left is not None:
             life.writes_left -= 1
             if life.writes_left < 0:
-                if what == "open" and arguments[1] == "w" and not Path(name).is_dir():
+                if what == "open" and arguments[1] == "w" and name[:1] == "/" and not Path(name).is_dir():
                     Path(name).write_bytes(b"")  # opened, and nothing written yet
                 life.machine.stage.trace(life.machine.name, f"dies at {what} {_short(arguments)}")
                 life.machine.kill(cut_power=life.cut_power)

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from calls import LEAF_BYTES, Observed
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from disturbed import LEAF_BYTES, Observed, Schedule, Template
+from disturbed import Template
+from drawn import Schedule
 
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.shelves import FolderShelf

@@ -38,7 +38,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from disturbed import DisturbedFederation, Observed, Schedule, Template, draw, remember, small_leaves
+from calls import Observed
+from disturbed import DisturbedFederation, Template, remember, small_leaves
+from drawn import Schedule, draw
 from greenlet import getcurrent
 from machines import install, owners
 from promises import Broken, History, Promises
