@@ -24,7 +24,7 @@ MANY_ROUNDS = 10
 ERROR_FEEDBACK = 0.95
 
 # Biases and norms arrive exactly as long as that makes a delta at most this much larger.
-EXACT_SHARE = 0.1
+EXACT_SHARE = 0.025
 _BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "lloyd3": 3, "lloyd2": 2, "sign": 1}
 
 

@@ -225,7 +225,7 @@ class Delta(Section):
     """Vectors (biases, norms) of fewer elements than this are never thinned."""
     small_values: ValueType | Literal["same", "auto"] = "auto"
     """Number format of those: "fp32", with which they arrive exactly, as for values ("same"), or "auto", which is
-    "fp32" unless that would make a delta more than a tenth larger, as it does in small models."""
+    "fp32" unless that would make a delta more than 2.5 % larger, as it does in small models."""
     zstd_level: int = Field(default=3, ge=1, le=19)
     """Effort of the final compression, from 1 (fast) to 19 (small)."""
     max_noise_ratio: float = Field(default=0.1, ge=0, le=1e6)

@@ -46,7 +46,7 @@ def test_a_constant_direction_arrives_as_the_recurrence_says(tmp_path: Path, dec
     # Half of the elements travel. Without feedback those are always the large ones. With it the small ones overtake in
     # round 2, and the large ones, which waited then, in round 3: what is left is one step of the small ones.
     trainers: dict[str, Trainer] = {"north": TwoSizes(1), "south": TwoSizes(2)}
-    extra = TOPK.format(density=0.5, decay=decay)
+    extra = TOPK.format(density=0.5, decay=decay) + "[screen]\nduplicates = 'accept'\n"
     result = run_simulated(tmp_path, trainers, num_rounds=3, extra=extra)
     base, merged = Checkpoint(tmp_path / "base"), Checkpoint(result.model_dir)
     moved = (merged["matrix"].double() - base["matrix"].double()).reshape(-1)
