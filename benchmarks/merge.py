@@ -6,7 +6,8 @@ Every case runs in a process of its own, one after the other, on one thread, wit
 CPU seconds and the most anonymous memory it holds, both above what it takes to start: imports, and kernels from their
 cache.
 
-    models   Llama-shaped base and fine-tunes on disk, merged model out; GB/s is input over CPU time, written or not
+    models   Llama-shaped base and four fine-tunes on disk, bf16, merged model out; GB/s is input over CPU time
+    others   the same in fp32, and with eight fine-tunes
     deltas   the same fine-tunes as delta files
     fedavg   clients of 500 MB each, beside the FedAvg aggregation of Flower (if MemAvailable has room for it)
     growth   exponents fitted to CPU time and memory, over the number of fine-tunes and the number of parameters
@@ -422,7 +423,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the targets and whether they are met")
     parser.add_argument("--mergekit", type=Path, metavar="DIR", help="mergekit's environment, made if it is not there")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep what peers took in DIR, and take that there")
-    parser.add_argument("--parts", default="models,deltas,fedavg,growth", help="which parts to run")
+    parser.add_argument("--parts", default="models,others,deltas,fedavg,growth", help="which parts to run")
     parser.add_argument("--folder", type=Path, help="where to put models meanwhile (full: 12 GB) [default: /tmp]")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -438,9 +439,10 @@ def main() -> None:
     if not arguments.quick:
         sizes |= {"num_layers": 20, "vocab": 32_000}
     jobs: list[Callable[[Path, Peers], Targets]] = []
-    if "models" in parts:
-        sets = [("bfloat16", 4), ("float32", 4), ("bfloat16", 8), ("float32", 8)][: 2 if arguments.quick else 4]
-        jobs += [lambda f, p, d=d, n=n: compare_models(f, sizes, n, d, p) for d, n in sets]
+    sets = [("bfloat16", 4)] if "models" in parts else []
+    if "others" in parts:
+        sets += [("float32", 4)] if arguments.quick else [("float32", 4), ("bfloat16", 8), ("float32", 8)]
+    jobs += [lambda f, p, d=d, n=n: compare_models(f, sizes, n, d, p) for d, n in sets]
     if "deltas" in parts:
         jobs.append(lambda folder, _: compare_deltas(folder, sizes))
     if "fedavg" in parts:
