@@ -13,8 +13,9 @@ from fedmerge.events import DeltaAccepted, Event, MetricsReported
 from fedmerge.merkle import LEAF_BYTES, leaf_hash
 from fedmerge.store import shelves
 from fedmerge.store.blobs import BlobStore
+from fedmerge.store.entries import LedgerEntry
 from fedmerge.store.lease import Lease
-from fedmerge.store.ledger import Ledger, LedgerEntry
+from fedmerge.store.ledger import Ledger
 
 
 def acknowledge_before_writing() -> None:

@@ -37,7 +37,8 @@ from fedmerge.sign import SigningKey
 from fedmerge.sim import prepare_nodes, simulate
 from fedmerge.statements import Receipt
 from fedmerge.store.database import Database
-from fedmerge.store.ledger import Ledger, LedgerEntry
+from fedmerge.store.entries import LedgerEntry
+from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint, model_digest
 from fedmerge.training import TRAINERS, TrainResult, TrainTask
 from fedmerge.verify import replay, verify_directory

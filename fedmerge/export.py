@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedmerge.archive import write_folder, write_tar
 from fedmerge.errors import InputError, ResourceError, reporting_os_errors
@@ -28,8 +29,11 @@ from fedmerge.publish import SIGNATURE, appearing_whole, software_versions
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import Export, MergeRecord
 from fedmerge.store.blobs import BlobStore
-from fedmerge.store.ledger import Ledger, LedgerEntry
+from fedmerge.store.entries import LedgerEntry
 from fedmerge.translog import LogCheckpoint, log_leaf, log_origin, sign_checkpoint
+
+if TYPE_CHECKING:
+    from fedmerge.store.ledger import Ledger  # needs what who only verifies may not have
 
 MANIFEST = "export.json"
 MANIFEST_SIGNATURE = "export.sig.json"

@@ -25,7 +25,7 @@ from fedmerge.retention import Evaluation, RetentionMatrix, retention_matrix
 from fedmerge.rounds import FederationState, Phase, after
 from fedmerge.sign import PublicKey
 from fedmerge.statements import MetricsStatement
-from fedmerge.store.ledger import LedgerEntry
+from fedmerge.store.entries import LedgerEntry
 
 
 @dataclass

@@ -15,7 +15,7 @@ from statistics import median
 
 from fedmerge.events import DeltaAccepted, RoundOpened
 from fedmerge.statements import RoundSpec
-from fedmerge.store.ledger import LedgerEntry
+from fedmerge.store.entries import LedgerEntry
 
 # Of so many newest deltas of a node the median speed counts: one that took long once is not slow.
 NUM_MEASURED = 3

@@ -26,7 +26,7 @@ from fedmerge.statements import (
     Rollback,
     RoundSpec,
 )
-from fedmerge.store.ledger import LedgerEntry
+from fedmerge.store.entries import LedgerEntry
 
 COSIGNATURE = "cosignature"
 

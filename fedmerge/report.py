@@ -21,7 +21,8 @@ from fedmerge.statements import MergeRecord, RoundSpec
 from fedmerge.statistics import task_vector_of
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.database import Database
-from fedmerge.store.ledger import Ledger, LedgerEntry
+from fedmerge.store.entries import LedgerEntry
+from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
 from fedmerge.trust import TrustStore
 

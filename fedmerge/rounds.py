@@ -42,7 +42,7 @@ from fedmerge.events import (
     RoundsPaused,
     RoundsResumed,
 )
-from fedmerge.store.ledger import LedgerEntry
+from fedmerge.store.entries import LedgerEntry
 
 
 class Phase(StrEnum):

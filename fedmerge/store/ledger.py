@@ -6,7 +6,6 @@ because an interrupted one must survive a restart, but they are not facts and no
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,20 +19,10 @@ from fedmerge.events import Event, from_json, to_json
 from fedmerge.store.database import RESTORE, Database, sqlite_url
 from fedmerge.store.database import events as _events
 from fedmerge.store.database import uploads as _uploads
+from fedmerge.store.entries import GENESIS, LedgerEntry, chain_hash
 from fedmerge.store.lease import Lease
 
 _INSERT = insert(_events)
-GENESIS = hashlib.sha256(b"fedmerge.ledger.v1").hexdigest()
-
-
-@dataclass(frozen=True)
-class LedgerEntry:
-    """An event in its place: `number` from 0, `at_s` the wall clock when written, `hash` the chain after it."""
-
-    number: int
-    at_s: float
-    event: Event
-    hash: str
 
 
 @dataclass(frozen=True)
@@ -158,10 +147,3 @@ class Ledger:
 
 def _hash_of(connection: Connection, number: int) -> str | None:
     return connection.execute(select(_events.c.hash).where(_events.c.number == number)).scalar()
-
-
-def chain_hash(head: str, number: int, at_s: float, body: bytes) -> str:
-    """Return the chain's hash (hex) after event `number`, whose JSON is `body`; `head` is the hash before it."""
-    digest = hashlib.sha256(bytes.fromhex(head))
-    digest.update(number.to_bytes(8, "big") + at_s.hex().encode() + b"\n" + body)
-    return digest.hexdigest()

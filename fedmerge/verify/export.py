@@ -49,7 +49,7 @@ from fedmerge.statements import (
     RoundSpec,
     digest_of,
 )
-from fedmerge.store.ledger import GENESIS, LedgerEntry, chain_hash
+from fedmerge.store.entries import GENESIS, LedgerEntry, chain_hash
 from fedmerge.translog import MAX_NOTE_BYTES, log_leaf, log_origin, open_checkpoint
 from fedmerge.verify.checks import Checklist
 from fedmerge.verify.history import Entry, History, Origin, read_history

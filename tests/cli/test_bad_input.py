@@ -295,7 +295,7 @@ WRONG_SIMULATIONS: list[tuple[str, str, int, str, str | None]] = [
         NODES + "[train]\nstebs = 3",
         2,
         "[train]: stebs: unknown key; did you mean 'steps'?",
-        "known keys: fed",
+        "known keys: optimizer, fed",
     ),
     ("[train]", NODES + '[train]\ntrainer = "x"', 2, "unknown trainer 'x'", "one of "),
 ]
@@ -437,7 +437,7 @@ FORGERIES: list[tuple[Change, str, str | None]] = [
     (cut("provenance.jsonl", 99), "provenance.jsonl: was changed after it was signed", "fetch the model again"),
     (cut("model.safetensors", 99), "model.safetensors: was changed after it was signed", "fetch the model again"),
     (lambda m: (m / "more").touch(), "more: ", None),
-    (lambda m: (m / "more").mkdir(), "more: only plain files belong in a published model", None),
+    (lambda m: (m / "more").mkdir(), "more: only plain files belong there", None),
     (replace_lineage(lambda path: path.symlink_to("/dev/zero")), "lineage.json: only plain files belong", None),
     (replace_lineage(os.mkfifo), "lineage.json: only plain files belong", None),
 ]

@@ -23,7 +23,8 @@ from fedmerge.sim import ENGINES, FederationResult, Pool, World, local_processes
 from fedmerge.sim.inline import KnownNodes
 from fedmerge.sim.sites import LocalLink
 from fedmerge.store.database import Database
-from fedmerge.store.ledger import Ledger, LedgerEntry
+from fedmerge.store.entries import LedgerEntry
+from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
 from fedmerge.verify import verify_directory
 from tests.conftest import StepTrainer, make_config

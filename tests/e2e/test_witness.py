@@ -49,7 +49,8 @@ class Site:
 
     def contribute(self, coordinator: Coordinator) -> None:
         link = self.link(coordinator)
-        node = Node(link, StepTrainer(3), self.key, coordinator.key.public, self.home, base=self._base)
+        trainer = StepTrainer(int(self.key.public.key_id[:8], 16))  # no two nodes send the same
+        node = Node(link, trainer, self.key, coordinator.key.public, self.home, base=self._base)
         node.react(link.view())
 
     def observe(self, coordinator: Coordinator) -> int:

@@ -27,7 +27,7 @@ from fedmerge.events import (
 )
 from fedmerge.policy import Action, RoundPolicy, next_action, standing
 from fedmerge.rounds import FederationState, Phase, after, replay
-from fedmerge.store.ledger import LedgerEntry
+from fedmerge.store.entries import LedgerEntry
 
 NODES = [letter * 64 for letter in "abcd"]
 ZERO = "0" * 64

@@ -28,7 +28,7 @@ from fedmerge.events import (
 )
 from fedmerge.policy import Action, RoundPolicy, next_action, next_due_s, nodes_there, standing
 from fedmerge.rounds import FederationState, Phase, after, replay
-from fedmerge.store.ledger import LedgerEntry
+from fedmerge.store.entries import LedgerEntry
 
 NODES = [letter * 64 for letter in "abcde"]
 ZERO = "0" * 64

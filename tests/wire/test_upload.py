@@ -68,7 +68,7 @@ class Site:
 
     def payload(self, spec: RoundSpec, *, scale: float = 0.01) -> Path:
         """Write a delta file that fits the round."""
-        generator = torch.Generator().manual_seed(len(self.node_id))
+        generator = torch.Generator().manual_seed(int(self.node_id[:12], 16))
         schema = delta_schema(self.base.schema)
         delta = {name: scale * torch.randn(s.shape, generator=generator) for name, s in schema.items()}
         path = self.folder / f"{secrets.token_hex(4)}.safetensors"
