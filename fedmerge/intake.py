@@ -27,7 +27,8 @@ from fedmerge.rounds import FederationState, Phase
 from fedmerge.sign import PublicKey
 from fedmerge.statements import DeltaStatement, digest_of
 from fedmerge.store.blobs import BlobStore, split_leaf_hashes
-from fedmerge.store.ledger import LedgerEntry, UploadRow
+from fedmerge.store.entries import LedgerEntry
+from fedmerge.store.ledger import UploadRow
 from fedmerge.trust import TrustStore
 
 log = logging.getLogger(__name__)
