@@ -426,7 +426,7 @@ its own text, in percent: 0 is the model they start from, 100 the expert, and be
 ## 3. LoRA
 
 `python benchmarks/lora.py` measures averaging by products against averaging by factors and whole models; its table is
-in the [README](../README.md#measured).
+in the [measurements](measured.md#lora).
 
 ## 4. Unlike data, and part of the nodes
 
