@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from fedmerge.config.config import Config
 from fedmerge.config.locate import KeyPath, key_lines, line_of
 from fedmerge.config.section import Section
-from fedmerge.config.sections import Config
 from fedmerge.errors import ConfigError, did_you_mean
 from fedmerge.shares import SLACK
 

@@ -1,4 +1,8 @@
-"""What all sections of fedmerge.toml have in common."""
+"""What all sections of fedmerge.toml have in common: one class each, the keys, their defaults, and what they mean.
+
+The docstring below each field is its only documentation: `fedmerge init` and `fedmerge schema` print it.
+Only what one value can show to be wrong is checked here; that a path exists is checked when it is used.
+"""
 
 from __future__ import annotations
 
