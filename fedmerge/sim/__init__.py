@@ -6,6 +6,7 @@ from fedmerge.sim.processes import simulate_processes
 from fedmerge.sim.results import FederationResult, NodeResult, result_of
 from fedmerge.sim.sites import LocalLink, Site, make_site, node_home
 from fedmerge.sim.sweep import SweepResult, sweep
+from fedmerge.sim.tracking import to_tensorboard, tracking
 from fedmerge.sim.virtual import with_virtual_nodes
 from fedmerge.sim.world import World
 
@@ -29,5 +30,7 @@ __all__ = [
     "simulate",
     "simulate_processes",
     "sweep",
+    "to_tensorboard",
+    "tracking",
     "with_virtual_nodes",
 ]
