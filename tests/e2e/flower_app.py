@@ -70,8 +70,10 @@ def train(message: Message, context: Context) -> Message:
 UNCAPPED = ScreenPolicy(max_weight_ratio=1e6)
 TOPK = Codec(sparsify="topk", density=64 / 4096, values="fp32", small_elements=4096)
 RUNS = {
-    # The first of them: it also waits until all clients have connected, where its default is two.
-    "flower": (FedAvg(fraction_evaluate=0.0, min_available_nodes=NUM_CLIENTS), {}, 1),
+    # What the first strategy averages are the clients that answer while everything starts: it is not looked at. Both
+    # wait until every client has connected, where Flower's default is two.
+    "start": (FedAvg(fraction_evaluate=0.0, min_available_nodes=NUM_CLIENTS), {}, 1),
+    "flower": (FedAvg(fraction_evaluate=0.0, min_available_nodes=NUM_CLIENTS, min_train_nodes=NUM_CLIENTS), {}, 1),
     "fedavg": (MergeStrategy("fedavg", screen=UNCAPPED, fraction_evaluate=0.0), {}, 1),
     "ties": (MergeStrategy(Recipe("ties", {"density": 0.3}), fraction_evaluate=0.0), {}, 1),
     "lawa": (
