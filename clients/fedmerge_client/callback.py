@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from fedmerge.errors import ConfigError, InputError
 from fedmerge.node import Node
+from fedmerge.seeds import derive_seed
 from fedmerge.sign import SigningKey
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
@@ -67,6 +68,7 @@ class FedMergeCallback(TrainerCallback):
     node.key, made if there is none, unless `key` is another one. `num_examples` is that of the training data set, where
     it has no length. `evaluate` scores a model directory on this site's test data; what it returns is sent, signed. The
     model may be wrapped by PEFT with one LoRA adapter, which then begins anew in every round and is all that is sent.
+    Random generators are seeded for each round, or a Trainer would draw the same batches in all of them.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class FedMergeCallback(TrainerCallback):
             found = self._handover.tasks.get()
             if isinstance(found, TrainTask):
                 self._task = found
+                set_seed(derive_seed(found.seed, found.round, "trainer") % 2**32)
             elif found.error is not None:
                 raise found.error
             else:

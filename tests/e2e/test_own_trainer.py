@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from fedmerge.errors import ConfigError, InputError, UntrustedKey
@@ -135,6 +136,37 @@ def test_of_a_model_wrapped_by_peft_the_adapter_is_sent(tmp_path: Path) -> None:
     assert [said.tasks[0].base, *said.tasks[0].own, *said.tasks[0].merged] == pytest.approx([norm] * 3)
     payload = next((tmp_path / "home/rounds").glob("*/delta.safetensors"))
     assert payload.stat().st_size < 20_000
+
+
+class Noting(Dataset[dict[str, torch.Tensor]]):
+    """Examples, and which of them were asked for."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        self.taken.append(number)
+        return {"input_ids": torch.arange(8), "labels": torch.arange(8)}
+
+
+def test_every_round_has_batches_of_its_own(federation: Federation, tmp_path: Path) -> None:
+    server = federation.serve()
+    try:
+        callback, data = FedMergeCallback(server.address, server.bundle, tmp_path / "home"), Noting()
+        trainer = trainer_of(tmp_path, callback, tmp_path / "base")
+        trainer.train_dataset = data
+        rounds = []
+        for _ in callback.rounds():
+            trainer.train()
+            rounds.append(data.taken[:8])
+            data.taken.clear()
+    finally:
+        server.stop()
+    assert [len(set(taken)) for taken in rounds] == [8, 8]
+    assert len({*rounds[0], *rounds[1]}) > 12
 
 
 def test_what_stops_the_node_stops_the_script(federation: Federation, tmp_path: Path) -> None:

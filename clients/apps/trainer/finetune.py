@@ -1,6 +1,7 @@
 """Somebody's own Trainer script, that takes part in a federation by its callback.
 
-    python clients/apps/trainer/finetune.py BASE DATA.txt HOST:PORT coordinator.pem HOME
+    python clients/apps/trainer/finetune.py BASE DATA.txt HOST:PORT coordinator.pem HOME [--steps 4] [--lr 1e-2]
+                                            [--window 16]
 
 BASE is the federation's base model, a byte-level causal language model, and DATA text to train on. The key in
 HOME/node.key has to be trusted by the coordinator: make it with fedmerge keys new, and send node.key.pub.
@@ -8,6 +9,7 @@ HOME/node.key has to be trusted by the coordinator: make it with fedmerge keys n
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -16,31 +18,37 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from fedmerge_client.callback import FedMergeCallback
 
-WINDOW = 16
 
-
-def windows(path: Path) -> list[dict[str, torch.Tensor]]:
+def windows(path: Path, window: int) -> list[dict[str, torch.Tensor]]:
     """Return the text as windows of bytes, each of which is to be predicted from those before it."""
     stream = torch.tensor(list(path.read_bytes()))
-    cut = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)
+    cut = stream[: len(stream) // window * window].view(-1, window)
     return [{"input_ids": row, "labels": row} for row in cut]
 
 
-def main(base: str, data: str, address: str, bundle: str, home: str) -> None:
+def main() -> None:
     """Train for every round of the federation, and print where the final model is."""
-    callback = FedMergeCallback(address, Path(bundle), Path(home))
+    parser = argparse.ArgumentParser()
+    for name in ("base", "data", "address", "bundle", "home"):
+        parser.add_argument(name)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--window", type=int, default=16)
+    chosen = parser.parse_args()
+    callback = FedMergeCallback(chosen.address, Path(chosen.bundle), Path(chosen.home))
     arguments = TrainingArguments(
-        output_dir=f"{home}/trainer",
-        max_steps=4,
+        output_dir=f"{chosen.home}/trainer",
+        max_steps=chosen.steps,
         per_device_train_batch_size=8,
-        learning_rate=1e-2,
+        learning_rate=chosen.lr,
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
     )
-    model = AutoModelForCausalLM.from_pretrained(base)
-    trainer = Trainer(model, arguments, train_dataset=windows(Path(data)), callbacks=[callback])
+    model = AutoModelForCausalLM.from_pretrained(chosen.base)
+    data = windows(Path(chosen.data), chosen.window)
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
     for number in callback.rounds():
         trainer.train()
         sys.stdout.write(f"round {number} trained\n")
@@ -48,4 +56,4 @@ def main(base: str, data: str, address: str, bundle: str, home: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
