@@ -1,10 +1,13 @@
-"""A script with a Hugging Face Trainer of its own, federated by its callback."""
+"""Scripts of a partner's own: one whose Hugging Face Trainer has our callback, and one that knows nothing of us."""
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ from tests.conftest import Federation, make_federation
 from tests.e2e.test_federation import coordinator_key
 from tests.unit.test_causal_lm import make_llama
 
-SCRIPT = Path(__file__).parents[2] / "clients/apps/trainer/finetune.py"
+APPS = Path(__file__).parents[2] / "clients/apps"
+SCRIPT, ORDINARY = APPS / "trainer/finetune.py", APPS / "command/finetune.py"
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning"),
@@ -75,6 +79,40 @@ def test_a_script_of_ones_own_trains_in_every_round(federation: Federation) -> N
     assert [statement.num_examples for statement in statements] == [60, 60]
     losses = [statement.metrics["loss"] for statement in statements]
     assert losses[1] < losses[0] - 0.3  # it went on from where the first round ended
+
+
+def test_a_script_that_knows_nothing_of_federations(federation: Federation) -> None:
+    assert "fedmerge" not in ORDINARY.read_text()
+    folder, config = federation.folder, federation.config_path
+    plan = config.read_text().replace('"text-classification"', '"command"')
+    config.write_text(plan.replace("num_rounds = 2", "num_rounds = 1"))
+    server, script = federation.serve(), f"exec {sys.executable} {ORDINARY}"
+    command = f"sh -c '{script} train $FEDMERGE_MODEL data.txt $FEDMERGE_OUTPUT --steps 8 --window 16 --seed 3'"
+    options = [f"command={command}", f"folder={folder}", "num_examples=60"]
+    words = ["join", "--coordinator", server.address, "--trust", server.bundle, "--home", folder / "home", "--json"]
+    words += ["--trainer", "command", *(word for option in options for word in ("--option", option))]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "fedmerge", *map(str, words)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+    finally:
+        server.stop()
+    assert done.returncode == 0, done.stderr[-3000:]
+    final = Checkpoint(Path(json.loads(done.stdout)["model_dir"]))
+
+    by_hand = runpy.run_path(str(ORDINARY))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    rows = by_hand["windows"](folder / "data.txt", 16)
+    by_hand["train"](model, rows, Namespace(steps=8, lr=1e-3, batch=8, seed=3, out=folder / "tuned"))
+    expected = Checkpoint(folder / "tuned")
+    for name in final:
+        torch.testing.assert_close(final[name], expected[name], atol=1e-6, rtol=0)
+    assert not any(torch.equal(final[name], tensor) for name, tensor in Checkpoint(folder / "base").items())
 
 
 def trainer_of(folder: Path, callback: FedMergeCallback, base: Path, model: Any = None) -> Trainer:
