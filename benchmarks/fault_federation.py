@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import torch
+from processes import free_port
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 
@@ -421,12 +421,6 @@ class Part:
     planted: Callable[[Template, random.Random], Sequence[Trial]] = lambda template, draw: []
     bug: Before | None = None
     why_not: Callable[[], str] = str
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -5,7 +5,8 @@
 `idle`: nodes that have a session and watch, beside a gRPC server with nothing behind it. `uploads`: uploads at once,
 beside one; the coordinator's memory the whole time, and what is stored hashed by other code. `stalled`: an honest
 upload beside silent ones that come back when they are cut, and without them. `stream`: an upload and a download beside
-bare gRPC, a TLS socket and a plain one, and what hashing, the disk and decoding take alone.
+bare gRPC, a TLS socket and a plain one, and what hashing, the disk and decoding take alone. `rounds`: what a round
+takes beside training, and what Flower's deployed processes take; who leaves the machine no memory is stopped.
 
 Both ends are on this machine and share its cores; what is compared is interleaved. `uploads` takes 9 GB of disk.
 """
@@ -17,10 +18,11 @@ import tempfile
 from pathlib import Path
 
 from load_many import idle, stalled, uploads
+from load_rounds import rounds
 from load_streams import stream
 from shared import report
 
-PARTS = {"stream": stream, "stalled": stalled, "uploads": uploads, "idle": idle}
+PARTS = {"stream": stream, "stalled": stalled, "uploads": uploads, "idle": idle, "rounds": rounds}
 
 
 def main() -> None:

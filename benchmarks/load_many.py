@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import psutil
 from load_nodes import SPAWN, Coordinator, Crowd, Sender, be_sending, be_stalling, be_waiting, secret_of, serve_bare
-from load_site import Payload, Site, cpu_s, payloads, signed
+from load_site import Payload, Site, cpu_s, payloads, signed, zeros
 from processes import status_bytes
 from shared import at_least, at_most, print_table
 
@@ -46,7 +46,7 @@ def idle(folder: Path, *, quick: bool) -> Found:
     names = [f"node-{number:04}" for number in range(count)]
     rows, found = [], {}
     with ExitStack() as stack:
-        site = stack.enter_context(Site(folder, names, MIB))
+        site = stack.enter_context(Site(folder, names, zeros(MIB)))
         secrets = [secret_of(key) for key in site.keys.values()]
         ready = SPAWN.Queue()
         bare = SPAWN.Process(target=serve_bare, args=(folder / "bare.pem", ready), daemon=True)
@@ -140,7 +140,7 @@ def uploads(folder: Path, *, quick: bool) -> Found:
             f"{needed / 1e9:.0f} GB of disk and one to spare are needed in {folder.parent}, {free / 1e9:.0f} are free"
         )
     names, peaks = [f"node-{number:02}" for number in range(count)], {"RssAnon": 0, "VmRSS": 0}
-    with Site(folder, names, payload_bytes) as site:
+    with Site(folder, names, zeros(payload_bytes)) as site:
         made = payloads(site, site.spec()[0], count)
         everybody, start = senders(site, names, made), site.memory()
         alone = Crowd(be_sending, Coordinator(site.address, site.bundle), everybody[:1], 1)
@@ -194,7 +194,8 @@ def stalled(folder: Path, *, quick: bool) -> Found:
     silent = [f"silent-{number:02}" for number in range(max(counts.values()))]
     took_s: dict[str, list[float]] = {name: [] for name in counts}
     cuts: list[float] = []
-    with Site(folder, [*honest, *silent], payload_bytes, server=f"max_uploads = {places}\nidle_s = {idle_s}") as site:
+    limits = {"max_uploads": places, "idle_s": idle_s}
+    with Site(folder, [*honest, *silent], zeros(payload_bytes), {"server": limits}) as site:
         spec, digest = site.spec()
         *made, never = payloads(site, spec, len(honest) + 1)
         stallers, coordinator = senders(site, silent, [never] * len(silent)), Coordinator(site.address, site.bundle)

@@ -17,6 +17,7 @@ import psutil
 import torch
 from processes import ONE_THREAD, status_bytes
 from safetensors.torch import save_file
+from shared import Sections, toml
 
 from fedmerge.codec import Codec
 from fedmerge.config import load_config
@@ -34,21 +35,13 @@ from fedmerge_client.link import GrpcLink
 COLUMNS, LAYER_ROWS = 4096, 1024
 # Random fp32 values, coded, take so many bytes each.
 CODED_BYTES = 3.326
-CONFIG = """
-[federation]
-name = "load"
-[model]
-base = "base"
-[server]
-listen = "127.0.0.1:0"
-{server}
-[rounds]
-num_rounds = 1
-min_nodes = {min_nodes}
-deadline_s = 86400
-[delta]
-values = "fp32"
-"""
+PLAN: Sections = {
+    "federation": {"name": "load"},
+    "model": {"base": "base"},
+    "server": {"listen": "127.0.0.1:0"},
+    "rounds": {"num_rounds": 1, "deadline_s": 86400},
+    "delta": {"values": "fp32"},
+}
 
 
 class Usage(NamedTuple):
@@ -84,27 +77,34 @@ def cpu_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-class Site:
-    """A federation in a folder, whose coordinator trusts `names`, and runs; its round waits for `min_nodes`.
+def zeros(payload_bytes: int) -> dict[str, torch.Tensor]:
+    """Return a model of layers, with as many parameters as make a delta of `payload_bytes`."""
+    rows = max(1, round(payload_bytes / CODED_BYTES / COLUMNS))
+    base = {"marker": torch.zeros(COLUMNS)}
+    for first in range(0, rows, LAYER_ROWS):
+        base[f"layer.{first // LAYER_ROWS}"] = torch.zeros(min(LAYER_ROWS, rows - first), COLUMNS)
+    return base
 
-    Models have as many parameters as make a delta of `payload_bytes`. `server` are further lines of that section.
+
+class Site:
+    """A federation in a folder with the model `base`, whose coordinator trusts `names`, and runs.
+
+    Its one round waits for more nodes than there are, unless `plan` says otherwise, which replaces sections of `PLAN`
+    or adds to them.
     """
 
     def __init__(
-        self, folder: Path, names: Iterable[str], payload_bytes: int, *, server: str = "", min_nodes: int = 0
+        self, folder: Path, names: Iterable[str], base: dict[str, torch.Tensor], plan: Sections | None = None
     ) -> None:
         self.folder = folder
-        rows = max(1, round(payload_bytes / CODED_BYTES / COLUMNS))
-        base = {"marker": torch.zeros(COLUMNS)}
-        for first in range(0, rows, LAYER_ROWS):
-            base[f"layer.{first // LAYER_ROWS}"] = torch.zeros(min(LAYER_ROWS, rows - first), COLUMNS)
         (folder / "base").mkdir(parents=True)
         save_file(base, folder / "base" / "model.safetensors")
         (folder / "base" / "config.json").write_text("{}")
         self.base = Checkpoint(folder / "base")
         self.keys = {name: SigningKey.generate() for name in names}
-        text = CONFIG.format(server=server, min_nodes=min_nodes or len(self.keys) + 1)
-        (folder / "fedmerge.toml").write_text(text)
+        default = PLAN | {"rounds": PLAN["rounds"] | {"min_nodes": len(self.keys) + 1}}
+        plan = default | {name: default.get(name, {}) | section for name, section in (plan or {}).items()}
+        (folder / "fedmerge.toml").write_text(toml(plan))
         self.config = load_config(folder / "fedmerge.toml")
         trust = TrustStore(self.config.federation.trusted)
         for name, key in self.keys.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from load_site import Site, Stopwatch, Usage, commit, payloads, signed, upload
+from load_site import Site, Stopwatch, Usage, commit, payloads, signed, upload, zeros
 from shared import at_least, print_table
 
 from fedmerge.aggregate import open_delta
@@ -180,7 +180,7 @@ def stream(folder: Path, *, quick: bool) -> tuple[list[dict[str, Any]], dict[str
     names = [f"node-{number}" for number in range(trials)]
     found: dict[str, list[Usage]] = {}
     with ExitStack() as stack:
-        site = stack.enter_context(Site(folder, names, payload_bytes))
+        site = stack.enter_context(Site(folder, names, zeros(payload_bytes)))
         spec, digest = site.spec()
         made = payloads(site, spec, trials)
         file, schema = made[0].file, delta_schema(site.base.schema)

@@ -21,21 +21,19 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
+from processes import Sampler
 from shared import at_least, at_most, print_table, report
 
 ROOT = Path(__file__).parents[1]
 NUM_ROUNDS, SHAPE = 5, (64, 16)
-SAMPLE_S = 0.1
 CONFIG = """
 [federation]
 name = "scale"
@@ -260,40 +258,6 @@ def measure(case: str, *arguments: str | int, num_rounds: int) -> dict[str, Any]
         "peak_bytes": int(memory.max()),
         "grown_bytes_per_round": growth,
     }
-
-
-class Sampler:
-    """Watches a process and all that it starts: CPU seconds so far, and memory now."""
-
-    def __init__(self, pid: int) -> None:
-        self._root = psutil.Process(pid)
-        self._cpu_s: dict[tuple[int, float], float] = {}
-        self._samples: list[tuple[float, float, float]] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-
-    def stop(self) -> list[tuple[float, float, float]]:
-        self._stop.set()
-        self._thread.join()
-        return self._samples
-
-    def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
-            num_bytes = 0
-            with suppress(psutil.Error):
-                for process in [self._root, *self._root.children(recursive=True)]:
-                    with suppress(psutil.Error, OSError):
-                        spent = process.cpu_times()
-                        self._cpu_s[process.pid, process.create_time()] = spent.user + spent.system
-                        num_bytes += proportional_bytes(process.pid)
-            if num_bytes:
-                self._samples.append((time.time(), sum(self._cpu_s.values()), num_bytes))
-
-
-def proportional_bytes(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 def exponent(values: dict[int, float]) -> float:
