@@ -13,10 +13,12 @@ import math
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 from fedmerge.adapter import open_tuned
@@ -43,7 +45,7 @@ from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.handover import Pin, pinned
 from fedmerge.merge import Recipe
 from fedmerge.merkle import leaves_of, merkle_root
-from fedmerge.outbox import STATEMENT, previous_folder
+from fedmerge.outbox import STATEMENT
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import (
     Candidates,
@@ -57,9 +59,9 @@ from fedmerge.statements import (
     digest_of,
 )
 from fedmerge.statistics import side_tensors, statistics_schema
-from fedmerge.streaming import keep_own, own_start, travelling
+from fedmerge.streaming import Fragments, Start, ahead_of, keep_own, own_start, travelling
 from fedmerge.tensors import Checkpoint, Computed, TensorMap, model_digest, reporting_save_errors
-from fedmerge.training import STATE, Trainer, TrainTask, require_statistics
+from fedmerge.training import STATE, Trainer, TrainResult, TrainTask, require_statistics
 from fedmerge.versions import write_model
 from fedmerge.witness import Witness
 
@@ -119,6 +121,21 @@ class NodeEvent:
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
+def on_a_thread(work: Callable[[], None]) -> Callable[[], None]:
+    """Begin `work`; return a function that waits for it and raises what it raised. It does not outlive the process."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            outcome.set_result(None)
+        except BaseException as err:
+            outcome.set_exception(err)
+
+    Thread(target=run, daemon=True).start()
+    return outcome.result
+
+
 class Node:
     """A partner site: takes part in rounds until the federation has finished.
 
@@ -126,7 +143,7 @@ class Node:
     `coordinator` the key that round specs must be signed with, or the pin that says which it is by now. A round's own
     fine-tune is deleted once its delta is signed, unless `keep_tuned`. With a `witness` the node checks and cosigns the
     coordinator's log. `make_chain` makes the node's models where they are not copies of its own. What it keeps is
-    `durable` unless it is only simulated.
+    `durable` unless it is only simulated. `meanwhile` begins some work and returns a function that waits for it.
     """
 
     def __init__(
@@ -143,6 +160,7 @@ class Node:
         on_event: Callable[[NodeEvent], None] = lambda event: None,
         make_chain: ChainMaker = ModelChain,
         durable: bool = True,
+        meanwhile: Callable[[Callable[[], None]], Callable[[], None]] = on_a_thread,
     ) -> None:
         self.link = link
         self.trainer = trainer
@@ -155,6 +173,7 @@ class Node:
         self._chain = make_chain(home, link.fetch, self._announce_fetch, base)
         self._keep_tuned = keep_tuned
         self._durable = durable
+        self._meanwhile = meanwhile
         self._witness = witness
         self._on_event = on_event
         self._taken: set[str] = set()
@@ -270,8 +289,18 @@ class Node:
     def contribute(self, spec: RoundSpec, spec_digest: str) -> None:
         """Do steps 0 to 6 for one round, or what is left of them after a restart."""
         outbox = self.home / "rounds" / f"{spec.round:04d}-{spec_digest[:12]}"
-        if (outbox / "receipt.json").exists():
+        send, fragments = self._to_send(spec, spec_digest, outbox), Fragments.of(spec)
+        if fragments is None or not fragments.overlap_steps or spec.round == spec.num_rounds:
+            send()
             return
+        sent = self._meanwhile(send)
+        self._train_ahead(spec, outbox, spec.round)
+        sent()
+
+    def _to_send(self, spec: RoundSpec, spec_digest: str, outbox: Path) -> Callable[[], None]:
+        """Return what sends the round's delta, which is made unless it is there; once there is a receipt, nothing."""
+        if (outbox / "receipt.json").exists():
+            return lambda: None
         with reporting_os_errors(outbox):
             outbox.mkdir(parents=True, exist_ok=True)
         payload = outbox / "delta.safetensors"
@@ -279,7 +308,7 @@ class Node:
             leaves = leaves_of(payload)
         else:
             leaves = self._make_delta(spec, spec_digest, payload)
-        self._deliver(spec, payload, leaves)
+        return lambda: self._deliver(spec, payload, leaves)
 
     def _has_signed(self, statement_file: Path) -> bool:
         """Whether the statement is there, and not of a key that this site has replaced since."""
@@ -300,21 +329,15 @@ class Node:
         model_dir = self._chain.materialise(spec.model, spec)
         self._evaluate("global", model_dir, spec.model.digest, spec, spec.round - 1)
         before, base = Checkpoint(model_dir), self._chain.require_base(spec)
-        task = TrainTask(
-            model_dir=own_start(spec, before, base, outbox, own),
-            settings=spec.train_settings(self.node_id),
-            share=spec.steps_share(self.node_id),
-            round=spec.round,
-            seed=spec.train_seed(self.node_id),
-            workspace=outbox,
-            progress=lambda step, num_steps, loss: self._emit(
-                "train", spec.round, step=step, num_steps=num_steps, loss=loss
-            ),
-            num_rounds=spec.num_rounds,
-            previous_state=previous_folder(outbox, STATE, spec, own),
+        start = own_start(
+            spec,
+            before,
+            base,
+            outbox,
+            self.key.public,
+            train_on=lambda last, number: self._train_ahead(spec, last, number),
         )
-        with reporting_save_errors(outbox):
-            result = self.trainer.train(task)
+        result = self._train(spec, start, outbox)
         tuned, to_send = open_tuned(result.model_dir, before)
         whole = self._whole(result.model_dir, tuned, spec, outbox)
         self._evaluate("own", whole, model_digest(tuned), spec, spec.round)
@@ -374,9 +397,39 @@ class Node:
         with reporting_os_errors(outbox):
             for directory in {result.model_dir, whole} if not self._keep_tuned else ():
                 shutil.rmtree(directory)
-            if task.model_dir != model_dir:
-                shutil.rmtree(task.model_dir)
+            if start.model_dir != model_dir:
+                shutil.rmtree(start.model_dir)
         return leaves
+
+    def _train(self, spec: RoundSpec, start: Start, workspace: Path) -> TrainResult:
+        steps, asked = spec.num_steps(self.node_id), spec.steps_share(self.node_id)
+        task = TrainTask(
+            model_dir=start.model_dir,
+            settings=spec.train_settings(self.node_id),
+            share=asked if start.part is None or not steps else asked * len(start.part) / steps,
+            round=spec.round,
+            seed=spec.train_seed(self.node_id),
+            workspace=workspace,
+            progress=lambda step, num_steps, loss: self._emit(
+                "train", spec.round, step=step, num_steps=num_steps, loss=loss
+            ),
+            num_rounds=spec.num_rounds,
+            previous_state=start.state,
+            part=start.part,
+        )
+        with reporting_save_errors(workspace):
+            return self.trainer.train(task)
+
+    def _train_ahead(self, spec: RoundSpec, outbox: Path, number: int) -> Path:
+        """Take the steps that the round after `number` begins with while that of `outbox` is under way, or was."""
+        following = spec.model_copy(update={"round": number + 1})
+        return ahead_of(
+            spec,
+            self._chain.require_base(spec),
+            outbox,
+            lambda start, workspace: self._train(following, start, workspace).model_dir,
+            durable=self._durable,
+        )
 
     def _whole(self, tuned_dir: Path, tuned: TensorMap, spec: RoundSpec, outbox: Path) -> Path:
         """Return a directory with the tuned model whole, which an adapter is not, to be evaluated as any other."""

@@ -29,6 +29,8 @@ class TrainTask:
     round's plan says under `[train]`; `round` (of `num_rounds`) and `seed` determine everything that is drawn at
     random; `workspace` is the node's private scratch directory, which exists; `progress` is called with (step,
     num_steps, loss). `share` is which part of the plan's steps this node is asked for; `settings` has its own number.
+    `part` are those of the round's steps that are to be taken now, counted from 0; all of them where it is None. What a
+    trainer keeps is then what the next part goes on from.
 
     A trainer may keep an optimizer's state and the like in the folder `workspace / STATE`. `previous_state` is that
     folder of the last round that this node sent a delta in, None in its first. It must be left as it is: if a round is
@@ -44,6 +46,15 @@ class TrainTask:
     num_rounds: int = 1
     share: float = 1.0
     previous_state: Path | None = None
+    part: range | None = None
+
+    def require_whole(self, trainer: str) -> None:
+        """Raise `ConfigError` where only a part of a round's steps is asked for, which the `trainer` can't tell."""
+        if self.part is not None:
+            raise ConfigError(
+                f"trainer {trainer} takes all steps of a round at once, and the plan has streaming.overlap_steps",
+                hint=f"a plan without it, or a trainer that counts steps: {', '.join(COUNTING)}",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +118,8 @@ TRAINERS: dict[str, str] = {
     "torch": "fedmerge_client.train.torch_function:TorchFunction",
     "text-classification": "fedmerge_client.train.text_classification:TextClassification",
 }
+# Those that can be asked for a part of a round's steps.
+COUNTING = ("causal-lm", "text-classification")
 
 
 def load_trainer(name: str, options: Mapping[str, Any]) -> Trainer:

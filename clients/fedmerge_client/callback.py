@@ -54,6 +54,7 @@ class _Handover:
         """Accept anything: the script has looked at its data itself."""
 
     def train(self, task: TrainTask) -> TrainResult:
+        task.require_whole("FedMergeCallback")
         self.tasks.put(task)
         return self.results.get()
 

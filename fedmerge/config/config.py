@@ -93,7 +93,8 @@ class Config(Section):
             return None
         from fedmerge.streaming import Fragments
 
-        return Fragments(self.streaming.fragments, self.streaming.pattern, self.streaming.mixing)
+        section = self.streaming
+        return Fragments(section.fragments, section.pattern, section.mixing, section.overlap_steps)
 
     # The builders import late: they need torch, which a mistake in the file should not have to wait for.
 

@@ -215,8 +215,11 @@ def _robust_problems(config: Config | None) -> list[_Problem]:
 
 def _streaming_problems(config: Config | None) -> list[_Problem]:
     """Refuse what needs all of a model to travel in every round."""
-    if config is None or config.streaming.fragments == 1:
+    if config is None:
         return []
+    overlap = _overlap_problem(config)
+    if config.streaming.fragments == 1 or overlap:
+        return [_Problem(("streaming", "overlap_steps"), overlap)] if overlap else []
     from fedmerge.merge.layers import varies
     from fedmerge.merge.methods import NEEDS_STATISTICS
 
@@ -236,6 +239,22 @@ def _streaming_problems(config: Config | None) -> list[_Problem]:
     }
     found = [what for what, is_there in refused.items() if is_there]
     return [_Problem(("streaming", "fragments"), f"above 1 does not go with {what}") for what in found]
+
+
+def _overlap_problem(config: Config) -> str:
+    """Say why rounds can't overlap as the file says, where they can't."""
+    from fedmerge.training import COUNTING
+
+    num_steps, overlap = config.train.extras.get("steps"), config.streaming.overlap_steps
+    if not overlap:
+        return ""
+    if config.streaming.fragments == 1:
+        return "goes with fragments above 1"
+    if config.train.trainer not in COUNTING:
+        return f'goes with the trainers {" and ".join(COUNTING)}, and not with "{config.train.trainer}"'
+    if not isinstance(num_steps, int) or overlap >= num_steps:
+        return "has to be less than [train] steps, which are to be given with it"
+    return ""
 
 
 def _search_problems(config: Config | None) -> list[_Problem]:

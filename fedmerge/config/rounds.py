@@ -151,3 +151,6 @@ class Streaming(Section):
     """Which layers are in a part: every so many-th ("strided"), or neighbours ("sequential")."""
     mixing: float = Field(default=0.0, ge=0, lt=1)
     """What a node keeps of its own values where new ones were published: nothing (0), or a share of them."""
+    overlap_steps: int = Field(default=0, ge=0)
+    """Of the next round's steps, those that a node takes while its part is under way, before it has what others sent
+    (tau). With the trainers causal-lm and text-classification."""

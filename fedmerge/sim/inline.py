@@ -178,6 +178,7 @@ class Simulation:
                 on_event=on_event,
                 make_chain=make_chain,
                 durable=False,
+                meanwhile=self.world.begin,
             )
             self._nodes[name] = link, node
         return self._nodes[name]

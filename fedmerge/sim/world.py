@@ -42,6 +42,27 @@ class World:
         self._waits[task] = 0
         self._wake(task, self.now_s + after_s)
 
+    def begin(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Begin some work as a task of its own; return a function that waits for it and raises what it raised."""
+        ended: list[Exception | None] = []
+
+        def run() -> None:
+            try:
+                work()
+                ended.append(None)
+            except Exception as err:
+                ended.append(err)
+            self.notify()
+
+        def wait() -> None:
+            while not ended:
+                self.wait()
+            if ended[0] is not None:
+                raise ended[0]
+
+        self.spawn(run)
+        return wait
+
     def sleep(self, duration_s: float) -> None:
         """Let `duration_s` pass for the task that calls; outside a world's tasks nothing happens."""
         task = getcurrent()

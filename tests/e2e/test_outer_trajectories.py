@@ -22,9 +22,9 @@ from tests.e2e.test_federation import coordinator_key
 NUM_ROUNDS, INNER_STEPS, INNER_LR = 6, 4, 0.1
 
 
-def descend(model: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def descend(model: torch.Tensor, target: torch.Tensor, num_steps: int = INNER_STEPS) -> torch.Tensor:
     """A node's round: gradient descent to a target of its own, so that each step depends on where it begins."""
-    for _ in range(INNER_STEPS):
+    for _ in range(num_steps):
         model = model - INNER_LR * (model - target)
     return model
 
@@ -45,7 +45,8 @@ class Descender:
         out.mkdir(exist_ok=True)
         tuned = {name: before[name] for name in before}
         for name in ("matrix", "vector"):
-            tuned[name] = descend(before[name], target_of(self.seed, before[name]))
+            num_steps = len(task.part or range(INNER_STEPS))
+            tuned[name] = descend(before[name], target_of(self.seed, before[name]), num_steps)
         save_file(tuned, out / "model.safetensors")
         return TrainResult(out, num_examples=10)
 
@@ -100,8 +101,10 @@ def test_every_version_is_the_papers(
 SEEDS = {"north": 1, "south": 2, "west": 3}
 
 
-def streaming(base: dict[str, torch.Tensor], fragments: list[str], asked: list[list[int]], alpha: float):  # type: ignore[no-untyped-def]
-    """Streaming DiLoCo, arXiv 2501.18512, without overlap: one tensor is a fragment, and due in every other round."""
+def streaming(  # type: ignore[no-untyped-def]
+    base: dict[str, torch.Tensor], fragments: list[str], asked: list[list[int]], alpha: float, tau: int = 0
+):
+    """Streaming DiLoCo, arXiv 2501.18512: one tensor is a fragment, and due in every other round."""
     theta = {name: tensor.clone().requires_grad_() for name, tensor in base.items()}
     outer = {name: torch.optim.SGD([theta[name]], lr=0.7, momentum=0.9, nesterov=True) for name in base}
     local: dict[int, dict[str, torch.Tensor]] = {}
@@ -110,21 +113,29 @@ def streaming(base: dict[str, torch.Tensor], fragments: list[str], asked: list[l
         due = fragments[number % len(fragments)]
         for seed in seeds:
             # A newcomer takes what is published; so does everybody else of what moved, but for a share of its own.
+            num_left = INNER_STEPS - tau if seed in local else INNER_STEPS
             mine = local.setdefault(seed, {name: tensor.detach().clone() for name, tensor in theta.items()})
             for name in missed.pop(seed, set()):
                 mine[name] = alpha * mine[name] + (1 - alpha) * theta[name].detach()
             for name, tensor in base.items():
-                mine[name] = descend(mine[name], target_of(seed, tensor))
+                mine[name] = descend(mine[name], target_of(seed, tensor), num_left)
         theta[due].grad = torch.stack([theta[due].detach() - local[seed][due] for seed in seeds]).mean(0)
         outer[due].step()
+        for seed in seeds:  # while that was under way
+            local[seed] = {name: descend(local[seed][name], target_of(seed, base[name]), tau) for name in base}
         for seed in local:
             missed.setdefault(seed, set()).add(due)
         yield {name: tensor.detach().clone() for name, tensor in theta.items()}
 
 
-@pytest.mark.parametrize(("mixing", "rounds"), [(0.0, ""), (0.5, "sample = 2")])
-def test_fragments_travel_in_turn_and_nodes_go_on_from_their_own(tmp_path: Path, mixing: float, rounds: str) -> None:
+@pytest.mark.parametrize(
+    ("mixing", "overlap", "rounds"), [(0.0, 0, ""), (0.5, 0, "sample = 2"), (0.5, 3, "sample = 2")]
+)
+def test_fragments_travel_in_turn_and_nodes_go_on_from_their_own(
+    tmp_path: Path, mixing: float, overlap: int, rounds: str
+) -> None:
     sections = f"""
+steps = {INNER_STEPS}
 [delta]
 values = "fp32"
 downlink = "fp32"
@@ -134,6 +145,7 @@ lr = 0.7
 [streaming]
 fragments = 2
 mixing = {mixing}
+overlap_steps = {overlap}
 """
     config, _ = make_config(tmp_path, num_rounds=NUM_ROUNDS, rounds=rounds, extra=sections)
     result = simulate(config, tmp_path / "base", {name: Descender(seed) for name, seed in SEEDS.items()})
@@ -142,7 +154,7 @@ mixing = {mixing}
     asked = [[SEEDS[names[c.node_id]] for c in record.contributions] for record in history.records]
     base = Checkpoint(tmp_path / "base")
     doubles = {name: base[name].double() for name in ("matrix", "vector")}
-    expected = streaming(doubles, ["matrix", "vector"], asked, mixing)
+    expected = streaming(doubles, ["matrix", "vector"], asked, mixing, overlap)
     for number, versions in enumerate(expected, start=1):
         published = Checkpoint(tmp_path / f"state/models/round-{number:04d}")
         for name, version in versions.items():
@@ -150,3 +162,44 @@ mixing = {mixing}
     assert replay(history, base, BlobStore(config.federation.state / "blobs")).passed
     sizes = [record.contributions[0].payload_bytes for record in history.records]
     assert max(sizes[1::2]) < 10 * base["vector"].nbytes < min(sizes[::2])
+
+
+@dataclass
+class Leaver(Descender):
+    """Leaves before it has trained on while its delta was under way, for the second time."""
+
+    num_left: int = 2
+
+    def train(self, task: TrainTask) -> TrainResult:
+        if task.part is not None and task.part.start == 0:
+            self.num_left -= 1
+            if not self.num_left:
+                raise KeyboardInterrupt
+        return super().train(task)
+
+
+def test_a_site_that_left_before_it_trained_on_makes_up_for_it(tmp_path: Path) -> None:
+    extra = f"steps = {INNER_STEPS}\n[streaming]\nfragments = 2\nmixing = 0.5\noverlap_steps = 2\n"
+
+    def run(folder: Path, first: Trainer) -> str:
+        folder.mkdir(exist_ok=True)
+        config, _ = make_config(folder, num_rounds=4, extra=extra)
+        trainers = {name: Descender(seed) for name, seed in SEEDS.items()}
+        return simulate(config, folder / "base", {**trainers, "south": first}).version
+
+    undisturbed = run(tmp_path / "undisturbed", Descender(2))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "disturbed", Leaver(2))
+    assert run(tmp_path / "disturbed", Descender(2)) == undisturbed
+
+
+@pytest.mark.parametrize(("overlap", "training_s"), [(0, 4 * 20), (2, 20 + 10 + 20 + 10)])
+def test_while_a_delta_is_on_a_slow_line_its_site_trains_on(tmp_path: Path, overlap: int, training_s: float) -> None:
+    # In odd rounds the matrix travels, for longer than half a round's training takes; in even ones next to nothing.
+    extra = f"steps = {INNER_STEPS}\n[streaming]\nfragments = 2\noverlap_steps = {overlap}\n"
+    extra += "[delta]\nvalues = 'fp32'\n[simulate]\ntrain_s = 20.0\nup_mbit_s = 1.0\n"
+    config, _ = make_config(tmp_path, num_rounds=4, extra=extra)
+    result = simulate(config, tmp_path / "base", {name: Descender(seed) for name, seed in SEEDS.items()})
+    _, history, _ = verify_directory(result.model_dir, coordinator_key(tmp_path))
+    sending_s = sum(record.contributions[0].payload_bytes for record in history.records) * 8 / 1e6
+    assert result.rounds[-1].published_s == pytest.approx(training_s + sending_s, rel=0.02)

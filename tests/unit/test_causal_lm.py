@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -119,6 +120,15 @@ def test_rounds_without_a_merge_are_one_training(base: Path, data: Path, tmp_pat
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert float(states[0]["step:model.norm.weight"]) == 12
+
+
+def test_a_round_in_two_parts_is_that_round(base: Path, data: Path, tmp_path: Path) -> None:
+    trainer = CausalLM(data=data)
+    whole = trainer.train(task(base, tmp_path / "whole", steps=6, warmup=0.5))
+    first = trainer.train(dataclasses.replace(task(base, tmp_path / "first", steps=6, warmup=0.5), part=range(2)))
+    rest = task(first.model_dir, tmp_path / "rest", steps=6, warmup=0.5)
+    done = trainer.train(dataclasses.replace(rest, part=range(2, 6), previous_state=tmp_path / "first" / STATE))
+    assert model_digest(Checkpoint(done.model_dir)) == model_digest(Checkpoint(whole.model_dir))
 
 
 def test_without_its_state_a_round_begins_anew(base: Path, data: Path, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from fedmerge.config import parse_config
 from fedmerge.errors import ConfigError
 from fedmerge.streaming import Fragments
 from fedmerge.tensors import Schema, TensorSpec
+from fedmerge.training import TrainTask
+from fedmerge_client.train.checkpoint import ExistingCheckpoint
 
 MODEL: Schema = {
     f"model.layers.{layer}.{part}.weight": TensorSpec(shape, "F32")
@@ -65,3 +67,28 @@ def test_what_needs_the_whole_model_is_refused(sections: str, problem: str) -> N
     text = f"[federation]\nname = 'f'\n[model]\nbase = 'b'\n[streaming]\nfragments = 2\n{sections}\n"
     with pytest.raises(ConfigError, match=f"streaming.fragments: above 1 does not go with .*{problem}"):
         parse_config(text, folder=Path(), where="fedmerge.toml")
+
+
+@pytest.mark.parametrize(
+    ("train", "streaming", "problem"),
+    [
+        ("steps = 8", "overlap_steps = 2", "goes with fragments above 1"),
+        ("steps = 8", "fragments = 2\noverlap_steps = 8", "has to be less than .* steps"),
+        ("", "fragments = 2\noverlap_steps = 2", "has to be less than .* steps"),
+        (
+            "trainer = 'command'\nsteps = 8",
+            "fragments = 2\noverlap_steps = 2",
+            'goes with the trainers .*not with "command"',
+        ),
+    ],
+)
+def test_overlap_that_can_not_be_is_refused(train: str, streaming: str, problem: str) -> None:
+    text = f"[federation]\nname = 'f'\n[model]\nbase = 'b'\n[train]\n{train}\n[streaming]\n{streaming}\n"
+    with pytest.raises(ConfigError, match=f"streaming.overlap_steps: {problem}"):
+        parse_config(text, folder=Path(), where="fedmerge.toml")
+
+
+def test_a_site_whose_trainer_can_not_stop_within_a_round_says_so(tmp_path: Path) -> None:
+    finished = ExistingCheckpoint(model=tmp_path, num_examples=1)
+    with pytest.raises(ConfigError, match="checkpoint takes all steps of a round at once"):
+        finished.train(TrainTask(tmp_path, {}, 1, 1, tmp_path, part=range(2)))

@@ -25,7 +25,7 @@ from transformers import (
 from fedmerge.errors import ConfigError, InputError, MissingExtra
 from fedmerge.statistics import STATISTICS, side_tensors, statistics_schema
 from fedmerge.tensors import Checkpoint, model_digest, schema_of
-from fedmerge.training import TRAINERS, TrainTask, load_trainer
+from fedmerge.training import STATE, TRAINERS, TrainTask, load_trainer
 from fedmerge_client.train.label_head import build_classifier, label_words
 from fedmerge_client.train.text_classification import TextClassification
 
@@ -154,6 +154,19 @@ def test_a_round_that_was_interrupted_goes_on_at_its_checkpoint_to_the_same_bits
         trainer.train(work)
     assert digest_of(work) == undisturbed
     assert steps == [*range(1, 9), *range(7, 13)]
+
+
+def test_with_one_schedule_for_all_rounds_they_are_one_training_in_parts(
+    base: Path, trainer: TextClassification, tmp_path: Path
+) -> None:
+    def train(name: str, start: Path, **parts: Any) -> Path:
+        work = task(start, tmp_path / name, steps=6, schedule="federation")
+        return trainer.train(dataclasses.replace(work, **parts)).model_dir
+
+    whole = train("whole", base)
+    first = train("first", base, part=range(2))
+    done = train("rest", first, part=range(2, 6), previous_state=tmp_path / "first" / STATE)
+    assert model_digest(Checkpoint(done)) == model_digest(Checkpoint(whole))
 
 
 def test_same_task_same_weights_and_the_global_generator_is_left_alone(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -26,8 +25,8 @@ from fedmerge.errors import InputError
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import STATE, TrainResult, TrainTask, validated
-from fedmerge_client.train.adamw_state import Place, load_state, save_state
-from fedmerge_client.train.checkpoints import STATE_FILE, Checkpoints
+from fedmerge_client.train.adamw_state import Place
+from fedmerge_client.train.checkpoints import Checkpoints, save_between_rounds
 from fedmerge_client.train.conversations import conversation_stream
 from fedmerge_client.train.datasets import Conversation, read_conversations, read_texts
 from fedmerge_client.train.drift import DriftSettings, Proximal, Scaffold, require_whole_models
@@ -142,17 +141,15 @@ class CausalLM(BaseModel):
         proximal = Proximal(parameters, settings.fedprox_mu)
         scaffold = Scaffold(parameters, task.round, task.previous_state) if settings.scaffold else None
         optimizer = _optimizer(parameters, settings)
-        place = Place(0, 0, derive_seed(task.seed, task.round, "windows"))
+        part = task.part or range(settings.steps)
+        place = Place(part.start, 0, derive_seed(task.seed, task.round, "windows"))
         checkpoints = Checkpoints(task.workspace, self.checkpoint_steps)
-        if resumed := checkpoints.resume(optimizer, parameters):
-            place = resumed
-        elif task.previous_state is not None:
-            place = load_state(task.previous_state / STATE_FILE, optimizer, parameters)
+        place = checkpoints.begin(place, optimizer, parameters, task.previous_state)
         order = shuffled(len(windows), place.order_seed, place.num_taken)
 
         losses = []
         with limited_threads(settings.num_threads):
-            for step in range(settings.steps):
+            for step in part:
                 lr = settings.lr_at((task.round - 1) * settings.steps + step, task.num_rounds * settings.steps)
                 if step < place.step:
                     if scaffold is not None:
@@ -173,15 +170,13 @@ class CausalLM(BaseModel):
                     scaffold.correct(lr)
                 optimizer.step()
                 place = Place(step + 1, place.num_taken + settings.batch_size, place.order_seed)
-                if place.step < settings.steps:
+                if place.step < part.stop:
                     checkpoints.keep(place, optimizer, parameters)
                 if task.progress is not None:
                     task.progress(place.step, settings.steps, losses[-1])
         if scaffold is not None:
             scaffold.save(task.workspace / STATE)
-        kept = {} if settings.lora_rank and not settings.lora_freeze_a else parameters
-        between_rounds = replace(place, step=0)
-        save_state(task.workspace / STATE / STATE_FILE, between_rounds, optimizer, kept, with_parameters=False)
+        save_between_rounds(task, settings, place, optimizer, parameters)
         tuned_dir = save_tuned(model, tokenizer, settings, task.workspace / "tuned")
         checkpoints.drop()
         return TrainResult(tuned_dir, len(windows), {"loss": fmean(losses[-max(1, len(losses) // 10) :])})

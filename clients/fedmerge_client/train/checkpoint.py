@@ -36,6 +36,7 @@ class ExistingCheckpoint(BaseModel):
 
     def train(self, task: TrainTask) -> TrainResult:
         """Return `model`, linked into the workspace. Raises `InputError` in any round but the first."""
+        task.require_whole("checkpoint")
         if task.round != 1:
             raise InputError(
                 f"trainer checkpoint: {self.model} took part in round 1, and this is round {task.round}",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fedmerge.errors import ResourceError
+from fedmerge.training import STATE, TrainTask
 from fedmerge_client.train.adamw_state import Parameters, Place, load_state, save_state
+from fedmerge_client.train.lora import LoraSettings
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +35,18 @@ class Checkpoints:
         self._every_steps = every_steps
         self._written_s = time.monotonic()
 
-    def resume(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> Place | None:
-        """Read the checkpoint of a round that was interrupted into both, and return its place; None without one."""
-        if not self._path.exists():
-            return None
-        place = load_state(self._path, optimizer, parameters)
-        log.info("training goes on after step %d, where it was interrupted", place.step)
+    def begin(
+        self, place: Place, optimizer: torch.optim.Optimizer, parameters: Parameters, previous_state: Path | None
+    ) -> Place:
+        """Read what this round was interrupted at, or else what the last one left, into both; return the place.
+
+        That is `place` where there is neither, and its step where a new round begins.
+        """
+        if self._path.exists():
+            place = load_state(self._path, optimizer, parameters)
+            log.info("training goes on after step %d, where it was interrupted", place.step)
+        elif previous_state is not None and (previous_state / STATE_FILE).exists():
+            place = replace(load_state(previous_state / STATE_FILE, optimizer, parameters), step=place.step)
         return place
 
     def keep(self, place: Place, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
@@ -55,3 +64,11 @@ class Checkpoints:
     def drop(self) -> None:
         """Delete the checkpoint: what was trained is on disk."""
         shutil.rmtree(self._path.parent, ignore_errors=True)
+
+
+def save_between_rounds(
+    task: TrainTask, settings: LoraSettings, place: Place, optimizer: torch.optim.Optimizer, parameters: Parameters
+) -> None:
+    """Write what the node's next round goes on from: moments and place. An adapter that is new each round has none."""
+    kept = {} if settings.lora_rank and not settings.lora_freeze_a else parameters
+    save_state(task.workspace / STATE / STATE_FILE, replace(place, step=0), optimizer, kept, with_parameters=False)

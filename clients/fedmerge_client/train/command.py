@@ -60,6 +60,7 @@ class Command(BaseModel):
 
         Raises `InputError` when it fails, takes too long, or leaves no model or no number of examples.
         """
+        task.require_whole("command")
         output, plan, tuned = (task.workspace / name for name in ("output", "plan.json", "tuned"))
         settings = validated(Settings, task.settings, where="[train]").model_dump()
         with reporting_os_errors(task.workspace):

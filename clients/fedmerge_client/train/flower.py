@@ -66,6 +66,7 @@ class FlowerApp(BaseModel):
         Random generators of Python, numpy and torch are seeded for each round. Raises `InputError` when the app fails,
         or its reply is no model of the same architecture with one metric record.
         """
+        task.require_whole("flower")
         self._settings = validated(Settings, task.settings, where="[train]")
         base = Checkpoint(task.model_dir)
         content = self._ask(MessageType.TRAIN, base, task.round, derive_seed(task.seed, task.round, "flower"))

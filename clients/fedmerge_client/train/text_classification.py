@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ from fedmerge.seeds import derive_seed
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import STATE, TrainResult, TrainTask, validated
 from fedmerge_client.train.adamw_state import Place
-from fedmerge_client.train.checkpoints import Checkpoints
+from fedmerge_client.train.checkpoints import Checkpoints, save_between_rounds
 from fedmerge_client.train.datasets import label_ids, read_rows
 from fedmerge_client.train.drift import DriftSettings, Proximal, Scaffold, require_whole_models
 from fedmerge_client.train.huggingface import (
@@ -45,9 +46,10 @@ POOL_BATCHES = 8  # batches are cut from this many batches' worth of shuffled ex
 class Settings(LoraSettings, DriftSettings):
     """What a plan may ask for under `[train]`, beside `LoraSettings` and `DriftSettings`.
 
-    `lr` is the peak learning rate of the `optimizer`, `warmup` the share of the
-    `steps` that it rises for before it falls linearly to 0, in each round or, with `schedule` "federation", over all
-    rounds. `max_length` is in tokens, `freeze` has name prefixes of tensors to leave alone, such as "bert.embeddings".
+    `lr` is the peak learning rate of the `optimizer`, `warmup` the share of the `steps` that it rises for before it
+    falls linearly to 0, in each round or, with `schedule` "federation", over all rounds, through which AdamW's moments
+    are then kept, too. `max_length` is in tokens, `freeze` has name prefixes of tensors to leave alone, such as
+    "bert.embeddings".
     `precision` "bf16" multiplies in bf16; weights that are trained, gradients and moments are fp32 all the same.
     `num_threads` of 0 leaves torch's own choice.
     """
@@ -129,44 +131,39 @@ class TextClassification(BaseModel):
         order_seed = derive_seed(task.seed, task.round, "batches")
         batches = _batches([len(row) for row in tokens], settings.batch_size, order_seed)
         checkpoints = Checkpoints(task.workspace, self.checkpoint_steps)
-        resumed = checkpoints.resume(optimizer, parameters)
+        part = task.part or range(settings.steps)
+        kept_state = task.previous_state if settings.schedule == "federation" else None
+        place = checkpoints.begin(Place(part.start, 0, order_seed), optimizer, parameters, kept_state)
         losses = []
         with limited_threads(settings.num_threads):
-            for step, chosen in zip(range(settings.steps), batches, strict=False):
+            for step, chosen in zip(part, islice(batches, part.start, None), strict=False):
                 lr = settings.lr_at(step, task.round, task.num_rounds)
-                if resumed and step < resumed.step:
+                if step < place.step:
                     if scaffold is not None:
                         scaffold.skip(lr)
                     continue
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.zero_grad(set_to_none=True)
-                losses.append(0.0)
-                for number, part in enumerate(_parts(chosen, self.micro_batch_size)):
-                    inputs = _pad(tokenizer, [tokens[i] for i in part], model.device)
-                    # Dropout in adapters, the same when a round is resumed.
-                    with (
-                        seeded(derive_seed(seed, step, number)),
-                        torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
-                    ):
-                        logits = model(**inputs).logits.float()
-                    targets = labels[part].to(model.device)
-                    loss = cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
-                    loss = loss * (len(part) / len(chosen))
-                    torch.autograd.backward(loss)
-                    losses[-1] += loss.item()
+                parts = [
+                    (_pad(tokenizer, [tokens[i] for i in held], model.device), labels[held])
+                    for held in _parts(chosen, self.micro_batch_size)
+                ]
+                losses.append(_accumulate_gradients(model, parts, settings, derive_seed(seed, step)))
                 if not math.isfinite(losses[-1]):
                     raise InputError(f"training diverged at step {step + 1} (loss {losses[-1]})", hint="lower the lr")
                 proximal.correct()
                 if scaffold is not None:
                     scaffold.correct(lr)
                 optimizer.step()
-                if step + 1 < settings.steps:
+                if step + 1 < part.stop:
                     checkpoints.keep(Place(step + 1, 0, order_seed), optimizer, parameters)
                 if task.progress is not None:
                     task.progress(step + 1, settings.steps, losses[-1])
         if scaffold is not None:
             scaffold.save(task.workspace / STATE)
+        if settings.schedule == "federation":
+            save_between_rounds(task, settings, place, optimizer, parameters)
         tuned_dir = save_tuned(model, tokenizer, settings, task.workspace / "tuned")
         checkpoints.drop()
         last = losses[-max(1, len(losses) // 10) :]
@@ -224,6 +221,25 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[lis
     limit = min(max_length, tokenizer.model_max_length)
     tokens: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
     return tokens
+
+
+def _accumulate_gradients(
+    model: Any, parts: Sequence[tuple[dict[str, Tensor], Tensor]], settings: Settings, seed: int
+) -> float:
+    """Add the gradient of the mean loss of a batch, given in parts, to the parameters'; return that loss."""
+    total, num_texts = 0.0, sum(len(targets) for _, targets in parts)
+    for number, (inputs, targets) in enumerate(parts):
+        # Dropout in adapters, the same when a round is resumed.
+        with (
+            seeded(derive_seed(seed, number)),
+            torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
+        ):
+            logits = model(**inputs).logits.float()
+        loss = cross_entropy(logits, targets.to(model.device), label_smoothing=settings.label_smoothing)
+        loss = loss * (len(targets) / num_texts)
+        torch.autograd.backward(loss)
+        total += loss.item()
+    return total
 
 
 def _pad(tokenizer: Any, tokens: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:

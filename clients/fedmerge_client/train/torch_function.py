@@ -97,6 +97,7 @@ class TorchFunction(BaseModel):
         Integer buffers are left as the global model has them: counters have no mean. Raises `InputError` when the
         function fails, says no number of examples, or leaves other tensors than it was given.
         """
+        task.require_whole("torch")
         settings = validated(Settings, task.settings, where="[train]").model_extra or {}
         base = Checkpoint(task.model_dir)
         state, tuned_dir = task.workspace / STATE, task.workspace / "tuned"
