@@ -168,6 +168,7 @@ def rules(num_rounds: int, steps: int) -> list[Rule]:
     sparse: Sections = {"delta": TOPK, "merge": {"method": "contributor_mean"}}
     nesterov: Sections = {"outer": {"name": "nesterov"}}
     streaming: Sections = {**nesterov, "streaming": {"fragments": 4}}
+    overlapping: Sections = {**nesterov, "streaming": {"fragments": 4, "mixing": 0.5, "overlap_steps": steps // 4}}
     delayed: Sections = {"outer": {"name": "delayed_nesterov", "delay": 2}, "rounds": late}
     more, fewer = 2 * num_rounds, steps // 2
     return [
@@ -175,6 +176,7 @@ def rules(num_rounds: int, steps: int) -> list[Rule]:
         Rule("DiLoCo", num_rounds, steps, nesterov, NESTEROV_LRS),
         Rule("SparseLoCo: top 64 of 4096", more, fewer, sparse, SGD_LRS),
         Rule("streaming: 4 parts", more, fewer, streaming, NESTEROV_LRS),
+        Rule(f"the same, {fewer // 2} steps of overlap", more, fewer, overlapping, NESTEROV_LRS),
         Rule("asynchronous", more, steps, delayed, NESTEROV_LRS),
     ]
 
