@@ -69,6 +69,8 @@ log = logging.getLogger(__name__)
 
 # The folder in a node's with the signed records of merges that left out its delta, and signed rejections.
 REFUSED = "refused"
+# The file in a round's folder that says what the node's own model scored.
+OWN_METRICS = "metrics.json"
 # The field of a node's log records that holds the event: `fedmerge join` writes it, a simulation in processes reads it.
 EVENT_FIELD = "node_event"
 
@@ -340,7 +342,9 @@ class Node:
         result = self._train(spec, start, outbox)
         tuned, to_send = open_tuned(result.model_dir, before)
         whole = self._whole(result.model_dir, tuned, spec, outbox)
-        self._evaluate("own", whole, model_digest(tuned), spec, spec.round)
+        scored = outbox / OWN_METRICS
+        if not scored.exists() and (scores := self._scores(whole)):
+            self._report("own", scores, model_digest(tuned), spec, spec.round, done=scored)
         keep_own(spec, tuned, base, outbox)
         schema = travelling(spec, delta_schema(base.schema))
         codec = Codec.from_dict(spec.codec)
@@ -484,7 +488,9 @@ class Node:
                     digest=candidate.digest, base_digest=spec.model.base_digest, updates=updates, steps=steps
                 )
                 model_dir = self._chain.materialise(ref, spec, scratch)
-                self._report("candidate", model_dir, candidate.digest, spec, round_number=spec.round, done=reported)
+                # To have nothing to say about one is an answer that is waited for.
+                scores = self._scores(model_dir)
+                self._report("candidate", scores, candidate.digest, spec, spec.round, done=reported)
                 self._chain.drop_update(candidate.update)
                 self._num_done += 1
         except UnknownVersion as err:
@@ -512,16 +518,16 @@ class Node:
     def _evaluate(self, which: str, model_dir: Path, digest: str, spec: RoundSpec, round_number: int) -> None:
         """Score a model on this site's own test data, once, and report it signed."""
         done = self.home / "metrics" / f"{spec.run[:12]}-{round_number:04d}-{which}-{digest[:12]}.json"
-        if not done.exists():
-            self._report(which, model_dir, digest, spec, round_number=round_number, done=done)
+        if not done.exists() and (scores := self._scores(model_dir)):
+            self._report(which, scores, digest, spec, round_number, done=done)
+
+    def _scores(self, model_dir: Path) -> dict[str, float]:
+        # A model that diverged has metrics that no statement can carry: JSON knows finite numbers only.
+        return {name: value for name, value in self.trainer.evaluate(model_dir).items() if math.isfinite(value)}
 
     def _report(
-        self, which: str, model_dir: Path, digest: str, spec: RoundSpec, *, round_number: int, done: Path
+        self, which: str, scores: dict[str, float], digest: str, spec: RoundSpec, round_number: int, *, done: Path
     ) -> None:
-        # A model that diverged has metrics that no statement can carry: JSON knows finite numbers only.
-        values = {name: value for name, value in self.trainer.evaluate(model_dir).items() if math.isfinite(value)}
-        if not values and which != "candidate":  # about candidates, nothing to say is an answer that is waited for
-            return
         statement = MetricsStatement.model_validate(
             {
                 "federation": spec.federation,
@@ -530,14 +536,14 @@ class Node:
                 "node_id": self.node_id,
                 "model": which,
                 "digest": digest,
-                "values": values,
+                "values": scores,
             }
         )
         self.link.report_metrics(statement.sign(self.key))
         with reporting_os_errors(done):
             done.parent.mkdir(parents=True, exist_ok=True)
-            done.write_text(json.dumps(values))
-        self._emit("evaluated", round_number, model=which, **values)
+            done.write_text(json.dumps(scores))
+        self._emit("evaluated", round_number, model=which, **scores)
 
     def _announce_fetch(self, round_number: int, what: str, num_bytes: int) -> None:
         self._emit("fetch", round_number, what=what, num_bytes=num_bytes)

@@ -68,12 +68,14 @@ def publish(
             adapter = write_adapter(partial / ADAPTER, change, base, adapter_rank, base_name=base_name)
         (partial / CARD).write_text(model_card(record, base_name, adapter))
         (partial / MODEL_KEY).write_text(model_key.public.pem())
-        (partial / SLSA_PROVENANCE).write_bytes(slsa_provenance(record, file_digests(partial), model_key))
-        _write_model_signature(partial, target.name, model_key)
+        files = file_digests(partial)
+        (partial / SLSA_PROVENANCE).write_bytes(slsa_provenance(record, files, model_key))
+        files = file_digests(partial, known=files)
+        _write_model_signature(partial, target.name, files, model_key)
         lineage = Lineage(
             federation=record.federation,
             run=record.run,
-            files=file_digests(partial),
+            files=file_digests(partial, known=files),
             model=record.model,
             node_keys=dict(sorted(node_keys.items())),
             software=record.software,
@@ -109,11 +111,13 @@ def publish_local(
         for name, text in (side_files or {}).items():
             (partial / name).write_text(text)
         (partial / CARD).write_text(local_card(host.directory.name, inputs, recipe, seed, digest))
+        files = file_digests(partial)
         if key is not None and key.public.algorithm == "p256":
             (partial / MODEL_KEY).write_text(key.public.pem())
-            _write_model_signature(partial, target.name, key)
+            files = file_digests(partial, known=files)
+            _write_model_signature(partial, target.name, files, key)
         statement = LocalMerge(
-            files=file_digests(partial),
+            files=file_digests(partial, known=files),
             model_digest=digest,
             base_digest=model_digest(host),
             inputs=inputs,
@@ -154,23 +158,25 @@ def plain_files(directory: Path) -> list[Path]:
     return sorted(path for folder in (directory, directory / ADAPTER) for path in folder.glob("*") if path.is_file())
 
 
-def file_digests(directory: Path) -> dict[str, str]:
+def file_digests(directory: Path, *, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the SHA-256 (hex) of every file in `directory`, by name, but for the lineage and its signature.
 
-    Those of the adapter have its folder's name before theirs.
+    Those of the adapter have its folder's name before theirs. Files that are `known` are not read again.
     """
     found: dict[str, str] = {}
     for path in plain_files(directory):
         name = path.relative_to(directory).as_posix()
-        if name not in {LINEAGE, SIGNATURE}:
+        if known and name in known:
+            found[name] = known[name]
+        elif name not in {LINEAGE, SIGNATURE}:
             with path.open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
-def _write_model_signature(directory: Path, name: str, key: SigningKey) -> None:
+def _write_model_signature(directory: Path, name: str, files: Mapping[str, str], key: SigningKey) -> None:
     ignored = (MODEL_SIGNATURE, LINEAGE, SIGNATURE)
-    (directory / MODEL_SIGNATURE).write_bytes(model_signature(name, file_digests(directory), ignored, key))
+    (directory / MODEL_SIGNATURE).write_bytes(model_signature(name, files, ignored, key))
 
 
 def software_versions() -> dict[str, str]:
