@@ -56,7 +56,7 @@ from fedmerge.statements import (
 from fedmerge.statistics import first_problem, statistics_of, task_vector_of
 from fedmerge.store.seat import Seat
 from fedmerge.tensors import Checkpoint, model_digest, schema_digest
-from fedmerge.trust import TrustStore
+from fedmerge.trust import Member, TrustStore
 from fedmerge.versions import model_files, open_model
 
 log = logging.getLogger(__name__)
@@ -199,6 +199,11 @@ class Coordinator:
         """Put in the ledger whom the operator trusts since the last look, and whom not, and forget their uploads."""
         for node_id in self.members.sync():
             self.intake.forget_node(node_id)
+
+    def welcome(self, member: Member) -> None:
+        """Put a member in the ledger before its first call, so that who it is stands there before what it did."""
+        if not self.members.is_on_record(member):
+            self.follow_trust()
 
     # The course of a round
 

@@ -110,6 +110,11 @@ class Members:
             self._synced = trusted, self._journal.state.members
         return gone
 
+    def is_on_record(self, member: Member) -> bool:
+        """Whether the ledger has this member as it is now; what it costs does not depend on how many there are."""
+        known = self._journal.state.members.get(member.key.key_id)
+        return known is not None and _place(known) == _place(member)
+
     def _admitted(self, member: Member) -> MemberAdmitted:
         created = self._journal.created
         enrolment = Enrolment(

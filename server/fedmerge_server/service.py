@@ -160,9 +160,8 @@ class Services(
     ) -> session_pb2.OpenSessionResponse:
         """Open a session for whoever signed the nonce."""
         async with answering(context):
-            # Before its first call, so that the ledger has who it is before what it did.
-            await asyncio.to_thread(self._coordinator.follow_trust)
             token = self._sessions.open(request.envelope)
+            await asyncio.to_thread(self._coordinator.welcome, self._sessions.caller(token))
         return session_pb2.OpenSessionResponse(token=token)
 
     async def Enroll(  # noqa: N802

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmerge.coordinator import Coordinator
 from fedmerge.errors import (
     BadSignature,
     Busy,
@@ -25,11 +26,12 @@ from fedmerge.errors import (
     UntrustedKey,
 )
 from fedmerge.events import MemberAdmitted, MemberRevoked
+from fedmerge.files import replace_file
 from fedmerge.merkle import LEAF_BYTES
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import Enrolment, EnrolmentRequest, Revocation
 from fedmerge.store.ledger import Ledger
-from fedmerge.trust import TrustStore, token_digest
+from fedmerge.trust import Member, TrustStore, token_digest
 from fedmerge.v1 import session_pb2
 from fedmerge_client.link import GrpcLink
 from tests.conftest import Federation, ServerProcess
@@ -160,6 +162,27 @@ def test_what_no_token_opens(federation: Federation, server: ServerProcess) -> N
 
     assert [guess() for _ in range(30)][-3:] == [Busy.reason] * 3
     link.close()
+
+
+def test_the_ledger_has_a_member_before_its_first_call_and_nobody_else_is_looked_at(federation: Federation) -> None:
+    coordinator = Coordinator(federation.config, federation.folder / "base", clock=time.time)
+    key, trust = SigningKey.generate().public, coordinator.trust
+    path = trust.add(key, "east")
+    coordinator.welcome(trust.require(key.key_id))
+    members = coordinator.journal.state.members
+    assert members[key.key_id].name == "east"
+    coordinator.welcome(trust.require(key.key_id))
+    assert coordinator.journal.state.members is members
+
+    replace_file(path, Member("east", key, "East Ltd").to_text().encode())
+    coordinator.welcome(trust.require(key.key_id))
+    assert coordinator.journal.state.members[key.key_id].organisation == "East Ltd"
+
+    trust.directory.joinpath("broken.pem").write_text("no key")
+    coordinator.welcome(trust.require(key.key_id))
+    with pytest.raises(InputError, match=r"broken\.pem"):
+        coordinator.follow_trust()
+    coordinator.close()
 
 
 def test_a_delta_of_a_revoked_node_is_not_merged(federation: Federation, server: ServerProcess, run: Run) -> None:
