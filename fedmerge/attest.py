@@ -118,7 +118,7 @@ def slsa_provenance(record: MergeRecord, files: Mapping[str, str], key: SigningK
             },
         },
     }
-    return key.sign(IN_TOTO, json.dumps(statement, indent=2).encode())
+    return key.sign(IN_TOTO, json.dumps(statement, separators=(",", ":")).encode())
 
 
 def _root(resources: list[dict[str, str]]) -> str:

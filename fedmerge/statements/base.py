@@ -87,6 +87,8 @@ class Statement(Strict, ABC):
 
     kind: ClassVar[str]
     digest_algorithm: ClassVar[str] = "sha256"
+    # Of those that also lie in a folder without their envelope, for people to read.
+    indent: ClassVar[int | None] = None
 
     @abstractmethod
     def subject(self) -> dict[str, str]:
@@ -99,7 +101,8 @@ class Statement(Strict, ABC):
 
     def to_payload(self) -> bytes:
         """Return the JSON bytes to sign."""
-        return json.dumps(self._body(), indent=2).encode()
+        separators = (",", ":") if self.indent is None else None
+        return json.dumps(self._body(), indent=self.indent, separators=separators).encode()
 
     def _body(self) -> dict[str, Any]:
         return {

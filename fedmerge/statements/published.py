@@ -105,6 +105,7 @@ class Lineage(Statement):
     """What stands in a published directory as lineage.json: its files by digest, and the merge records behind it."""
 
     kind: ClassVar[str] = "lineage"
+    indent: ClassVar[int | None] = 2
 
     federation: str
     run: str
@@ -127,6 +128,7 @@ class Export(Statement):
     """
 
     kind: ClassVar[str] = "export"
+    indent: ClassVar[int | None] = 2
 
     federation: str
     run: str
@@ -146,6 +148,7 @@ class LocalMerge(Statement):
     """What stands in the lineage.json of a directory that was merged from local checkpoints, without a federation."""
 
     kind: ClassVar[str] = "localmerge"
+    indent: ClassVar[int | None] = 2
 
     files: dict[str, Digest]
     model_digest: Digest
