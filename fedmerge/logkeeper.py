@@ -31,17 +31,25 @@ class LogKeeper:
         self._journal = journal
         self._trust = trust
         self._tree = MerkleTree()
+        # The size of the log after its newest event that is no cosignature, and the checkpoint signed last.
+        self._told_size = 0
+        self._newest = b""
+        self._newest_size = -1
 
     def growth(self, old_size: int) -> Growth:
-        """Return a checkpoint of the log now, with the proof that it continues that of `old_size` events.
+        """Return a checkpoint of the log, with the proof that it continues that of `old_size` events.
 
-        Raises `InvalidProof` when the log never was so long.
+        It has all events up to now but for cosignatures, so that members who look one after the other cosign the same
+        checkpoint, and not each a longer one. Raises `InvalidProof` when the log never was so long.
         """
-        size = self._size()
-        if not 0 <= old_size <= size:
-            raise InvalidProof(f"the log has {size} events, not {old_size}")
-        note = sign_checkpoint(self._checkpoint(size), self._journal.key)
-        return Growth(note, consistency_proof(self._tree, old_size, size))
+        with self._journal.lock:
+            now = self._size()
+            if not 0 <= old_size <= now:
+                raise InvalidProof(f"the log has {now} events, not {old_size}")
+            if self._newest_size < max(self._told_size, old_size):
+                self._newest_size = now
+                self._newest = sign_checkpoint(self._checkpoint(now), self._journal.key)
+            return Growth(self._newest, consistency_proof(self._tree, old_size, self._newest_size))
 
     def inclusion(self, index: int, size: int) -> list[bytes]:
         """Return the proof that event `index` is among the first `size`; raise `InvalidProof` when it is not."""
@@ -71,6 +79,8 @@ class LogKeeper:
         with self._journal.lock:
             for entry in self._journal.ledger.entries[len(self._tree) :]:
                 self._tree.append(log_leaf(entry.hash))
+                if not isinstance(entry.event, CheckpointCosigned):
+                    self._told_size = len(self._tree)
             return len(self._tree)
 
     def _checkpoint(self, size: int) -> LogCheckpoint:

@@ -215,13 +215,14 @@ class Node:
         spec, signed = RoundSpec.open(view.spec_envelope, self._said_by, where="round spec")
         spec_digest = digest_of(signed.payload)
         self.link.keep_trying(spec.deadline_s * (1 + spec.max_staleness))
+        # First: nothing more is given to a coordinator whose log is not in order.
+        self._observe(view, spec, spec_digest)
         if view.phase == "open" and spec_digest not in self._taken:
             self._taken.add(spec_digest)
             if spec.asks(self.node_id):
                 self._take_part(spec, spec_digest)
             else:
                 self._emit("waiting", spec.round)
-        self._observe(view, spec, spec_digest)
         if view.phase == "searching" and view.candidates_envelope:
             self._score(view.candidates_envelope, spec, spec_digest)
         return self._finish(view, spec) if view.finished else None
@@ -461,7 +462,10 @@ class Node:
         signed_for, _ = Receipt.open(receipt, self._pin.now, where="receipt")
         if signed_for.statement_digest != digest_of(own.payload):
             raise DigestMismatch("the coordinator's receipt is for another delta than the one that was sent")
-        replace_file(outbox / "receipt.json", receipt, durable=self._durable)
+        kept = outbox / "receipt.json"
+        replace_file(kept, receipt, durable=self._durable)
+        if self._witness:
+            self._witness.keep(kept, signed_for)
         self._num_done += 1
         self._emit("delivered", spec.round, payload_bytes=num_bytes, event=signed_for.event)
 

@@ -74,8 +74,12 @@ class Witness:
         self._durable = durable
         # What it has read already, and verified; nobody else writes there.
         self._known: dict[str, LogCheckpoint] = {}
-        self._opened: dict[Path, Receipt] = {}
+        self._opened: dict[Path, Receipt] | None = None
         self._listed: set[Path] = set()
+
+    def keep(self, path: Path, receipt: Receipt) -> None:
+        """Be told of a receipt that this node has verified and put at `path`, in a round's folder."""
+        self._all_receipts()[path] = receipt
 
     def observe(self, federation: str, run: str) -> LogCheckpoint:
         """Check the log as it is now against all that this node knows, keep its checkpoint, and cosign it.
@@ -137,13 +141,19 @@ class Witness:
             self._listed.add(path)
 
     def _own_receipts(self, federation: str, run: str) -> list[tuple[Path, Receipt]]:
-        for path in sorted({*self._receipts.glob("*/receipt.json")} - self._opened.keys()):
-            self._opened[path], _ = Receipt.open(path.read_bytes(), self._pin.ever, where=str(path))
         return [
             (path, receipt)
-            for path, receipt in self._opened.items()
+            for path, receipt in self._all_receipts().items()
             if (receipt.federation, receipt.run) == (federation, run)
         ]
+
+    def _all_receipts(self) -> dict[Path, Receipt]:
+        if self._opened is None:
+            self._opened = {
+                path: Receipt.open(path.read_bytes(), self._pin.ever, where=str(path))[0]
+                for path in sorted(self._receipts.glob("*/receipt.json"))
+            }
+        return self._opened
 
     def _newest(self, origin: str) -> LogCheckpoint | None:
         if origin in self._known:
