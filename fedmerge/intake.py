@@ -1,7 +1,8 @@
 """Steps 7 and 8: admit a delta by its signed statement, take its payload leaf by leaf, and make it count.
 
 An upload is named by the digest of the statement it carries, so that beginning it again, after any break on either
-side, finds it where it stood. Nothing is acknowledged before it is on disk.
+side, finds it where it stood. Nothing is acknowledged before it is on disk. A restart remembers uploads of which a part
+is there; one that came in a single piece, and was not committed yet, is sent again.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Intake:
         self._decode = decode
         self._commit_lock = threading.Lock()
         self._uploads: dict[str, _Upload] = {}
+        self._kept: set[str] = set()  # those that a restart remembers
         for row in journal.ledger.uploads():
             self._resume(row)
         blobs.drop_stray_parts(set(self._uploads))
@@ -106,7 +108,6 @@ class Intake:
                     self._forget(other)
                 row = UploadRow(upload_id, spec.round, caller_id, envelope, leaf_hashes)
                 self._blobs.begin_part(upload_id)
-                self._journal.ledger.begin_upload(row)
                 self._uploads[upload_id] = _Upload(row, statement, signed.signer, leaves)
             return upload_id, self._stored_bytes(self._uploads[upload_id])
 
@@ -116,8 +117,12 @@ class Intake:
         Raises `UnknownUpload`, `BadOffset` or `DigestMismatch`; what is stored already stays.
         """
         upload = self._find(caller_id, upload_id)
+        total_bytes = upload.statement.payload_bytes
         with upload.lock:
-            return self._blobs.write_part(upload_id, offset, data, upload.leaves, upload.statement.payload_bytes)
+            stored = self._blobs.write_part(upload_id, offset, data, upload.leaves, total_bytes)
+            if stored < total_bytes and upload_id not in self._kept:
+                self._keep(upload)
+        return stored
 
     def committed_bytes(self, caller_id: str, upload_id: str) -> int:
         """Return the bytes stored of an upload; raise `UnknownUpload` when the caller has none of that id."""
@@ -193,9 +198,9 @@ class Intake:
                     num_examples=statement.num_examples,
                     statement_envelope=upload.row.envelope.decode(),
                 ),
-                ends_upload=upload.upload_id,
+                ends_upload=upload.upload_id if upload.upload_id in self._kept else None,
             )
-            del self._uploads[upload.upload_id]
+            self._drop(upload)
             merged_in = statement.round + (state.staleness(statement.round) or 0)
         late = f", late: it counts in round {merged_in}" if merged_in > statement.round else ""
         log.info("round %d: delta of %s accepted%s", statement.round, statement.node_id[:12], late)
@@ -221,9 +226,9 @@ class Intake:
                     detail=rejection.detail,
                     envelope=rejection.sign(self._journal.key).decode(),
                 ),
-                ends_upload=upload.upload_id,
+                ends_upload=upload.upload_id if upload.upload_id in self._kept else None,
             )
-            del self._uploads[upload.upload_id]
+            self._drop(upload)
             self._blobs.drop_part(upload.upload_id)
         log.warning("round %d: delta of %s rejected: %s", statement.round, statement.node_id[:12], err.message)
 
@@ -250,6 +255,14 @@ class Intake:
         leaves = split_leaf_hashes(row.leaf_hashes, statement.payload_bytes, statement.payload_root)
         self._blobs.recover_part(row.upload_id, leaves)
         self._uploads[row.upload_id] = _Upload(row, statement, signed.signer, leaves)
+        self._kept.add(row.upload_id)
+
+    def _keep(self, upload: _Upload) -> None:
+        """Have a restart go on with an upload, unless it was given up meanwhile."""
+        with self._journal.lock:
+            if upload.upload_id in self._uploads:
+                self._journal.ledger.begin_upload(upload.row)
+                self._kept.add(upload.upload_id)
 
     def _find(self, caller_id: str, upload_id: str) -> _Upload:
         upload = self._uploads.get(upload_id)
@@ -273,6 +286,11 @@ class Intake:
         return self._blobs.part_bytes(upload.upload_id)
 
     def _forget(self, upload: _Upload) -> None:
-        self._journal.ledger.end_upload(upload.upload_id)
+        if upload.upload_id in self._kept:
+            self._journal.ledger.end_upload(upload.upload_id)
         self._blobs.drop_part(upload.upload_id)
+        self._drop(upload)
+
+    def _drop(self, upload: _Upload) -> None:
         del self._uploads[upload.upload_id]
+        self._kept.discard(upload.upload_id)
