@@ -54,13 +54,13 @@ def writing_container(path: Path, key: str, *, where: str) -> Iterator[Container
 
     `key` is the metadata's, the format with its version.
 
-    Byte strings wait in a nameless file beside `path` for the header, which comes first. The file's owner alone can
-    read it. Raises `InputError`, beginning with `where`, for more strings than a reader takes, and `ResourceError` when
-    the disk does not take the file.
+    Byte strings wait for the header, which comes first, in a nameless file beside `path`, or in memory while they are
+    few. The file's owner alone can read it. Raises `InputError`, beginning with `where`, for more strings than a reader
+    takes, and `ResourceError` when the disk does not take the file.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with tempfile.TemporaryFile(dir=path.parent) as payload:
+        with tempfile.SpooledTemporaryFile(_COPY_BYTES, dir=str(path.parent)) as payload:
             container = Container(payload)
             yield container
             table = _safetensors_header(container, key)

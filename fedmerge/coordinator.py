@@ -127,6 +127,7 @@ class Coordinator:
                 opened.callback(seat.close)
                 seat.take()
             self.journal = Journal(seat.open_ledger(), self.key, clock)
+            self._durable = seat.durable
             self.blobs = config.open_blobs(durable=seat.durable)
             self._create_or_check()
             self.members = Members(self.journal, self.trust)
@@ -399,6 +400,7 @@ class Coordinator:
             provenance=[(each.kind, each.envelope) for each in provenance_of(self.journal.ledger.entries, named)],
             node_keys=node_keys,
             adapter_rank=self.config.publish.adapter_rank,
+            durable=self._durable,
         )
         self.journal.append(RoundPublished(round=record.round, version=record.model.digest))
         log.info("round %d published in %s", record.round, target)

@@ -49,7 +49,9 @@ def provenance_of(entries: Iterable[LedgerEntry], members: Collection[str] | Non
     state = FederationState()
     for entry in entries:
         number = entry.number
-        if not isinstance(entry.event, (MemberAdmitted, CheckpointCosigned)):  # thousands, and not asked about below
+        if not isinstance(
+            entry.event, (MemberAdmitted, DeltaAccepted, CheckpointCosigned)
+        ):  # thousands, not asked about
             state = after(state, entry)
         match entry.event:
             case RoundOpened(spec_envelope=envelope):

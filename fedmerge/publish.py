@@ -50,15 +50,16 @@ def publish(
     provenance: Sequence[tuple[str, str]],
     node_keys: Mapping[str, str],
     adapter_rank: int = 0,
+    durable: bool = True,
 ) -> None:
     """Write and sign the published directory of a model version at `target`.
 
     `base_name` is what the card calls the base model. `adapter_rank` is the largest rank of the adapter beside the
     model; 0 is for none. `model_key` is a P-256 key, for other tools. `provenance` holds (statement kind, envelope)
     pairs in order, `node_keys` the PEM public key by key id of each node that signed one of them. Repeating it replaces
-    the directory by an equal one. Raises `ResourceError`.
+    the directory by an equal one; it waits for the disk if it is to be `durable`. Raises `ResourceError`.
     """
-    with appearing_whole(target) as partial:
+    with appearing_whole(target, durable=durable) as partial:
         write_model(model, base, partial)
         lines = [json.dumps({"kind": kind, "envelope": envelope}) for kind, envelope in provenance]
         (partial / PROVENANCE).write_text("\n".join(lines) + "\n")
@@ -132,8 +133,8 @@ def publish_local(
 
 
 @contextmanager
-def appearing_whole(target: Path) -> Iterator[Path]:
-    """Give a scratch directory to write into, and put it at `target`, synced, when the block succeeds.
+def appearing_whole(target: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Give a scratch directory to write into, and put it at `target`, synced if `durable`, when the block succeeds.
 
     What was at `target` is replaced. Raises `ResourceError` for what the operating system refuses.
     """
@@ -143,14 +144,16 @@ def appearing_whole(target: Path) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True)
             yield partial
-            sync_tree(partial)
+            if durable:
+                sync_tree(partial)
             if target.exists():
                 shutil.rmtree(target)
             partial.rename(target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        sync_directory(partial.parent)
+        if durable:
+            sync_directory(partial.parent)
 
 
 def plain_files(directory: Path) -> list[Path]:

@@ -49,10 +49,12 @@ class Site:
 
     def drops_out(self, round_number: int) -> bool:
         """Return whether the site begins a round without ever delivering in it."""
-        return _uniform(self.seed, "dropout", round_number) < self.dropout
+        return self.dropout > 0 and _uniform(self.seed, "dropout", round_number) < self.dropout
 
     def offline_s(self, now_s: float) -> float:
         """Return how long it takes until the site is there; it is, or is not, for an hour at a time."""
+        if self.online >= 1:
+            return 0.0
         first = int(now_s // SLOT_S)
         for slot in range(first, first + NUM_SLOTS):
             if _uniform(self.seed, "online", slot) < self.online:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -32,8 +33,8 @@ class Seat:
             # One coordinator on this folder: it may take up its own lease again. A copy of the folder is another one.
             holder = f"{platform.node()}:{state_dir.resolve()} ({state_dir.stat().st_ino})"
             self.lease = Lease(self.database, holder, lease_s, clock)
-            # Where the database lies in the folder, the folder's lock says all that the lease could.
-            self._is_private = self.database.is_within(state_dir)
+            # Where the database lies in the folder, the folder's lock says all that the lease could; if it locks.
+            self._is_private = os.name == "posix" and self.database.is_within(state_dir)
             self._opened = opened.pop_all()
 
     def try_take(self) -> bool:
@@ -50,7 +51,7 @@ class Seat:
 
     def open_ledger(self) -> Ledger:
         """Replay the ledger; it can be appended to as long as this seat leads."""
-        return Ledger(self.database, lease=self.lease)
+        return Ledger(self.database, lease=None if self._is_private else self.lease)
 
     def close(self) -> None:
         """Leave the lead, if it is held, and the folder to others."""
