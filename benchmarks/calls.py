@@ -11,6 +11,7 @@ from machines import Machine, Network
 
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import BadOffset, Busy, UnknownUpload, Unreachable
+from fedmerge.merkle import leaves_of
 from fedmerge.node import RoundView
 from fedmerge.sim.sites import LocalLink
 from fedmerge.translog import Growth
@@ -93,7 +94,7 @@ class Calls:
             if view.finished:
                 return
 
-    def fetch(self, root: str, target: Path) -> None:
+    def fetch(self, root: str, target: Path) -> list[bytes]:
         """Fetch a file into `target`, continuing after the bytes that are there."""
 
         def attempt() -> None:
@@ -117,6 +118,7 @@ class Calls:
                 raise Unreachable("the stream broke")
 
         self._insist(attempt, BadOffset, Busy)
+        return leaves_of(target)
 
     def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:
         """Upload a payload from wherever it stands, commit it, and return the receipt."""

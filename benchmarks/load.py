@@ -14,6 +14,8 @@ Both ends are on this machine and share its cores; what is compared is interleav
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=list(PARTS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started is ended
     targets, figures = [], {}
     for name in arguments.part or PARTS:
         with tempfile.TemporaryDirectory(prefix="fedmerge-load-") as scratch:

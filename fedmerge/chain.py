@@ -14,14 +14,14 @@ from typing import TypeAlias
 from fedmerge.delta import delta_schema
 from fedmerge.errors import DigestMismatch, InputError, InvalidDelta, reporting_os_errors
 from fedmerge.files import sync_file, sync_tree
-from fedmerge.merkle import leaves_of, merkle_root
+from fedmerge.merkle import merkle_root
 from fedmerge.statements import ModelRef, RoundSpec, StepRef, UpdateRef
 from fedmerge.tensors import Checkpoint, TensorMap, model_digest, schema_digest
 from fedmerge.versions import cheapest_route, follow, open_model, require_digest, write_model
 
 log = logging.getLogger(__name__)
 
-Fetch: TypeAlias = Callable[[str, Path], None]
+Fetch: TypeAlias = Callable[[str, Path], list[bytes]]
 Announce: TypeAlias = Callable[[int, str, int], None]
 ChainMaker: TypeAlias = Callable[[Path, Fetch, Announce, Path | None], "ModelChain"]
 
@@ -29,7 +29,8 @@ ChainMaker: TypeAlias = Callable[[Path, Fetch, Announce, Path | None], "ModelCha
 class ModelChain:
     """The models in a node's folder `home`.
 
-    `fetch(root, target)` gets a file of the coordinator's by its Merkle root, and goes on where it was;
+    `fetch(root, target)` gets a file of the coordinator's by its Merkle root, goes on where it was, and returns the
+    hashes of the leaves that came;
     `announce(round, what, num_bytes)` is told before. `base` is a directory with the base model, fetched when None.
     What is kept is `durable` unless it is only simulated.
     """
@@ -137,8 +138,7 @@ class ModelChain:
         partial = target.with_name(f"{target.name}.partial")
         with reporting_os_errors(target):
             partial.parent.mkdir(parents=True, exist_ok=True)
-            self._link_fetch(root, partial)
-            if merkle_root(leaves_of(partial)).hex() != root:
+            if merkle_root(self._link_fetch(root, partial)).hex() != root:
                 partial.unlink()
                 raise DigestMismatch(f"{target.name}: the coordinator sent other bytes than it promised")
             if self._durable:

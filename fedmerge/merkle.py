@@ -75,15 +75,46 @@ def node_hash(left: bytes, right: bytes) -> bytes:
     return hashlib.sha256(b"\x01" + left + right).digest()
 
 
+class LeafHashes:
+    """The leaf hashes of a payload that comes piece by piece, however it is cut."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._whole: list[bytes] = []
+        self._begin_leaf()
+
+    def _begin_leaf(self) -> None:
+        self._leaf, self._missing_bytes = hashlib.sha256(b"\x00"), LEAF_BYTES
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Add a piece."""
+        self.num_bytes += len(data)
+        rest = memoryview(data)
+        while rest:
+            part, rest = rest[: self._missing_bytes], rest[self._missing_bytes :]
+            self._leaf.update(part)
+            self._missing_bytes -= len(part)
+            if not self._missing_bytes:
+                self._whole.append(self._leaf.digest())
+                self._begin_leaf()
+
+    def read(self, path: Path) -> None:
+        """Add what is in a file."""
+        with path.open("rb") as file:
+            while data := file.read(LEAF_BYTES):
+                self.update(data)
+
+    @property
+    def leaves(self) -> list[bytes]:
+        """The hashes of what came so far, of which the last leaf may be shorter."""
+        return self._whole + ([self._leaf.digest()] if self._missing_bytes < LEAF_BYTES else [])
+
+
 def leaves_of(path: Path) -> list[bytes]:
     """Return the leaf hashes of a file, read once, 1 MiB at a time."""
-    with path.open("rb") as file:
-        return leaves_of_chunks(iter(lambda: file.read(LEAF_BYTES), b""))
-
-
-def leaves_of_chunks(chunks: Iterable[bytes]) -> list[bytes]:
-    """Return the leaf hashes of chunks that are 1 MiB each, the last one possibly shorter."""
-    return [leaf_hash(chunk) for chunk in chunks]
+    hashes = LeafHashes()
+    hashes.read(path)
+    return hashes.leaves
 
 
 def num_leaves(num_bytes: int) -> int:

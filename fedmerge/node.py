@@ -100,8 +100,8 @@ class Link(Protocol):
         """Yield the state now and after every change, until the last round has ended."""
         ...
 
-    def fetch(self, root: str, target: Path) -> None:
-        """Fetch a file into `target`, continuing what is there already. The caller checks the root."""
+    def fetch(self, root: str, target: Path) -> list[bytes]:
+        """Fetch a file into `target`, continuing what is there, and hash its leaves. The caller checks the root."""
         ...
 
     def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:

@@ -30,6 +30,7 @@ from fedmerge.errors import (
     reporting_os_errors,
 )
 from fedmerge.handover import Pin
+from fedmerge.merkle import LeafHashes
 from fedmerge.node import RoundView
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import EnrolmentRequest, KeyRotation, SessionProof
@@ -216,21 +217,29 @@ class GrpcLink:
                 if not busy:
                     self._wait_or_raise(Unreachable("the coordinator ended the call"), backoff)
 
-    def fetch(self, root: str, target: Path) -> None:
-        """Fetch a file into `target`, continuing after the bytes that are there."""
-        backoff = self._backoff()
+    def fetch(self, root: str, target: Path) -> list[bytes]:
+        """Fetch a file into `target`, continuing after the bytes that are there; return the hashes of its leaves.
+
+        They are computed while the next bytes come.
+        """
+        backoff, hashes = self._backoff(), LeafHashes()
+        if target.exists():
+            with reporting_os_errors(target):
+                hashes.read(target)
         while True:
-            have_bytes = target.stat().st_size if target.exists() else 0
             try:
-                request, metadata = model_pb2.FetchArtifactRequest(root=root, offset=have_bytes), self._metadata()
+                request = model_pb2.FetchArtifactRequest(root=root, offset=hashes.num_bytes)
+                metadata = self._metadata()
                 with reporting_os_errors(target), target.open("ab") as file:
                     for answer in self._fetch(request, metadata=metadata):
                         backoff = self._backoff()
                         file.write(answer.data)
-                return
+                        hashes.update(answer.data)
+                return hashes.leaves
             except grpc.RpcError as err:
                 if self._wait_or_raise(err, backoff, retried=(BadOffset, Busy)) is BadOffset:
                     target.unlink()
+                    hashes = LeafHashes()
 
     def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:
         """Upload a payload from wherever it stands, commit it, and return the receipt."""

@@ -12,7 +12,7 @@ from statistics import NormalDist
 from fedmerge.config import Config
 from fedmerge.config.simulate import Simulate
 from fedmerge.coordinator import Coordinator
-from fedmerge.merkle import LEAF_BYTES
+from fedmerge.merkle import LEAF_BYTES, leaves_of
 from fedmerge.node import RoundView
 from fedmerge.seeds import derive_seed
 from fedmerge.sim.world import World
@@ -129,9 +129,10 @@ class LocalLink:
         """Return the size of a file of the coordinator's, in bytes."""
         return self._coordinator.artifact(root).stat().st_size
 
-    def fetch(self, root: str, target: Path) -> None:
+    def fetch(self, root: str, target: Path) -> list[bytes]:
         """Copy a file of the coordinator's."""
         shutil.copyfile(self._coordinator.artifact(root), target)
+        return leaves_of(target)
 
     def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:
         """Hand in a payload leaf by leaf, as a server would, and commit it."""
@@ -182,10 +183,10 @@ class TimedLink:
         """Take the time of a download."""
         self._world.sleep(self._site.fetch_s(num_bytes))
 
-    def fetch(self, root: str, target: Path) -> None:
+    def fetch(self, root: str, target: Path) -> list[bytes]:
         """Fetch a file."""
         self.pay(self._link.size(root))
-        self._link.fetch(root, target)
+        return self._link.fetch(root, target)
 
     def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:
         """Deliver a payload, once the site is there."""

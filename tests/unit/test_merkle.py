@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmerge.merkle import LEAF_BYTES, MerkleTree, leaf_hash, leaves_of, merkle_root, num_leaves
+from fedmerge.merkle import LEAF_BYTES, LeafHashes, MerkleTree, leaf_hash, leaves_of, merkle_root, num_leaves
 
 CT_LEAVES = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
 CT_ROOTS = [
@@ -57,3 +57,15 @@ def test_a_file_is_cut_into_leaves_of_one_mebibyte(tmp_path: Path, num_bytes: in
     expected = [hashlib.sha256(b"\0" + data[i : i + LEAF_BYTES]).digest() for i in range(0, num_bytes, LEAF_BYTES)]
     assert leaves_of(path) == expected
     assert num_leaves(num_bytes) == len(expected)
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [LEAF_BYTES - 1, LEAF_BYTES + 1], [LEAF_BYTES, 2 * LEAF_BYTES], [7, 7, 8]])
+@pytest.mark.parametrize("num_bytes", [0, LEAF_BYTES, 2 * LEAF_BYTES + 5])
+def test_a_payload_that_comes_in_pieces_has_the_same_leaves(num_bytes: int, cuts: list[int]) -> None:
+    data = (bytes(range(251)) * (num_bytes // 251 + 1))[:num_bytes]
+    hashes = LeafHashes()
+    for begin, end in zip([0, *cuts], [*cuts, num_bytes], strict=True):
+        hashes.update(data[begin:end])
+        came = data[:end]  # of which the leaves can be asked for at any time
+        assert hashes.leaves == [leaf_hash(came[i : i + LEAF_BYTES]) for i in range(0, len(came), LEAF_BYTES)]
+    assert hashes.num_bytes == num_bytes

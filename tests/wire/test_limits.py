@@ -166,7 +166,8 @@ def test_a_node_that_takes_nothing_loses_its_place_to_another(tmp_path: Path) ->
         stub = model_pb2_grpc.ModelServiceStub(north.link._channel)
         answers = stub.FetchArtifact(model_pb2.FetchArtifactRequest(root=root), metadata=north.link._metadata())
         assert next(iter(answers)).data  # and the rest waits at the coordinator, as windows are smaller than the file
-        south.link.fetch(root, tmp_path / "south")  # told to come back, and gets the place
+        leaves = south.link.fetch(root, tmp_path / "south")  # told to come back, and gets the place
+        assert merkle_root(leaves).hex() == root
         assert (tmp_path / "south").read_bytes() == path.read_bytes()
         with pytest.raises(Unreachable, match="nothing was taken"):
             translated(lambda: list(answers))
