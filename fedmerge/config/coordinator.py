@@ -82,7 +82,7 @@ class Server(Section):
     """Largest delta a node may upload, in bytes or as "500MB", "2GiB"."""
     max_uploads: Positive = 32
     """Deltas that may stream in at once, one of each node; who finds no place is told to come back. Each takes about
-    8 MiB of memory."""
+    13 MiB of memory."""
     max_downloads: Positive = 128
     """Files that may stream out at once, one to each node; who finds no place is told to come back."""
     max_bytes_per_s: Size | None = Field(default=None, examples=["20MB"])
