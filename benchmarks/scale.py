@@ -1,14 +1,15 @@
 """What simulated nodes cost beside what they compute: our engines and Flower's simulation, in the same run.
 
-    python benchmarks/scale.py [--quick] [--json FILE]
+    python benchmarks/scale.py [--quick] [--parts NAMES] [--limit S] [--json FILE]
 
 Nodes are tiny (1,024 parameters, a step drawn at random), so that what is measured is everything else: for us keys,
 signed plans and deltas, checks, the ledger, witnesses and signed models; for Flower messages, Ray and FedAvg.
 Each case runs in a process of its own. CPU seconds and memory (the sum of proportional set sizes) are those of that
 process and all that it starts, Ray's included, sampled ten times a second; wall seconds are what a user waits for. A
 round is the mean of the later ones, of five and with 1,000 nodes of three; start-up is what comes before the second,
-less one round. --quick leaves 1,000 nodes out. Then 10,000 nodes, of which 100 are asked in
-each round, and Flower's digits app with its own FedAvg and with our strategy and mod.
+less one round. --quick leaves 1,000 nodes out. Then 10,000 nodes, of which 100 are asked in each round, and Flower's
+digits app with its own FedAvg and with our strategy and mod. --parts takes some of overhead,many,digits. A case that
+fails, or has not ended after --limit seconds, is left out, and why is said.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from processes import Sampler
 from shared import at_least, at_most, print_table, report
 
 ROOT = Path(__file__).parents[1]
 NUM_ROUNDS, SHAPE = 5, (64, 16)
+HEADINGS = ["nodes, engine", "CPU s: start-up", "round", "wall s: start-up", "round", "peak MB"]
 CONFIG = """
 [federation]
 name = "scale"
@@ -220,9 +223,37 @@ CODECS: dict[str, dict[str, Any]] = {
     "topk": {"sparsify": "topk", "density": 0.1, "values": "int4", "block_size": 64, "small_elements": 0},
 }
 CASES: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "flower": flower, "digits": digits}
+PARTS = ("overhead", "many", "digits")
+DIGITS = {
+    "Flower's FedAvg": ("flower", "none"), "ours": ("fedavg", "none"), "ours, int8": ("fedavg", "int8"),
+    "ours, topk 10 %, int4": ("fedavg", "topk"),
+}  # fmt: skip
 
 
-def measure(case: str, *arguments: str | int, num_rounds: int) -> dict[str, Any]:
+class Missing(Exception):
+    """A case that came to nothing, and why."""
+
+
+class Cases:
+    """Runs cases, and remembers why some are missing."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self.missing: list[str] = []
+
+    def run(self, label: str, *case: str | int, num_rounds: int) -> dict[str, Any] | None:
+        """Return a case's figures; None where there are none."""
+        try:
+            found = measure(*case, num_rounds=num_rounds, limit_s=self.limit_s)
+        except Missing as err:
+            self.missing.append(f"{label}: {err}")
+            print(self.missing[-1], file=sys.stderr, flush=True)
+            return None
+        print(f"{label}: {' '.join(seconds(found))}", file=sys.stderr, flush=True)
+        return found
+
+
+def measure(case: str, *arguments: str | int, num_rounds: int, limit_s: float) -> dict[str, Any]:
     """Run a case in a process of its own; return its figures: seconds and CPU seconds, by the marks it left."""
     with tempfile.TemporaryDirectory(prefix="fedmerge-scale-") as folder:
         out = Path(folder) / "result.json"
@@ -236,11 +267,16 @@ def measure(case: str, *arguments: str | int, num_rounds: int) -> dict[str, Any]
             env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         sampler = Sampler(child.pid)
-        _, problems = child.communicate()
-        samples = sampler.stop()
+        try:
+            _, problems = child.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired as err:
+            end(child)
+            raise Missing(f"no end after {limit_s:.0f} s") from err
+        finally:
+            samples = sampler.stop()
         ended_s = time.time()
         if child.returncode:
-            sys.exit(f"{case} {arguments}: {problems[-3000:]}")
+            raise Missing(f"ended with {child.returncode}: {problems.strip()[-1000:]}")
         found = json.loads(out.read_text())
     marks = {int(number): at_s for number, at_s in found.pop("marks").items()}
     times, cpu, memory = map(np.array, zip(*samples, strict=True))
@@ -258,6 +294,15 @@ def measure(case: str, *arguments: str | int, num_rounds: int) -> dict[str, Any]
         "peak_bytes": int(memory.max()),
         "grown_bytes_per_round": growth,
     }
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    """End a process with all that it started."""
+    root = psutil.Process(child.pid)
+    for process in [*root.children(recursive=True), root]:
+        with suppress(psutil.Error):
+            process.kill()
+    child.communicate()
 
 
 def exponent(values: dict[int, float]) -> float:
@@ -278,10 +323,84 @@ def shares(own: dict[str, Any], peer: dict[str, Any]) -> list[str]:
     return [f"{own[kind][part] / peer[kind][part]:.2f}" for kind, part in kinds]
 
 
+def measure_overhead(cases: Cases, counts: list[int]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Measure our engines and Flower's with tiny nodes, and print."""
+    found: dict[str, dict[int, dict[str, Any]]] = {"inline": {}, "pool": {}, "Flower": {}}
+    for num_nodes in counts:
+        for name, own in found.items():
+            rounds = NUM_ROUNDS if num_nodes <= 100 else 3
+            case = ("flower", num_nodes, rounds) if name == "Flower" else ("ours", name, num_nodes, rounds, 0)
+            if (figures := cases.run(f"{num_nodes} {name}", *case, num_rounds=rounds)) is not None:
+                own[num_nodes] = figures
+    print_table(
+        HEADINGS, [[f"{n} {name}", *seconds(own[n])] for n in counts for name, own in found.items() if n in own]
+    )
+    print("\nshare of Flower's:")
+    peer = found["Flower"]
+    ours = [(n, name) for n in counts for name in ("inline", "pool") if n in peer and n in found[name]]
+    print_table(HEADINGS[:-1], [[f"{n} {name}", *shares(found[name][n], peer[n])] for n, name in ours])
+    return found
+
+
+def growth_of(found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, float]:
+    """Return by engine how a round's CPU seconds grow from 10 nodes on, as an exponent, and print it."""
+    rounds = {name: {n: own[n]["cpu_s"]["round"] for n in own if n >= 10} for name, own in found.items()}
+    growth = {name: exponent(values) for name, values in rounds.items() if len(values) > 1}
+    print("growth of a round with the number of nodes:", ", ".join(f"{k} n^{v:.2f}" for k, v in growth.items()))
+    return growth
+
+
+def overhead_targets(found: dict[str, dict[int, dict[str, Any]]], growth: dict[str, float]) -> list[dict[str, Any]]:
+    """Return how ours compares at 100 nodes: the run whole, and its parts; and how a round grows."""
+    targets = []
+    if 100 in found["inline"] and 100 in found["Flower"]:
+        own, peer = found["inline"][100], found["Flower"][100]
+        targets = [
+            at_most(0.2, f"overhead at 100 nodes, {label}{unit}", own[kind][part] / peer[kind][part])
+            for part, label in (("whole", ""), ("round", "a round, "), ("start_up", "start-up, "))
+            for kind, unit in (("wall_s", "wall"), ("cpu_s", "CPU"))
+        ]
+    if "inline" in growth:
+        targets.append(at_most(1.1, "growth of a round's CPU s with nodes, exponent", growth["inline"]))
+    return targets
+
+
+def measure_digits(cases: Cases) -> dict[str, dict[str, Any]]:
+    """Run Flower's digits app with its own FedAvg and with ours, and print."""
+    found = {
+        label: figures
+        for label, case in DIGITS.items()
+        if (figures := cases.run(f"digits, {label}", "digits", *case, 8, num_rounds=8)) is not None
+    }
+    print("\nFlower's digits app at ten sites, 8 rounds:")
+    print_table(
+        ["", "bytes sent", "CPU s", "CPU s, round", "wall s", "accuracy"],
+        [
+            [name, f"{one['sent_bytes']:,}", f"{one['cpu_s']['whole']:.1f}", f"{one['cpu_s']['round']:.2f}",
+             f"{one['wall_s']['whole']:.0f}", f"{one['accuracy']:.3f}"]
+            for name, one in found.items()
+        ],
+    )  # fmt: skip
+    return found
+
+
+def digits_targets(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the mod saves and costs."""
+    peer, own = found.get("Flower's FedAvg"), found.get("ours, int8")
+    if peer is None or own is None:
+        return []
+    return [
+        at_least(3, "digits through the mod, int8: times fewer bytes", peer["sent_bytes"] / own["sent_bytes"]),
+        at_most(0.01, "digits through the mod, int8: accuracy lost", peer["accuracy"] - own["accuracy"]),
+    ]
+
+
 def main() -> None:
     """Measure, print, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--limit", type=float, default=900.0, metavar="S")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -289,61 +408,29 @@ def main() -> None:
         case, asked, folder, out = arguments.case
         Path(out).write_text(json.dumps(CASES[case](Path(folder), *json.loads(asked))))
         return
-    counts = [2, 10, 100] if arguments.quick else [2, 10, 100, 1000]
-    found: dict[str, dict[int, dict[str, Any]]] = {"inline": {}, "pool": {}, "Flower": {}}
-    for num_nodes in counts:
-        for name, cases in found.items():
-            rounds = NUM_ROUNDS if num_nodes <= 100 else 3
-            case = ("flower", num_nodes, rounds) if name == "Flower" else ("ours", name, num_nodes, rounds, 0)
-            cases[num_nodes] = measure(*case, num_rounds=rounds)
-            print(f"{num_nodes} {name}: {' '.join(seconds(cases[num_nodes]))}", file=sys.stderr, flush=True)
-    headings = ["nodes, engine", "CPU s: start-up", "round", "wall s: start-up", "round", "peak MB"]
-    print_table(headings, [[f"{n} {name}", *seconds(cases[n])] for n in counts for name, cases in found.items()])
-    print("\nshare of Flower's:")
-    rows = [[f"{n} {name}", *shares(found[name][n], found["Flower"][n])] for n in counts for name in ("inline", "pool")]
-    print_table(headings[:-1], rows)
-    growth = {
-        name: exponent({n: cases[n]["cpu_s"]["round"] for n in counts if n >= 10}) for name, cases in found.items()
-    }
-    print("growth of a round with the number of nodes:", ", ".join(f"{k} n^{v:.2f}" for k, v in growth.items()))
-
-    rounds = 4 if arguments.quick else 12
-    many = measure("ours", "inline", 10_000, rounds, 100, num_rounds=rounds)
-    print(f"\n10,000 nodes, 100 asked in each of {rounds} rounds:")
-    print_table(headings, [["10000 inline", *seconds(many)]])
-    print(f"memory grows by {many['grown_bytes_per_round'] / 1e6:.1f} MB in a round")
-
-    apps = {}
-    for label, method, codec in (
-        ("Flower's FedAvg", "flower", "none"), ("ours", "fedavg", "none"), ("ours, int8", "fedavg", "int8"),
-        ("ours, topk 10 %, int4", "fedavg", "topk"),
-    ):  # fmt: skip
-        apps[label] = measure("digits", method, codec, 8, num_rounds=8)
-    print("\nFlower's digits app at ten sites, 8 rounds:")
-    print_table(
-        ["", "bytes sent", "CPU s", "CPU s, round", "accuracy"],
-        [
-            [name, f"{one['sent_bytes']:,}", f"{one['cpu_s']['whole']:.1f}", f"{one['cpu_s']['round']:.2f}",
-             f"{one['accuracy']:.3f}"]
-            for name, one in apps.items()
-        ],
-    )  # fmt: skip
-    peer, own = found["Flower"][100], found["inline"][100]
-    targets = [
-        *(
-            at_most(0.2, f"100 nodes, {label}: {unit} s over Flower's", own[kind][part] / peer[kind][part])
-            for part, label in (("round", "a round"), ("start_up", "start-up"), ("whole", "start-up and five rounds"))
-            for kind, unit in (("wall_s", "wall"), ("cpu_s", "CPU"))
-        ),
-        at_most(1.1, "growth of a round's CPU s with nodes, exponent", growth["inline"]),
-        at_most(1e9, "10,000 nodes: peak bytes", many["peak_bytes"]),
-        at_least(3, "digits through the mod, int8: times fewer bytes",
-                 apps["Flower's FedAvg"]["sent_bytes"] / apps["ours, int8"]["sent_bytes"]),
-        at_most(0.01, "digits through the mod, int8: accuracy lost",
-                apps["Flower's FedAvg"]["accuracy"] - apps["ours, int8"]["accuracy"]),
-    ]  # fmt: skip
-    figures = {"overhead": {k: {str(n): v for n, v in cases.items()} for k, cases in found.items()}}
-    report(targets, {**figures, "growth": growth, "many": many, "digits": apps}, arguments.json)
+    parts, cases = arguments.parts.split(","), Cases(arguments.limit)
+    targets: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {}
+    if "overhead" in parts:
+        found = measure_overhead(cases, [2, 10, 100] if arguments.quick else [2, 10, 100, 1000])
+        growth = growth_of(found)
+        targets += overhead_targets(found, growth)
+        figures |= {"overhead": {k: {str(n): v for n, v in own.items()} for k, own in found.items()}, "growth": growth}
+    if "many" in parts:
+        rounds = 4 if arguments.quick else 12
+        many = cases.run("10000 inline", "ours", "inline", 10_000, rounds, 100, num_rounds=rounds)
+        if many is not None:
+            print(f"\n10,000 nodes, 100 asked in each of {rounds} rounds:")
+            print_table(HEADINGS, [["10000 inline", *seconds(many)]])
+            print(f"memory grows by {many['grown_bytes_per_round'] / 1e6:.1f} MB in a round")
+            targets.append(at_most(1e9, "10,000 nodes: peak bytes", many["peak_bytes"]))
+            figures["many"] = many
+    if "digits" in parts:
+        figures["digits"] = measure_digits(cases)
+        targets += digits_targets(figures["digits"])
+    for reason in cases.missing:
+        print(f"\nmissing: {reason}")
+    report(targets, {**figures, "missing": cases.missing}, arguments.json)
 
 
 if __name__ == "__main__":
