@@ -116,7 +116,9 @@ def rounds(folder: Path, *, quick: bool) -> Found:
 def measured(name: str, folder: Path, size: str, num_nodes: int) -> dict[str, float]:
     """Run a federation; return medians of its rounds but the first, without what their steps took."""
     folder.mkdir(parents=True)
-    with our_processes() as environ:
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        environ = stack.enter_context(our_processes())
         sampler = Sampler(os.getpid(), lambda pid: status_bytes(pid, "RssAnon"), only_children=True)
         try:
             if name == FLOWER:
@@ -125,7 +127,6 @@ def measured(name: str, folder: Path, size: str, num_nodes: int) -> dict[str, fl
                 done = ours(folder, size, num_nodes, environ, OURS[name])
         finally:
             samples = sampler.stop()
-    shutil.rmtree(folder)
     times, cpu, memory = map(np.array, zip(*samples, strict=True))
     cores = min(num_nodes, len(os.sched_getaffinity(0)))
     later = done[1:]
