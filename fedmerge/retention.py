@@ -55,6 +55,11 @@ class RetentionMatrix:
     tasks: tuple[TaskRetention, ...]
     mean: tuple[float | None, ...]
 
+    @property
+    def described(self) -> str:
+        """The metric, and which score is over which."""
+        return f"{self.metric}, " + ("own over merged: lower is better" if self.lower_is_better else "merged over own")
+
     def to_dict(self) -> dict[str, Any]:
         """Return the matrix as JSON types."""
         return asdict(self)

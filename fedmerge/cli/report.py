@@ -39,8 +39,7 @@ def report(
 
 
 def _show_retention(matrix: RetentionMatrix) -> None:
-    less = ", lower is better" if matrix.lower_is_better else ""
-    table = Table(title=f"retention by round: merged over own, {printable(matrix.metric)}{less}")
+    table = Table(title=f"retention by round: {printable(matrix.described)}")
     table.add_column("node")
     for heading in ("base", "own", "merged", *map(str, range(1, matrix.num_rounds + 1)), "forgot"):
         table.add_column(heading, justify="right")

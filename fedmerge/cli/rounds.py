@@ -132,7 +132,7 @@ def _retention(matrix: RetentionMatrix) -> list[str]:
     rows += [(name, *("-" if share is None else f"{share:.0%}" for share in found)) for name, found in shares]
     width = max(len(row[0]) for row in rows)
     lines = [row[0].ljust(width) + "".join(cell.rjust(6) for cell in row[1:]) for row in rows]
-    return [*lines, f"({matrix.metric} of the merged model over that of the node's own)"]
+    return [*lines, printable(f"({matrix.described})")]
 
 
 def _cells(row: RoundRow) -> tuple[str, ...]:

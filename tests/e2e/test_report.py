@@ -71,7 +71,7 @@ def test_it_says_what_merging_kept(tmp_path: Path, capsys: pytest.CaptureFixture
     assert pair["models"] == ["north", "south"]
     assert pair["cosine"] == pytest.approx(cosine, abs=1e-4)
     shown = report(tmp_path, capsys)
-    for text in ("retention by round: merged over own, accuracy", "forgot", "north", "mean", "interference"):
+    for text in ("retention by round: accuracy, merged over own", "forgot", "north", "mean", "interference"):
         assert text in shown
     assert f"{found['retention']['mean'][1]:.0%}" in shown
     app(["rounds", str(tmp_path / "fedmerge.toml"), "--json"], exit_on_error=False, result_action="return_value")
@@ -82,7 +82,8 @@ def test_it_says_what_merging_kept(tmp_path: Path, capsys: pytest.CaptureFixture
     matrix = found["retention"]
     assert north.split() == ["north", *(f"{share:.0%}" for share in matrix["tasks"][0]["retention"])]
     assert mean_row.split() == ["mean", *(f"{share:.0%}" for share in matrix["mean"])]
-    assert note.startswith("(accuracy of the merged model")
+    assert note == "(accuracy, merged over own)"
+    assert "accuracy, own over merged: lower is better" in report(tmp_path, capsys, "--metric=-accuracy")
     with pytest.raises(InputError, match="no node reported 'f1'"):
         report(tmp_path, capsys, "--metric", "f1")
 
