@@ -23,6 +23,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from securesystemslib.dsse import Envelope
+from securesystemslib.signer import Signature
 
 from fedmerge.errors import BadSignature, InputError, UntrustedKey, WrongPassphrase
 from fedmerge.files import write_new
@@ -175,9 +177,10 @@ class SigningKey:
 
     def sign(self, payload_type: str, payload: bytes) -> bytes:
         """Return the DSSE envelope (JSON bytes) of `payload`, signed under `payload_type`."""
-        signature = {"keyid": self.public.key_id, "sig": _base64(self.sign_bytes(_signed_bytes(payload_type, payload)))}
-        envelope = {"payload": _base64(payload), "payloadType": payload_type, "signatures": [signature]}
-        return json.dumps(envelope, separators=(",", ":")).encode()
+        envelope = Envelope(payload, payload_type, {})
+        key_id = self.public.key_id
+        envelope.signatures[key_id] = Signature(key_id, self.sign_bytes(envelope.pae()).hex())
+        return json.dumps(envelope.to_dict(), separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True)
@@ -189,18 +192,9 @@ class Signed:
     envelope: bytes
 
 
-class Unverified(NamedTuple):
-    """An envelope with one signature, as it was read: anybody may have written it."""
-
-    payload_type: str
-    payload: bytes
-    key_id: str
-    signature: bytes
-
-
 def claimed_signer(envelope: bytes, *, where: str) -> str:
     """Return the key id that an envelope names, which proves nothing. Raises `BadSignature` when it names none."""
-    return read_envelope(envelope, where=where).key_id
+    return _opened(envelope, where).key_id
 
 
 def open_envelope(envelope: bytes, payload_type: str, trusted: Mapping[str, PublicKey], *, where: str) -> Signed:
@@ -210,7 +204,7 @@ def open_envelope(envelope: bytes, payload_type: str, trusted: Mapping[str, Publ
     and the signature must verify under that key. Raises `UntrustedKey` when the named key is not trusted, and
     `BadSignature` when the envelope is malformed, of another type, not signed exactly once, or does not verify.
     """
-    parsed = read_envelope(envelope, where=where)
+    parsed = _opened(envelope, where)
     if parsed.payload_type != payload_type:
         raise BadSignature(f"{where}: signed as {parsed.payload_type!r}, expected {payload_type!r}")
     signer = trusted.get(parsed.key_id)
@@ -219,26 +213,25 @@ def open_envelope(envelope: bytes, payload_type: str, trusted: Mapping[str, Publ
             f"{where}: signed by key {parsed.key_id[:12]}, which is not trusted here",
             hint="compare the key id with its owner over another channel, then: fedmerge keys trust FILE",
         )
-    signer.verify_bytes(parsed.signature, _signed_bytes(payload_type, parsed.payload), where=where)
+    signer.verify_bytes(parsed.signature, parsed.signed, where=where)
     return Signed(parsed.payload, signer, envelope)
 
 
-def read_envelope(envelope: bytes, *, where: str) -> Unverified:
-    """Read a DSSE envelope without verifying anything; raise `BadSignature` unless it is one with one signature."""
+class _Parsed(NamedTuple):
+    """An unverified envelope with one signature: `signed` are the bytes that it should be of."""
+
+    payload_type: str
+    payload: bytes
+    signed: bytes
+    key_id: str
+    signature: bytes
+
+
+def _opened(envelope: bytes, where: str) -> _Parsed:
     try:
         return _parse_envelope(envelope)
     except BadSignature as err:
         raise BadSignature(f"{where}: {err.message}") from err
-
-
-def _signed_bytes(payload_type: str, payload: bytes) -> bytes:
-    """Return what a signature is of: DSSE's pre-authentication encoding."""
-    kind = payload_type.encode()
-    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 # What follows from bytes alone is remembered of the latest few: all nodes of a simulation, and all steps of a round,
@@ -246,18 +239,17 @@ def _base64(data: bytes) -> str:
 
 
 @lru_cache(maxsize=32)
-def _parse_envelope(envelope: bytes) -> Unverified:
+def _parse_envelope(envelope: bytes) -> _Parsed:
     if len(envelope) > MAX_ENVELOPE_BYTES:
         raise BadSignature(f"envelope of {len(envelope)} bytes is over the limit of {MAX_ENVELOPE_BYTES}")
     try:
-        parsed = json.loads(envelope)
-        payload_type, payload = str(parsed["payloadType"]), base64.b64decode(parsed["payload"], validate=True)
-        signatures = [(str(one["keyid"]), base64.b64decode(one["sig"], validate=True)) for one in parsed["signatures"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as err:
+        parsed = Envelope.from_dict(json.loads(envelope))
+        signatures = [(key_id, bytes.fromhex(one.signature)) for key_id, one in parsed.signatures.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise BadSignature(f"not a DSSE envelope ({type(err).__name__})") from err
     if len(signatures) != 1:
         raise BadSignature(f"has {len(signatures)} signatures, expected one")
-    return Unverified(payload_type, payload, *signatures[0])
+    return _Parsed(parsed.payload_type, parsed.payload, parsed.pae(), *signatures[0])
 
 
 @lru_cache(maxsize=32)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedmerge.cli.output import JsonFlag, format_bytes, print_json, printable, stdout
-from fedmerge.errors import BadSignature, ConfigError, InputError, InvalidDelta
+from fedmerge.errors import ConfigError, InputError, InvalidDelta
 
 HEADINGS = {"coded_bytes": "bytes", "bits_per_parameter": "bits/param", "relative_error": "rel. error"}
 JSON_ALONE = {"raw_bytes"}
@@ -128,9 +128,8 @@ def _model(path: Path) -> dict[str, Any]:
 
 def _statement(path: Path) -> dict[str, Any]:
     with _reporting(f"{path}: neither a statement nor an envelope"):
-        text = path.read_bytes()
-        data = json_module.loads(text)
-        return _opened(text, str(path)) if "payload" in data else {"kind": "statement", "statement": data}
+        data = json_module.loads(path.read_bytes())
+        return _opened(data) if "payload" in data else {"kind": "statement", "statement": data}
 
 
 def _provenance(path: Path) -> dict[str, Any]:
@@ -144,23 +143,23 @@ def _provenance(path: Path) -> dict[str, Any]:
             if entry["kind"] == COSIGNATURE:  # a note of C2SP's, which is text
                 statements.append({"kind": COSIGNATURE, "note": entry["envelope"].splitlines()})
             else:
-                statements.append(_opened(entry["envelope"].encode(), f"{path}:{number}"))
+                statements.append(_opened(json_module.loads(entry["envelope"])))
     return {"kind": "provenance", "statements": statements}
 
 
-def _opened(text: bytes, where: str) -> dict[str, Any]:
-    from fedmerge.sign import read_envelope
+def _opened(data: dict[str, Any]) -> dict[str, Any]:
+    from securesystemslib.dsse import Envelope
 
-    envelope = read_envelope(text, where=where)
+    envelope = Envelope.from_dict(data)
     statement = json_module.loads(envelope.payload)
-    return {"kind": envelope.payload_type, "signed_by": [envelope.key_id], "statement": statement}
+    return {"kind": envelope.payload_type, "signed_by": list(envelope.signatures), "statement": statement}
 
 
 @contextmanager
 def _reporting(problem: str) -> Iterator[None]:
     try:
         yield
-    except (BadSignature, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise InputError(f"{problem} ({type(err).__name__})") from err
 
 
