@@ -12,9 +12,12 @@ from peft import PeftModel
 from shared import DOMAINS, UNFINISHED, Runs, Sections, markdown, toml, write_domains
 from transformers import AutoModelForCausalLM
 
+from fedmerge.adapter import open_tuned
 from fedmerge.config import parse_config
 from fedmerge.sim import simulate
+from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainTask
+from fedmerge.versions import write_model
 from fedmerge_client.train.causal_lm import CausalLM
 from fedmerge_client.train.huggingface import quiet_transformers
 
@@ -61,9 +64,12 @@ def language_model(base: Path, runs: Runs) -> str:
                 workspace = folder / f"own-{domain}"
                 workspace.mkdir()
                 settings = {**LLM_TRAIN, "steps": NUM_ROUNDS * STEPS}
-                return node.evaluate(node.train(TrainTask(base, settings, 1, 0, workspace)).model_dir)
+                adapter = node.train(TrainTask(base, settings, 1, 0, workspace)).model_dir
+                tuned, _ = open_tuned(adapter, Checkpoint(base))
+                write_model(tuned, Checkpoint(base), workspace / "whole")
+                return node.evaluate(workspace / "whole")
 
-            own[domain] = runs.get(f"{domain} alone", {**asked, "own": domain}, work)
+            own[domain] = runs.get(f"{domain} alone", {**asked, "alone": domain}, work)
     rows = []
     for title, losses in (
         ("before", federation["base"]),
