@@ -100,7 +100,8 @@ def test_the_mean_of_the_products_is_merged(tmp_path: Path, delta: str) -> None:
     factor_bytes = 4 * 4 * (200 + 300)
     assert max(sent) < factor_bytes + 1500 if "lowrank" in delta else min(sent) > 20 * factor_bytes
     outbox = next((tmp_path / "nodes/north/rounds").glob("0001-*"))
-    assert {path.name for path in outbox.iterdir()} == {"delta.safetensors", "statement.json", "receipt.json"}
+    kept = {path.name for path in outbox.iterdir()}
+    assert kept == {"delta.safetensors", "statement.json", "receipt.json", "metrics.json"}
 
 
 def test_a_change_too_large_for_a_mask_travels_dense_and_says_so(
