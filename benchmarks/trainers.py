@@ -43,7 +43,6 @@ CLASSIFY: dict[str, Any] = {
     "lr": 3e-4,
     "label_smoothing": 0.3,
     "freeze": ["bert.embeddings", "classifier"],
-    "precision": "bf16",
     "num_threads": 1,
 }
 ADAPTERS = CLASSIFY | {"lora_rank": 8, "lr": 2e-3}
