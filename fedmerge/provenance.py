@@ -49,9 +49,8 @@ def provenance_of(entries: Iterable[LedgerEntry], members: Collection[str] | Non
     state = FederationState()
     for entry in entries:
         number = entry.number
-        if not isinstance(
-            entry.event, (MemberAdmitted, DeltaAccepted, CheckpointCosigned)
-        ):  # thousands, not asked about
+        # There are thousands of these, and nothing below asks about them.
+        if not isinstance(entry.event, (MemberAdmitted, DeltaAccepted, CheckpointCosigned)):
             state = after(state, entry)
         match entry.event:
             case RoundOpened(spec_envelope=envelope):
