@@ -57,8 +57,8 @@ middle one with the first seed; the loss is that on the test text of all four.
 
 Two of the four nodes take 300 s for a round's steps, the others 100 s. All rules but the last wait for them.
 Asynchronous rounds merge every two deltas, momentum moves once in two rounds (`delayed_nesterov`), and slow nodes are
-asked for fewer steps (`dynamic_steps = 0.25`). They merge the two fast nodes' kinds of text more often than the others',
-which the loss on all four shows.
+asked for fewer steps (`dynamic_steps = 0.25`). They merge the two fast nodes' kinds of text more often than the
+others', which the loss on all four shows.
 
 ## 2. Experts merged
 
