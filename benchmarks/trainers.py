@@ -161,7 +161,7 @@ def classifiers(folder: Path, length: Length, train: Mapping[str, Any]) -> dict[
         return [100 * one.evaluate(model_dir)["accuracy"] for one in judges]
 
     nodes = {f"node-{number}": TextClassification(data=data) for number, (data, _) in enumerate(files)}
-    figures, alone = Case(length, base, nodes, train, judge).compare(folder)
+    figures, alone = Case(length, base, nodes, {**train, "steps": length.steps}, judge).compare(folder)
     once = configured(
         folder / "once", base, Length(len(nodes), 1, 0), len(nodes), {"trainer": "checkpoint"}, method="ties"
     )
@@ -260,8 +260,8 @@ ROWS = (
     ("`FedMergeCallback`", BYTES, "nats per byte", "callback", "rounds"),
 )
 LENGTHS = {
-    "classifiers": Length(4, 3, 20),
-    "adapters": Length(4, 3, 20),
+    "classifiers": Length(4, 3, 50),
+    "adapters": Length(4, 3, 50),
     "function": Length(4, 5, 100),
     "flower": Length(4, 5, 2),
     "command": Length(3, 4, 25),
