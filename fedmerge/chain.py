@@ -16,6 +16,7 @@ from fedmerge.errors import DigestMismatch, InputError, InvalidDelta, reporting_
 from fedmerge.files import sync_file, sync_tree
 from fedmerge.merkle import merkle_root
 from fedmerge.statements import ModelRef, RoundSpec, StepRef, UpdateRef
+from fedmerge.sums import RunningSum
 from fedmerge.tensors import Checkpoint, TensorMap, model_digest, schema_digest
 from fedmerge.versions import cheapest_route, follow, open_model, require_digest, write_model
 
@@ -50,6 +51,7 @@ class ModelChain:
         self._base_dir = base
         self._base: Checkpoint | None = None
         self._durable = durable
+        self._sum = RunningSum(home / "sum")
 
     def materialise(self, ref: ModelRef, spec: RoundSpec, parent: Path | None = None) -> Path:
         """Return a directory with the model version `ref`, checked against its digest, the only one in `parent`.
@@ -64,7 +66,9 @@ class ModelChain:
         if target.exists():
             return target
         held = {folder.name: folder for folder in (self.home / "models").glob("*") if not folder.suffix}
-        steps = cheapest_route(ref, held, {file.name for file in (self.home / "updates").glob("*")})
+        num_summed, _ = self._sum.open(ref.updates)
+        here = {file.name for file in (self.home / "updates").glob("*")} | {u.root for u in ref.updates[:num_summed]}
+        steps = cheapest_route(ref, held, here)
         if steps:
             try:
                 start = Checkpoint(held[steps[0].before]) if steps[0].before in held else base
@@ -73,8 +77,27 @@ class ModelChain:
             except (DigestMismatch, InvalidDelta, InputError) as err:
                 # The updates are what defines a version, and start from the base, whose digest was checked.
                 log.warning("round %d: %s; taking the updates instead", spec.round, err.message)
-        self._install(open_model(ref, base, self._published_file), ref, base, target)
+        try:
+            self._add_up(ref, base, target)
+        except (DigestMismatch, InputError) as err:
+            if not num_summed:
+                raise
+            # No file was synced: a power cut may have taken a part of the sum.
+            log.warning("round %d: %s; adding up all updates again", spec.round, err.message)
+            self._sum.clear()
+            self._add_up(ref, base, target)
         return target
+
+    def _add_up(self, ref: ModelRef, base: Checkpoint, target: Path) -> None:
+        """Install `ref` from its updates, which no newer version needs once their sum is there."""
+        model = open_model(ref, base, self._published_file, self._sum)
+        if target.parent != self.home / "models":
+            self._install(model, ref, base, target)
+            return
+        with self._sum.keeping(ref.updates, model) as model:
+            self._install(model, ref, base, target)
+        for update in ref.updates:
+            self.drop_update(update)
 
     def _install(self, model: TensorMap, ref: ModelRef, base: Checkpoint, target: Path) -> None:
         """Write `model` to `target`, in place of all older versions, if it is what `ref` says."""

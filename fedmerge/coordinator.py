@@ -55,6 +55,7 @@ from fedmerge.statements import (
 )
 from fedmerge.statistics import first_problem, statistics_of, task_vector_of
 from fedmerge.store.seat import Seat
+from fedmerge.sums import RunningSum
 from fedmerge.tensors import Checkpoint, model_digest, schema_digest
 from fedmerge.trust import Member, TrustStore
 from fedmerge.versions import model_files, open_model
@@ -129,6 +130,8 @@ class Coordinator:
             self.journal = Journal(seat.open_ledger(), self.key, clock)
             self._durable = seat.durable
             self.blobs = config.open_blobs(durable=seat.durable)
+            self.running_sum = RunningSum(config.federation.state / "sum")
+            self.running_sum.clear()  # it was never synced: what a power cut left of it can't be told
             self._create_or_check()
             self.members = Members(self.journal, self.trust)
             self.operator = Operator(self.journal, self.policy, self._fail)
@@ -344,6 +347,7 @@ class Coordinator:
             self.blobs,
             self.base,
             self.schema,
+            running=self.running_sum,
             snapshot_every=snapshot_every,
             workers=self.config.merge_workers(),
             probe=self._probe,
@@ -389,19 +393,21 @@ class Coordinator:
         assert record is not None
         target, node_keys = self.published_dir(record.round), self._node_keys()
         named = node_keys.keys() | self.journal.state.cosigned.keys()
-        publish(
-            open_model(record.model, self.base, self._find_update),
-            self.base,
-            record,
-            target,
-            base_name=self.config.model.name or self.config.model.base.name,
-            key=self.key,
-            model_key=self._model_key(),
-            provenance=[(each.kind, each.envelope) for each in provenance_of(self.journal.ledger.entries, named)],
-            node_keys=node_keys,
-            adapter_rank=self.config.publish.adapter_rank,
-            durable=self._durable,
-        )
+        model = open_model(record.model, self.base, self._find_update, self.running_sum)
+        with self.running_sum.keeping(record.model.updates, model) as model:
+            publish(
+                model,
+                self.base,
+                record,
+                target,
+                base_name=self.config.model.name or self.config.model.base.name,
+                key=self.key,
+                model_key=self._model_key(),
+                provenance=[(each.kind, each.envelope) for each in provenance_of(self.journal.ledger.entries, named)],
+                node_keys=node_keys,
+                adapter_rank=self.config.publish.adapter_rank,
+                durable=self._durable,
+            )
         self.journal.append(RoundPublished(round=record.round, version=record.model.digest))
         log.info("round %d published in %s", record.round, target)
 

@@ -150,24 +150,32 @@ def decode(sections: Sections, encoding: Encoding, spec: TensorSpec, codec: Code
 
     Raises `InvalidDelta` for sections that no sender makes, and for values that are not finite.
     """
-    quantizer = QUANTIZERS[encoding.values]
     if encoding.rank:
         dense = product(decode_factors(sections, encoding, spec, codec, seed=seed))
+        _require_finite(dense)
     else:
-        values = quantizer.dequantize(sections, num_values(encoding, spec, codec), codec.block_size)
-        sparsifier = SPARSIFIERS[encoding.sparsifier]
-        dense = sparsifier.scatter(Kept(sections, values), spec.num_elements, seed, codec.density)
-    _require_finite(dense)
+        sparsifier, kept = SPARSIFIERS[encoding.sparsifier], _dequantize(sections, encoding, spec, codec)
+        dense = sparsifier.scatter(kept, spec.num_elements, seed, codec.density)
+        if sparsifier.rescales:
+            _require_finite(dense)
     return dense.reshape(spec.shape)
 
 
 def decode_sparse(sections: Sections, encoding: Encoding, spec: TensorSpec, codec: Codec, *, seed: int) -> Sparse:
     """Return the entries that `decode` puts into zeros, where a sparsifier left some out. Raises as `decode`."""
-    num_kept = num_values(encoding, spec, codec)
-    values = QUANTIZERS[encoding.values].dequantize(sections, num_kept, codec.block_size)
-    found = SPARSIFIERS[encoding.sparsifier].locate(Kept(sections, values), spec.num_elements, seed, codec.density)
-    _require_finite(found.values)
+    sparsifier, kept = SPARSIFIERS[encoding.sparsifier], _dequantize(sections, encoding, spec, codec)
+    found = sparsifier.locate(kept, spec.num_elements, seed, codec.density)
+    if sparsifier.rescales:
+        _require_finite(found.values)
     return found
+
+
+def _dequantize(sections: Sections, encoding: Encoding, spec: TensorSpec, codec: Codec) -> Kept:
+    quantizer = QUANTIZERS[encoding.values]
+    values = quantizer.dequantize(sections, num_values(encoding, spec, codec), codec.block_size)
+    if not quantizer.is_bounded:
+        _require_finite(values)
+    return Kept(sections, values)
 
 
 def _require_finite(values: Tensor) -> None:

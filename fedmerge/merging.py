@@ -58,6 +58,7 @@ from fedmerge.statements import (
 from fedmerge.statistics import task_vector_of
 from fedmerge.steps import write_steps
 from fedmerge.store.blobs import BlobStore
+from fedmerge.sums import RunningSum
 from fedmerge.tensors import Checkpoint, Schema, TensorMap, model_digest
 from fedmerge.versions import open_model, write_model
 
@@ -115,8 +116,9 @@ class _Gains(Mapping[str, float | None]):
 class RoundMerge:
     """A sealed round: its spec, its deltas and their verdicts. Raises `RoundFailed` when too few have a weight.
 
-    `snapshot_every` is in rounds; None where nodes fetch updates and not steps. `workers` say where to merge. `probe`
-    scores the deltas that pass all other checks, where the plan has it; scores that are on record are not taken again.
+    `running` is the sum of the updates so far. `snapshot_every` is in rounds; None where nodes fetch updates and not
+    steps. `workers` say where to merge. `probe` scores the deltas that pass all other checks, where the plan has it;
+    scores that are on record are not taken again.
     """
 
     def __init__(
@@ -126,10 +128,12 @@ class RoundMerge:
         base: Checkpoint,
         schema: Schema,
         *,
+        running: RunningSum,
         snapshot_every: int | None,
         workers: Workers,
         probe: Probe | None = None,
     ) -> None:
+        self._running = running
         self._snapshot_every, self._workers = snapshot_every, workers
         self._journal, self._blobs, self._base, self._schema = journal, blobs, base, schema
         spec = journal.spec()
@@ -163,7 +167,7 @@ class RoundMerge:
         }
 
     def _gains(self, probe: Probe) -> Mapping[str, float | None]:
-        before = open_model(self.spec.model, self._base, self._find_update)
+        before = open_model(self.spec.model, self._base, self._find_update, self._running)
         kind, start = Recipe.from_dict(self.spec.merge).statistics, math.nan
 
         def measure(key: str) -> float | None:
@@ -210,7 +214,7 @@ class RoundMerge:
         `candidate` says how, where it is not as the plan says; only a final version may have a snapshot.
         """
         spec = self.spec
-        before = open_model(spec.model, self._base, self._find_update)
+        before = open_model(spec.model, self._base, self._find_update, self._running)
         update = RoundUpdate(
             spec,
             self.verdicts,
@@ -229,7 +233,7 @@ class RoundMerge:
         )
         state_root = self._blobs.add(scratch) if update.write_state(scratch) else None
         unnamed = spec.model.model_copy(update={"updates": [*spec.model.updates, ref]})
-        after = open_model(unnamed, self._base, self._find_update)
+        after = open_model(unnamed, self._base, self._find_update, self._running)
         version = model_digest(after)
         starts: dict[str, TensorMap] = {}
         if self._snapshot_every is not None:

@@ -35,13 +35,15 @@ class Quantizer(NamedTuple):
 
     `quantize(values, block_size)` returns the sections of finite fp32 values (M,), in the order in which they travel;
     `dequantize(sections, num_values, block_size)` returns fp32 values (M,) for sections of the right lengths, and
-    raises `InvalidDelta` for those that no `quantize` makes. It may return NaN or Inf where the type on the wire can
-    hold them: the caller looks. `section_bytes(num_values, block_size)` returns the length of each section.
+    raises `InvalidDelta` for those that no `quantize` makes. Unless it `is_bounded` it may return NaN or Inf, which the
+    type on the wire can hold: the caller looks. `section_bytes(num_values, block_size)` returns the length of each
+    section.
     """
 
     quantize: Callable[[Tensor, int], Sections]
     dequantize: Callable[[Sections, int, int], Tensor]
     section_bytes: Callable[[int, int], dict[str, int]]
+    is_bounded: bool
 
 
 def _plane_names(width: int) -> list[str]:
@@ -116,14 +118,14 @@ def section_bytes_fp16(num_values: int, block_size: int) -> dict[str, int]:
 
 
 def _levels_quantizer(levels: Levels) -> Quantizer:
-    return Quantizer(levels.quantize, levels.dequantize, levels.section_bytes)
+    return Quantizer(levels.quantize, levels.dequantize, levels.section_bytes, is_bounded=True)
 
 
 QUANTIZERS: dict[str, Quantizer] = {
-    "fp32": Quantizer(quantize_fp32, dequantize_fp32, section_bytes_fp32),
-    "bf16": Quantizer(quantize_bf16, dequantize_bf16, section_bytes_bf16),
-    "fp16": Quantizer(quantize_fp16, dequantize_fp16, section_bytes_fp16),
-    "int8": Quantizer(quantize_int8, dequantize_int8, section_bytes_int8),
+    "fp32": Quantizer(quantize_fp32, dequantize_fp32, section_bytes_fp32, is_bounded=False),
+    "bf16": Quantizer(quantize_bf16, dequantize_bf16, section_bytes_bf16, is_bounded=False),
+    "fp16": Quantizer(quantize_fp16, dequantize_fp16, section_bytes_fp16, is_bounded=False),
+    "int8": Quantizer(quantize_int8, dequantize_int8, section_bytes_int8, is_bounded=True),
     "int4": _levels_quantizer(INT4),
     "lloyd3": _levels_quantizer(LLOYD3),
     "lloyd2": _levels_quantizer(LLOYD2),

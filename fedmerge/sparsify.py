@@ -46,7 +46,8 @@ class Sparsifier(NamedTuple):
     `locate(kept, num_elements, seed, density)` what of it is not zero; both raise `InvalidDelta` for index sections
     that no `sparsify` makes;
     `num_kept(num_elements, density)` and `index_bytes(num_elements, density)` return M and the length of each
-    index section, which follow from what both ends know and are never read from a file. All tensors are fp32.
+    index section, which follow from what both ends know and are never read from a file. All tensors are fp32. Values
+    come out as they went in unless it `rescales` them.
     """
 
     sparsify: Callable[[Tensor, int, float], Kept]
@@ -54,6 +55,7 @@ class Sparsifier(NamedTuple):
     locate: Callable[[Kept, int, int, float], Sparse]
     num_kept: Callable[[int, float], int]
     index_bytes: Callable[[int, float], dict[str, int]]
+    rescales: bool = False
 
 
 def travels_dense(shape: tuple[int, ...], small_elements: int) -> bool:
@@ -152,7 +154,7 @@ def _place(sparse: Sparse, num_elements: int) -> Tensor:
 
 SPARSIFIERS: dict[str, Sparsifier] = {
     "none": Sparsifier(keep_all, scatter_all, locate_all, count_all, no_index_bytes),
-    "seeded": Sparsifier(keep_seeded, scatter_seeded, locate_seeded, num_strata, no_index_bytes),
+    "seeded": Sparsifier(keep_seeded, scatter_seeded, locate_seeded, num_strata, no_index_bytes, rescales=True),
     "topk": Sparsifier(keep_topk, scatter_topk, locate_topk, num_indices, index_bytes),
     "layerwise_topk": Sparsifier(
         keep_layerwise_topk, scatter_layerwise_topk, locate_layerwise_topk, num_largest, counted_index_bytes

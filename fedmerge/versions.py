@@ -18,21 +18,25 @@ from fedmerge.frame import DeltaFile
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.statements import FILE_NAME, FileRef, ModelRef, StepRef, UpdateRef
 from fedmerge.steps import SteppedModel
+from fedmerge.sums import RunningSum
 from fedmerge.tensors import PICKLED, Checkpoint, TensorMap, copy_side_files, model_digest
 from fedmerge.weights import writing_weights
 
 
-def open_model(ref: ModelRef, base: Checkpoint, find_blob: Callable[[UpdateRef], Path]) -> UpdatedModel:
+def open_model(
+    ref: ModelRef, base: Checkpoint, find_blob: Callable[[UpdateRef], Path], running: RunningSum | None = None
+) -> UpdatedModel:
     """Return the model that `ref` describes, to be read tensor by tensor.
 
-    `find_blob` gives the file of an update. Raises `InvalidDelta` when an update does not fit the base. The digest is
-    not checked here, since that reads the whole model: see `require_digest`.
+    `find_blob` gives the file of an update, of those that the `running` sum does not hold yet. Raises `InvalidDelta`
+    when an update does not fit the base. The digest is not checked here, since that reads the whole model: see
+    `require_digest`.
     """
     schema = delta_schema(base.schema)
-    updates = [
-        DeltaFile(find_blob(update), schema, Codec.from_dict(update.codec), seed=int(update.seed))
-        for update in ref.updates
-    ]
+    num_summed, summed = running.open(ref.updates) if running is not None else (0, None)
+    updates: list[TensorMap] = [summed] if summed is not None else []
+    for update in ref.updates[num_summed:]:
+        updates.append(DeltaFile(find_blob(update), schema, Codec.from_dict(update.codec), seed=int(update.seed)))
     return UpdatedModel(base, updates)
 
 

@@ -8,6 +8,7 @@ from fedmerge.chain import Announce, ModelChain
 from fedmerge.coordinator import Coordinator
 from fedmerge.sim.sites import TimedLink
 from fedmerge.statements import ModelRef, RoundSpec, StepRef, UpdateRef
+from fedmerge.sums import RunningSum
 from fedmerge.tensors import Checkpoint
 from fedmerge.versions import cheapest_route, open_model, require_digest
 
@@ -18,13 +19,16 @@ class PublishedModels:
     def __init__(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
         self._checked: set[str] = set()
+        self._sum = RunningSum(coordinator.config.federation.state / "sum-of-nodes")
 
     def directory(self, ref: ModelRef) -> Path:
         """Return the directory of a version with updates; raise `DigestMismatch` when they do not lead to it."""
         found = self.coordinator.published_dir(ref.updates[-1].round)
         if ref.digest not in self._checked:
-            updated = open_model(ref, self.coordinator.base, lambda update: self.coordinator.artifact(update.root))
-            require_digest(updated, ref.digest, where="the published updates")
+            coordinator = self.coordinator
+            updated = open_model(ref, coordinator.base, lambda update: coordinator.artifact(update.root), self._sum)
+            with self._sum.keeping(ref.updates, updated) as updated:
+                require_digest(updated, ref.digest, where="the published updates")
             require_digest(Checkpoint(found), ref.digest, where=f"{found}")
             self._checked.add(ref.digest)
         return found

@@ -277,7 +277,7 @@ class _Chain:
                 f"{where}: does not follow from the round before: it starts from version {record.before.digest[:12]}, "
                 f"and the record before it leads to {before.digest[:12]}"
             )
-        if record.model.updates[:-1] != before.updates or not _steps_follow(record):
+        if not record.model.updates or record.model.updates[:-1] != before.updates or not _steps_follow(record):
             raise VerificationError(f"{where}: does not follow from the round before: other updates lead to it")
         merge = _require_search(record, spec, self._history, where) if spec.search else spec.merge
         promised = (merge, spec.merge_seed, spec.outer, spec.schema_digest)

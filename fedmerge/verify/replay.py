@@ -17,7 +17,6 @@ from fedmerge.aggregate import (
     screen_round,
     weights_of,
 )
-from fedmerge.codec import Codec
 from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import (
     ConfigError,
@@ -29,17 +28,18 @@ from fedmerge.errors import (
     UnknownVersion,
     VerificationError,
 )
-from fedmerge.frame import DeltaFile
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.scoring import candidate_of, proposed
 from fedmerge.screen import Verdict
 from fedmerge.search import Candidate
-from fedmerge.statements import MergeRecord, StepRef
+from fedmerge.statements import MergeRecord, ModelRef, StepRef, UpdateRef
 from fedmerge.steps import SteppedModel
 from fedmerge.store.blobs import BlobStore
+from fedmerge.sums import RunningSum
 from fedmerge.tensors import Checkpoint, TensorMap, model_digest
 from fedmerge.verify.checks import Check, Checklist
 from fedmerge.verify.history import History
+from fedmerge.versions import open_model
 
 
 def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:
@@ -92,7 +92,8 @@ class _Rounds:
     def __init__(self, history: History, base: Checkpoint, blobs: BlobStore, scratch: Path) -> None:
         self._history, self._base, self._blobs, self._scratch = history, base, blobs, scratch
         self._schema = delta_schema(base.schema)
-        self._updates: list[Path] = []
+        self._updates: dict[str, Path] = {}  # the file of each update by its root, made again where it could be
+        self._sum = RunningSum(scratch / "sum")
         self._state: dict[str, Tensor] = {}
         self._unknown: FedmergeError | None = None
 
@@ -111,17 +112,22 @@ class _Rounds:
     def _take_published(self, record: MergeRecord, err: FedmergeError) -> None:
         """Go on from what was published, where this round was not made again."""
         try:
-            self._updates = [_checked(self._blobs, update.root) for update in record.model.updates]
+            self._updates = {update.root: _checked(self._blobs, update.root) for update in record.model.updates}
             state = _checked(self._blobs, record.outer_state_root) if record.outer_state_root else None
-            require_version(self._model(record), record.model.digest, "the published updates lead to")
+            self._require(record.model, "the published updates lead to")
             self._state, self._unknown = load_file(state) if state is not None else {}, None
         except (UnknownVersion, VerificationError, InvalidDelta, OSError, ValueError) as problem:
             self._unknown = problem if isinstance(problem, FedmergeError) else err
 
-    def _model(self, record: MergeRecord) -> UpdatedModel:
-        refs = zip(record.model.updates, self._updates, strict=False)
-        files = [DeltaFile(path, self._schema, Codec.from_dict(ref.codec), seed=int(ref.seed)) for ref, path in refs]
-        return UpdatedModel(self._base, files)
+    def _model(self, ref: ModelRef) -> UpdatedModel:
+        return open_model(ref, self._base, self._find_update, self._sum)
+
+    def _find_update(self, ref: UpdateRef) -> Path:
+        return self._updates.get(ref.root) or _checked(self._blobs, ref.root)
+
+    def _require(self, ref: ModelRef, how: str) -> None:
+        with self._sum.keeping(ref.updates, self._model(ref)) as model:
+            require_version(model, ref.digest, how)
 
     def _replay(self, record: MergeRecord) -> None:
         history, spec = self._history, self._history.specs[record.spec_digest]
@@ -143,12 +149,12 @@ class _Rounds:
         _require_verdicts(record, verdicts, candidate)
         if (clip_norm := round_clip_norm(spec, verdicts, known)) != record.clip_norm:
             raise DigestMismatch(f"deltas are to be clipped to a norm of {clip_norm}, not {record.clip_norm}")
-        before = self._model(record)
+        before = self._model(record.before)
         update = RoundUpdate(spec, verdicts, deltas, before, self._state, candidate=candidate)
         path = self._scratch / f"update-{record.round}"
         update.write(path, self._schema)
-        self._updates, self._state = [*self._updates, path], update.state
-        require_version(self._model(record), record.model.digest, "merging the same deltas again gives")
+        self._updates, self._state = {**self._updates, record.model.updates[-1].root: path}, update.state
+        self._require(record.model, "merging the same deltas again gives")
         state_path = self._scratch / "state"
         state_root = merkle_root(leaves_of(state_path)).hex() if update.write_state(state_path) else None
         if state_root != record.outer_state_root:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -212,6 +213,38 @@ def test_a_node_whose_version_was_damaged_goes_by_the_updates(tmp_path: Path) ->
     _, result = run_simulated(tmp_path, torch.bfloat16, num_rounds=2)
     held = node_home(config, "north") / "models" / result.version
     assert model_digest(Checkpoint(held)) == result.version
-    # It has the updates now; its neighbour never needed them.
-    assert len(list((node_home(config, "north") / "updates").iterdir())) == 2
-    assert list((node_home(config, "south") / "updates").iterdir()) == []
+    # It has the updates' sum now; its neighbour never needed them.
+    assert (node_home(config, "north") / "sum").exists()
+    assert not (node_home(config, "south") / "sum").exists()
+
+
+def test_a_node_keeps_the_updates_sum_and_asks_for_each_once(tmp_path: Path) -> None:
+    fetched: list[tuple[str, int]] = []
+
+    def take_note(name: str, event: NodeEvent) -> None:
+        if name == "north" and event.kind == "fetch":
+            fetched.append((event.values["what"], event.round))
+
+    def rounds(num_rounds: int) -> tuple[FederationResult, Path]:
+        config, _ = make_config(tmp_path, num_rounds=num_rounds)
+        fetched.clear()
+        return simulate(config, tmp_path / "base", TRAINERS, on_event=take_note), node_home(config, "north")
+
+    make_base(tmp_path / "base")
+    result, home = rounds(3)
+    assert fetched == [("update", 1), ("update", 2), ("update", 3)]
+    (kept,) = (home / "sum").iterdir()
+    assert not list((home / "updates").iterdir())
+    model, base = Checkpoint(result.model_dir), Checkpoint(tmp_path / "base")
+    assert all(torch.equal(base[name] + change, model[name]) for name, change in Checkpoint(kept).items())
+    # What a power cut may leave of a file that was not synced.
+    weights = kept / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    result, home = rounds(4)
+    assert fetched == [("update", 4), ("update", 1), ("update", 2), ("update", 3)]
+    shutil.rmtree(home / "sum")
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    result, home = rounds(5)
+    assert sorted(fetched) == [("update", number) for number in range(1, 6)]
+    assert model_digest(Checkpoint(home / "models" / result.version)) == result.version
