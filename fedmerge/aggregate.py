@@ -23,7 +23,7 @@ from fedmerge.merge import Plan, Recipe, Workers, merge_deltas
 from fedmerge.merge.layers import Value, leaves
 from fedmerge.outer import OUTER
 from fedmerge.robust import Inputs, harden
-from fedmerge.screen import Verdict, adapted_clip_norm, clip_norm, screen
+from fedmerge.screen import Inspection, Verdict, adapted_clip_norm, clip_norm, inspect, screen
 from fedmerge.search import Candidate
 from fedmerge.seeds import derive_seed
 from fedmerge.statements import MergeRecord, RoundSpec
@@ -60,18 +60,30 @@ def open_delta(spec: RoundSpec, node_id: str, path: Path, schema: Schema) -> Del
     return DeltaFile(path, schema, Codec.from_dict(spec.codec), seed=spec.mask_seed(node_id), side=side)
 
 
+def inspect_delta(spec: RoundSpec, sent: DeltaFile, schema: Schema) -> Inspection:
+    """Return what `screen_round` has to know of a delta by itself, as its round's plan has it. Reads all of it."""
+    return inspect(task_vector_of(sent, Recipe.from_dict(spec.merge).statistics), travelling(spec, schema))
+
+
 def screen_round(
-    spec: RoundSpec, deltas: Mapping[str, TensorMap], num_examples: Mapping[str, int], schema: Schema, known: Known
+    spec: RoundSpec,
+    deltas: Mapping[str, TensorMap],
+    num_examples: Mapping[str, int],
+    schema: Schema,
+    known: Known,
+    *,
+    inspected: Mapping[str, Inspection] | None = None,
 ) -> list[Verdict]:
     """Step 9: one verdict and weight per delta, sorted by key (`delta_key`, here and wherever deltas are merged).
 
     A delta that is s rounds late is scaled by 1 / sqrt(1 + s), which is not made up for by the others (FedBuff, arXiv
-    2106.06639): a step of late deltas only is a shorter one. Raises `RoundFailed` when too few pass for the caps on
-    their weights.
+    2106.06639): a step of late deltas only is a shorter one. Deltas that were `inspected` are not read again. Raises
+    `RoundFailed` when too few pass for the caps on their weights.
     """
     kind = Recipe.from_dict(spec.merge).statistics
     deltas = {node_id: task_vector_of(sent, kind) for node_id, sent in deltas.items()}
-    verdicts = screen(deltas, num_examples, travelling(spec, schema), ScreenPolicy.from_dict(spec.screen), known)
+    policy = ScreenPolicy.from_dict(spec.screen)
+    verdicts = screen(deltas, num_examples, travelling(spec, schema), policy, known, inspected=inspected)
     return [
         replace(verdict, scale=verdict.scale / math.sqrt(1 + staleness_of(verdict.node_id))) for verdict in verdicts
     ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 
-from fedmerge.aggregate import open_delta
+from fedmerge.aggregate import inspect_delta, open_delta
 from fedmerge.config import Config
 from fedmerge.delta import delta_schema
 from fedmerge.errors import BadSignature, ConfigError, InputError, InvalidDelta, RoundFailed, UnknownVersion
@@ -34,13 +34,14 @@ from fedmerge.journal import Journal, own_keys
 from fedmerge.logkeeper import LogKeeper
 from fedmerge.members import Members
 from fedmerge.merge import Plan, Recipe
-from fedmerge.merging import Probe, RoundMerge, drop_candidates
+from fedmerge.merging import Inspected, Probe, RoundMerge, drop_candidates
 from fedmerge.operator import Operator
 from fedmerge.pace import dynamic_steps
 from fedmerge.policy import Action, RoundPolicy, Standing, next_action, next_due_s, standing
 from fedmerge.provenance import provenance_of
 from fedmerge.publish import publish
 from fedmerge.rounds import FederationState, Phase, replay
+from fedmerge.screen import INVALID_DELTA, Inspection
 from fedmerge.search import Search
 from fedmerge.seeds import derive_seed
 from fedmerge.sign import SigningKey
@@ -53,7 +54,7 @@ from fedmerge.statements import (
     UpdateRef,
     digest_of,
 )
-from fedmerge.statistics import first_problem, statistics_of, task_vector_of
+from fedmerge.statistics import first_problem, statistics_of
 from fedmerge.store.seat import Seat
 from fedmerge.sums import RunningSum
 from fedmerge.tensors import Checkpoint, model_digest, schema_digest
@@ -132,6 +133,7 @@ class Coordinator:
             self.blobs = config.open_blobs(durable=seat.durable)
             self.running_sum = RunningSum(config.federation.state / "sum")
             self.running_sum.clear()  # it was never synced: what a power cut left of it can't be told
+            self._inspected: dict[Inspected, Inspection] = {}  # what is known of deltas that are not merged yet
             self._create_or_check()
             self.members = Members(self.journal, self.trust)
             self.operator = Operator(self.journal, self.policy, self._fail)
@@ -330,6 +332,7 @@ class Coordinator:
 
     def _fail(self, reason: str) -> None:
         drop_candidates(self.journal, self.blobs)
+        self._inspected.clear()
         with self.journal.lock:
             round_number = self.journal.state.round
             self.journal.append(RoundFailedEvent(round=round_number, reason=reason))
@@ -348,6 +351,7 @@ class Coordinator:
             self.base,
             self.schema,
             running=self.running_sum,
+            inspected=self._inspected,
             snapshot_every=snapshot_every,
             workers=self.config.merge_workers(),
             probe=self._probe,
@@ -380,6 +384,8 @@ class Coordinator:
                 record_envelope=envelope,
             )
         )
+        for each in record.contributions:
+            self._inspected.pop((record.round - each.staleness, each.node_id, each.payload_root), None)
         log.info("round %d merged into version %s", record.round, made.version[:12])
 
     # 12 publish
@@ -393,21 +399,19 @@ class Coordinator:
         assert record is not None
         target, node_keys = self.published_dir(record.round), self._node_keys()
         named = node_keys.keys() | self.journal.state.cosigned.keys()
-        model = open_model(record.model, self.base, self._find_update, self.running_sum)
-        with self.running_sum.keeping(record.model.updates, model) as model:
-            publish(
-                model,
-                self.base,
-                record,
-                target,
-                base_name=self.config.model.name or self.config.model.base.name,
-                key=self.key,
-                model_key=self._model_key(),
-                provenance=[(each.kind, each.envelope) for each in provenance_of(self.journal.ledger.entries, named)],
-                node_keys=node_keys,
-                adapter_rank=self.config.publish.adapter_rank,
-                durable=self._durable,
-            )
+        publish(
+            open_model(record.model, self.base, self._find_update, self.running_sum),
+            self.base,
+            record,
+            target,
+            base_name=self.config.model.name or self.config.model.base.name,
+            key=self.key,
+            model_key=self._model_key(),
+            provenance=[(each.kind, each.envelope) for each in provenance_of(self.journal.ledger.entries, named)],
+            node_keys=node_keys,
+            adapter_rank=self.config.publish.adapter_rank,
+            durable=self._durable,
+        )
         self.journal.append(RoundPublished(round=record.round, version=record.model.digest))
         log.info("round %d published in %s", record.round, target)
 
@@ -456,13 +460,14 @@ class Coordinator:
     def _require_decodable(self, statement: DeltaStatement, path: Path) -> None:
         spec = self.journal.plan(statement.round)
         sent = open_delta(spec, statement.node_id, path, self.schema)
+        found = inspect_delta(spec, sent, self.schema)
+        if found.reason == INVALID_DELTA:
+            raise InvalidDelta(found.detail)
         kind = Recipe.from_dict(spec.merge).statistics
-        task_vector = task_vector_of(sent, kind)
-        for name in task_vector:
-            task_vector[name]
         problem = None if kind is None else first_problem(statistics_of(sent, kind), kind)
         if problem is not None:
             raise InvalidDelta(f"node {statement.node_id[:12]}: {problem}")
+        self._inspected[statement.round, statement.node_id, statement.payload_root] = found
 
     def _find_update(self, ref: UpdateRef) -> Path:
         return self.blobs.path(ref.root)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class _Upload:
     statement: DeltaStatement
     signer: PublicKey
     leaves: list[bytes]
-    # Two streams of one upload must not append at once.
+    # Two streams of one upload must not append at once, nor two calls commit it.
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -67,7 +68,6 @@ class Intake:
         self._blobs = blobs
         self._trust = trust
         self._decode = decode
-        self._commit_lock = threading.Lock()
         self._uploads: dict[str, _Upload] = {}
         self._kept: set[str] = set()  # those that a restart remembers
         for row in journal.ledger.uploads():
@@ -138,7 +138,8 @@ class Intake:
         each time, when it does not decode to finite tensors, `BadOffset` when it is incomplete, `UnknownUpload` or
         `RoundClosed`.
         """
-        with self._commit_lock:
+        waiting = self._uploads.get(upload_id)
+        with waiting.lock if waiting is not None else nullcontext():
             receipt = None if upload_id in self._uploads else self._receipt(caller_id, upload_id)
             if receipt is not None:
                 return receipt

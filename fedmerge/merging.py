@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeAlias
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -41,6 +43,7 @@ from fedmerge.journal import Journal
 from fedmerge.merge import Recipe, Workers
 from fedmerge.publish import software_versions
 from fedmerge.scoring import candidate_of, outcome, proposed, resume
+from fedmerge.screen import Inspection
 from fedmerge.search import Candidate, SearchSettings, score_of
 from fedmerge.search.local import Evaluate
 from fedmerge.sign import PublicKey
@@ -61,6 +64,9 @@ from fedmerge.store.blobs import BlobStore
 from fedmerge.sums import RunningSum
 from fedmerge.tensors import Checkpoint, Schema, TensorMap, model_digest
 from fedmerge.versions import open_model, write_model
+
+# A delta by its round, its node and its Merkle root: what decides what it decodes to.
+Inspected: TypeAlias = tuple[int, str, str]
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,9 @@ class _Gains(Mapping[str, float | None]):
 class RoundMerge:
     """A sealed round: its spec, its deltas and their verdicts. Raises `RoundFailed` when too few have a weight.
 
-    `running` is the sum of the updates so far. `snapshot_every` is in rounds; None where nodes fetch updates and not
-    steps. `workers` say where to merge. `probe` scores the deltas that pass all other checks, where the plan has it;
-    scores that are on record are not taken again.
+    `running` is the sum of the updates so far, `inspected` what is known of deltas by themselves already.
+    `snapshot_every` is in rounds; None where nodes fetch updates and not steps. `workers` say where to merge. `probe`
+    scores the deltas that pass all other checks, where the plan has it; scores that are on record are not taken again.
     """
 
     def __init__(
@@ -129,6 +135,7 @@ class RoundMerge:
         schema: Schema,
         *,
         running: RunningSum,
+        inspected: Mapping[Inspected, Inspection],
         snapshot_every: int | None,
         workers: Workers,
         probe: Probe | None = None,
@@ -155,7 +162,9 @@ class RoundMerge:
             clip_norm=next_clip_norm(spec, journal.record()),
             gains=self._gains(probe) if probe is not None else {},
         )
-        self.verdicts = screen_round(spec, self._deltas, counts, schema, self._known)
+        sources = {key: (fact.round, fact.node_id, fact.payload_root) for key, fact in self._facts.items()}
+        seen = {key: inspected[source] for key, source in sources.items() if source in inspected}
+        self.verdicts = screen_round(spec, self._deltas, counts, schema, self._known, inspected=seen)
         self.node_ids = [verdict.node_id for verdict in self.verdicts if verdict.accepted]
 
     def _owners(self) -> dict[str, Owner]:
@@ -234,7 +243,9 @@ class RoundMerge:
         state_root = self._blobs.add(scratch) if update.write_state(scratch) else None
         unnamed = spec.model.model_copy(update={"updates": [*spec.model.updates, ref]})
         after = open_model(unnamed, self._base, self._find_update, self._running)
-        version = model_digest(after)
+        # A sum is kept for the version that the next round starts from, not for candidates.
+        with self._running.keeping(unnamed.updates, after) if is_final else nullcontext(after) as read:
+            version = model_digest(read)
         starts: dict[str, TensorMap] = {}
         if self._snapshot_every is not None:
             starts[spec.model.digest] = before

@@ -59,19 +59,36 @@ class Verdict:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """What a delta shows by itself: its L2 norm and how many of its values are zero; or the reason it is refused for.
+
+    `value` and `limit` are as in `Verdict`.
+    """
+
+    norm: float | None = None
+    num_zero: int = 0
+    reason: str = ""
+    detail: str = ""
+    value: float | None = None
+    limit: float | None = None
+
+
 def screen(
     deltas: Mapping[str, TensorMap],
     num_examples: Mapping[str, int],
     schema: Schema,
     policy: ScreenPolicy,
     known: Known | None = None,
+    *,
+    inspected: Mapping[str, Inspection] | None = None,
 ) -> list[Verdict]:
     """Return the verdict on each of `deltas`, which are keyed by node id, sorted by node id.
 
     `schema` is the model's, of which deltas have the floating-point part, in any floating dtype. Tensors are asked for
-    one at a time, once, and once more where `max_overlap` is set; gains, of what passes all other checks. Weights and
-    scales depend on accepted deltas only. Raises `InputError` when a node has no number of examples, and `RoundFailed`
-    when those that are accepted are too few for the caps on weights.
+    one at a time, once unless the delta was `inspected` before, and once more where `max_overlap` is set; gains, of
+    what passes all other checks. Weights and scales depend on accepted deltas only. Raises `InputError` when a node has
+    no number of examples, and `RoundFailed` when those that are accepted are too few for the caps on weights.
     """
     known = known or Known()
     unknown = sorted(deltas.keys() - num_examples.keys())
@@ -79,9 +96,12 @@ def screen(
         raise InputError(f"no number of examples for node {unknown[0]}")
     verdicts: dict[str, Verdict] = {}
     left: list[Measured] = []
+    num_elements = sum(spec.num_elements for spec in delta_schema(schema).values())
     for key in sorted(deltas):
-        verdicts[key], measured = _inspect(key, deltas[key], num_examples[key], schema, policy)
-        left += [measured] if measured else []
+        found = (inspected or {}).get(key) or inspect(deltas[key], schema)
+        verdicts[key] = _alone(key, found, num_examples[key], policy)
+        if verdicts[key].accepted and found.norm is not None:
+            left.append(Measured(key, deltas[key], found.norm, found.num_zero / num_elements if num_elements else 0.0))
     scored: set[str] = set()
     for reason, check in CHECKS.items():
         if reason == GAIN and policy.min_gain is not None:
@@ -122,39 +142,41 @@ def adapted_clip_norm(before: float, norms: Sequence[float], policy: ScreenPolic
     return float(np.float32(before * math.exp(-policy.clip_rate * (share - policy.clip_quantile))))
 
 
-def _inspect(
-    key: str, delta: TensorMap, num_examples: int, schema: Schema, policy: ScreenPolicy
-) -> tuple[Verdict, Measured | None]:
-    """Return the verdict that the delta alone allows, its weight still zero, and what was measured if it is sound."""
-    verdict = Verdict(key, True, "", "", num_examples, norm=None, weight=0.0, scale=1.0)
+def inspect(delta: TensorMap, schema: Schema) -> Inspection:
+    """Return what a delta for a model of this `schema` shows by itself, reading each of its tensors once."""
     expected = delta_schema(schema)
     odd = sorted(expected.keys() ^ delta.keys())
     if odd:
         problem = "misses" if odd[0] in expected else "has unknown"
-        return _reject(verdict, SCHEMA, f"the delta {problem} tensor {odd[0]} ({len(odd)} such names)"), None
+        return Inspection(reason=SCHEMA, detail=f"the delta {problem} tensor {odd[0]} ({len(odd)} such names)")
     squares, num_zero = 0.0, 0
     for name, spec in expected.items():
         try:
             tensor = delta[name]
         except InvalidDelta as err:
-            return _reject(verdict, INVALID_DELTA, err.message), None
+            return Inspection(reason=INVALID_DELTA, detail=err.message)
         if tuple(tensor.shape) != spec.shape or not tensor.is_floating_point():
             found = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-            return _reject(verdict, SCHEMA, f"{name} is {found}, not floating-point {list(spec.shape)}"), None
+            return Inspection(reason=SCHEMA, detail=f"{name} is {found}, not floating-point {list(spec.shape)}")
         square, num_bad, zeros = _sums(tensor)
         if num_bad:
             detail = f"{name} holds {num_bad} NaN or infinite values"
-            return _reject(verdict, NON_FINITE, detail, value=num_bad, limit=0), None
+            return Inspection(reason=NON_FINITE, detail=detail, value=num_bad, limit=0)
         squares, num_zero = squares + square, num_zero + zeros
     if not math.isfinite(squares):
-        return _reject(verdict, NON_FINITE, "the delta's norm is too large for a 64-bit float"), None
-    norm = math.sqrt(squares)
-    verdict = replace(verdict, norm=norm)
+        return Inspection(reason=NON_FINITE, detail="the delta's norm is too large for a 64-bit float")
+    return Inspection(math.sqrt(squares), num_zero)
+
+
+def _alone(key: str, found: Inspection, num_examples: int, policy: ScreenPolicy) -> Verdict:
+    """Return the verdict that the delta alone allows, its weight still zero."""
+    verdict = Verdict(key, True, "", "", num_examples, norm=found.norm, weight=0.0, scale=1.0)
+    if found.reason:
+        return _reject(verdict, found.reason, found.detail, value=found.value, limit=found.limit)
     if policy.weighting == "examples" and num_examples < 1:
         detail = f"the delta was trained on {num_examples} examples"
-        return _reject(verdict, EXAMPLES, detail, value=num_examples, limit=1), None
-    num_elements = sum(spec.num_elements for spec in expected.values())
-    return verdict, Measured(key, delta, norm, num_zero / num_elements if num_elements else 0.0)
+        return _reject(verdict, EXAMPLES, detail, value=num_examples, limit=1)
+    return verdict
 
 
 def _reject(

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmerge.checks import Known, Owner, ScreenPolicy
 from fedmerge.errors import ConfigError, InputError, InvalidDelta, RoundFailed
 from fedmerge.overlap import overlaps
-from fedmerge.screen import Verdict, adapted_clip_norm, screen
+from fedmerge.screen import Verdict, adapted_clip_norm, inspect, screen
 from fedmerge.shares import capped_shares
 from fedmerge.tensors import Schema, TensorSpec
 
@@ -54,6 +54,29 @@ def test_verdicts_are_sorted_and_complete() -> None:
     assert [verdict.scale for verdict in verdicts] == [1, 1]
     assert [verdict.norm for verdict in verdicts] == pytest.approx([2, 1])
     assert json.loads(json.dumps(verdicts[0].to_dict()))["node_id"] == "a"
+
+
+class Unreadable(dict[str, Tensor]):
+    """A delta that must not be read again."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise InvalidDelta(f"{name} was read")
+
+
+def test_what_was_inspected_on_arrival_is_not_read_again() -> None:
+    broken = delta(1)
+    broken["b"][3] = math.nan
+    deltas = {"long": delta(900), "odd": {"a": delta(1)["a"]}, "nan": broken, "one": delta(1), "two": delta(2)}
+    deltas["zeros"] = {"a": torch.zeros(3, 2), "b": delta(1)["b"]}
+    counts = dict.fromkeys(deltas, 10) | {"two": 0}
+    inspected = {key: inspect(each, SCHEMA) for key, each in deltas.items()}
+    gone = {key: Unreadable(each) for key, each in deltas.items()}
+    expected = screen(deltas, counts, SCHEMA, POLICY)
+    assert len({verdict.reason for verdict in expected}) > 3
+    assert screen(gone, counts, SCHEMA, POLICY, inspected=inspected) == expected
+    del inspected["one"]
+    (again,) = (each for each in screen(gone, counts, SCHEMA, POLICY, inspected=inspected) if each.node_id == "one")
+    assert again.reason == "INVALID_DELTA"
 
 
 def test_no_deltas_no_verdicts() -> None:
