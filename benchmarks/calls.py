@@ -11,8 +11,8 @@ from machines import Machine, Network
 
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import BadOffset, Busy, UnknownUpload, Unreachable
+from fedmerge.link import RoundView
 from fedmerge.merkle import leaves_of
-from fedmerge.node import RoundView
 from fedmerge.sim.sites import LocalLink
 from fedmerge.translog import Growth
 
@@ -41,7 +41,7 @@ class Observed:
 
 
 class Calls:
-    """A `fedmerge.node.Link` of single calls, each of which may fail, with the retries of the gRPC link."""
+    """A `fedmerge.link.Link` of single calls, each of which may fail, with the retries of the gRPC link."""
 
     def __init__(
         self, network: Network, servers: Sequence[Server], name: str, node_id: str, observed: Observed

@@ -1,4 +1,4 @@
-"""Steps 0 to 6, read top to bottom: train, subtract, sparsify, quantise, frame, sign, stream.
+"""A partner site: what it does at each state of the federation, up to step 6, stream.
 
 A node needs a `Link` to a coordinator (over gRPC, or in the same process), a trainer, a key, and a folder. All it knows
 is in that folder, so it may be stopped at any moment: started again, it fetches what is missing, resumes an upload
@@ -7,24 +7,16 @@ where it stood, and never trains twice for a round whose delta is already signed
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any
 
-from fedmerge.adapter import open_tuned
 from fedmerge.chain import ChainMaker, ModelChain
-from fedmerge.codec import Codec
-from fedmerge.delta import UpdatedModel, delta_schema
+from fedmerge.deltamaker import PAYLOAD, DeltaMaker
 from fedmerge.errors import (
     ConflictingSubmission,
     DigestMismatch,
@@ -36,91 +28,23 @@ from fedmerge.errors import (
     StaleBase,
     UnknownRound,
     UnknownVersion,
-    UntrustedKey,
-    reporting_os_errors,
 )
-from fedmerge.feedback import RESIDUAL, carry_over, previous_residual, unsent, write_residual
-from fedmerge.files import replace_file, sync_directory, sync_tree
-from fedmerge.frame import DeltaFile, write_delta
+from fedmerge.evaluation import Evaluator
+from fedmerge.files import replace_file
 from fedmerge.handover import Pin, pinned
-from fedmerge.merge import Recipe
-from fedmerge.merkle import leaves_of, merkle_root
+from fedmerge.link import Link, RoundView
+from fedmerge.node_events import NodeEvent
 from fedmerge.outbox import STATEMENT
 from fedmerge.sign import PublicKey, SigningKey
-from fedmerge.statements import (
-    Candidates,
-    DeltaStatement,
-    MergeRecord,
-    MetricsStatement,
-    ModelRef,
-    Receipt,
-    Rejection,
-    RoundSpec,
-    digest_of,
-)
-from fedmerge.statistics import side_tensors, statistics_schema
-from fedmerge.streaming import Fragments, Start, ahead_of, keep_own, own_start, travelling
-from fedmerge.tensors import Checkpoint, Computed, TensorMap, model_digest, reporting_save_errors
-from fedmerge.training import STATE, Trainer, TrainResult, TrainTask, require_statistics
-from fedmerge.versions import write_model
+from fedmerge.statements import Candidates, DeltaStatement, MergeRecord, Receipt, Rejection, RoundSpec, digest_of
+from fedmerge.streaming import Fragments
+from fedmerge.training import Trainer
 from fedmerge.witness import Witness
 
 log = logging.getLogger(__name__)
 
 # The folder in a node's with the signed records of merges that left out its delta, and signed rejections.
 REFUSED = "refused"
-# The file in a round's folder that says what the node's own model scored.
-OWN_METRICS = "metrics.json"
-# The field of a node's log records that holds the event: `fedmerge join` writes it, a simulation in processes reads it.
-EVENT_FIELD = "node_event"
-
-
-@dataclass(frozen=True)
-class RoundView:
-    """The federation's state as a node sees it; envelopes are not verified yet, and empty when there is nothing."""
-
-    round: int
-    phase: str
-    spec_envelope: bytes
-    record_envelope: bytes
-    candidates_envelope: bytes
-    num_deltas: int
-    finished: bool
-    failure: str
-
-
-class Link(Protocol):
-    """What a node asks of a coordinator. Errors are those of `fedmerge.errors`, whatever lies between."""
-
-    def keep_trying(self, patience_s: float) -> None:
-        """Be told how long it is worth trying to reach a coordinator that does not answer."""
-        ...
-
-    def watch(self) -> Iterator[RoundView]:
-        """Yield the state now and after every change, until the last round has ended."""
-        ...
-
-    def fetch(self, root: str, target: Path) -> list[bytes]:
-        """Fetch a file into `target`, continuing what is there, and hash its leaves. The caller checks the root."""
-        ...
-
-    def submit(self, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]) -> bytes:
-        """Upload a payload from wherever it stands and commit it; return the receipt. `sent` is told the progress."""
-        ...
-
-    def report_metrics(self, envelope: bytes) -> None:
-        """Hand in a signed evaluation."""
-        ...
-
-
-@dataclass(frozen=True)
-class NodeEvent:
-    """Something worth showing: `kind` is fetch, train, encoded, upload, delivered, evaluated, cosigned, excluded (its
-    delta was not merged), waiting (not asked in a round), missed or finished."""
-
-    kind: str
-    round: int
-    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 def on_a_thread(work: Callable[[], None]) -> Callable[[], None]:
@@ -173,7 +97,10 @@ class Node:
         # Whose word a view is: the key may be handed over while this site acts on it.
         self._said_by = self._pin.now
         self._chain = make_chain(home, link.fetch, self._announce_fetch, base)
-        self._keep_tuned = keep_tuned
+        self._evaluator = Evaluator(link, trainer, key, self._chain, self._emit)
+        self._maker = DeltaMaker(
+            trainer, key, self._chain, self._evaluator, self._emit, keep_tuned=keep_tuned, durable=durable
+        )
         self._durable = durable
         self._meanwhile = meanwhile
         self._witness = witness
@@ -297,159 +224,20 @@ class Node:
             send()
             return
         sent = self._meanwhile(send)
-        self._train_ahead(spec, outbox, spec.round)
+        self._maker.train_ahead(spec, outbox, spec.round)
         sent()
 
     def _to_send(self, spec: RoundSpec, spec_digest: str, outbox: Path) -> Callable[[], None]:
         """Return what sends the round's delta, which is made unless it is there; once there is a receipt, nothing."""
         if (outbox / "receipt.json").exists():
             return lambda: None
-        with reporting_os_errors(outbox):
-            outbox.mkdir(parents=True, exist_ok=True)
-        payload = outbox / "delta.safetensors"
-        if self._has_signed(outbox / STATEMENT):
-            leaves = leaves_of(payload)
-        else:
-            leaves = self._make_delta(spec, spec_digest, payload)
-        return lambda: self._deliver(spec, payload, leaves)
-
-    def _has_signed(self, statement_file: Path) -> bool:
-        """Whether the statement is there, and not of a key that this site has replaced since."""
-        try:
-            DeltaStatement.open(statement_file.read_bytes(), {self.node_id: self.key.public}, where=str(statement_file))
-        except (FileNotFoundError, UntrustedKey):
-            return False
-        return True
-
-    # 0 train, 1 subtract, 2 sparsify, 3 quantise, 4 frame, 5 sign
-
-    def _make_delta(self, spec: RoundSpec, spec_digest: str, payload: Path) -> list[bytes]:
-        """Make the delta and its statement; return the hashes of its leaves."""
-        outbox, own = payload.parent, {self.node_id: self.key.public}
-        recipe = Recipe.from_dict(spec.merge)
-        kind = recipe.statistics
-        measuring = None if kind is None else require_statistics(self.trainer, kind, recipe.method)
-        model_dir = self._chain.materialise(spec.model, spec)
-        self._evaluate("global", model_dir, spec.model.digest, spec, spec.round - 1)
-        before, base = Checkpoint(model_dir), self._chain.require_base(spec)
-        start = own_start(
-            spec,
-            before,
-            base,
-            outbox,
-            self.key.public,
-            train_on=lambda last, number: self._train_ahead(spec, last, number),
-        )
-        result = self._train(spec, start, outbox)
-        tuned, to_send = open_tuned(result.model_dir, before)
-        whole = self._whole(result.model_dir, tuned, spec, outbox)
-        scored = outbox / OWN_METRICS
-        if not scored.exists() and (scores := self._scores(whole)):
-            self._report("own", scores, model_digest(tuned), spec, spec.round, done=scored)
-        keep_own(spec, tuned, base, outbox)
-        schema = travelling(spec, delta_schema(base.schema))
-        codec = Codec.from_dict(spec.codec)
-        seed = spec.mask_seed(self.node_id)
-        if spec.error_feedback:
-            residual = previous_residual(outbox, spec, own)
-            to_send = carry_over(to_send, residual, spec.error_feedback)
-        side = (
-            None if kind is None or measuring is None else side_tensors(measuring.statistics(whole, kind), kind, schema)
-        )
-        if spec.streaming:
-            to_send = Computed(schema, to_send.__getitem__)
-        stats = write_delta(payload, to_send, schema, codec, seed=seed, base=before, side=side)
-        notes = stats.notes(codec)
-        for note in notes:
-            log.warning("round %d: %s", spec.round, note)
-        self._emit(
-            "encoded",
-            spec.round,
-            payload_bytes=stats.payload_bytes,
-            bits_per_parameter=stats.bits_per_parameter,
-            encodings=stats.encodings,
-            notes=notes,
-        )
-        if spec.error_feedback:
-            sent = DeltaFile(payload, schema, codec, seed=seed, side=statistics_schema(kind, schema))
-            write_residual(outbox, unsent(to_send, sent), base.shards())
-        leaves = leaves_of(payload)
-        statement = DeltaStatement(
-            federation=spec.federation,
-            run=spec.run,
-            round=spec.round,
-            spec_digest=spec_digest,
-            nonce=spec.nonce,
-            base_digest=spec.model.digest,
-            schema_digest=spec.schema_digest,
-            node_id=self.node_id,
-            submission_id=secrets.token_hex(16),
-            codec=spec.codec,
-            payload_bytes=payload.stat().st_size,
-            payload_root=merkle_root(leaves).hex(),
-            num_examples=result.num_examples,
-            metrics=result.metrics,
-            software=_software(),
-        )
-        # The statement's presence says that the payload, and the residual and trainer's state beside it, are complete.
-        if self._durable:
-            with reporting_os_errors(outbox):
-                for path in (payload, outbox / RESIDUAL, outbox / STATE):
-                    if path.exists():
-                        sync_tree(path)
-                sync_directory(outbox)
-        replace_file(outbox / STATEMENT, statement.sign(self.key), durable=self._durable)
-        with reporting_os_errors(outbox):
-            for directory in {result.model_dir, whole} if not self._keep_tuned else ():
-                shutil.rmtree(directory)
-            if start.model_dir != model_dir:
-                shutil.rmtree(start.model_dir)
-        return leaves
-
-    def _train(self, spec: RoundSpec, start: Start, workspace: Path) -> TrainResult:
-        steps, asked = spec.num_steps(self.node_id), spec.steps_share(self.node_id)
-        task = TrainTask(
-            model_dir=start.model_dir,
-            settings=spec.train_settings(self.node_id),
-            share=asked if start.part is None or not steps else asked * len(start.part) / steps,
-            round=spec.round,
-            seed=spec.train_seed(self.node_id),
-            workspace=workspace,
-            progress=lambda step, num_steps, loss: self._emit(
-                "train", spec.round, step=step, num_steps=num_steps, loss=loss
-            ),
-            num_rounds=spec.num_rounds,
-            previous_state=start.state,
-            part=start.part,
-        )
-        with reporting_save_errors(workspace):
-            return self.trainer.train(task)
-
-    def _train_ahead(self, spec: RoundSpec, outbox: Path, number: int) -> Path:
-        """Take the steps that the round after `number` begins with while that of `outbox` is under way, or was."""
-        following = spec.model_copy(update={"round": number + 1})
-        return ahead_of(
-            spec,
-            self._chain.require_base(spec),
-            outbox,
-            lambda start, workspace: self._train(following, start, workspace).model_dir,
-            durable=self._durable,
-        )
-
-    def _whole(self, tuned_dir: Path, tuned: TensorMap, spec: RoundSpec, outbox: Path) -> Path:
-        """Return a directory with the tuned model whole, which an adapter is not, to be evaluated as any other."""
-        if not isinstance(tuned, UpdatedModel):
-            return tuned_dir
-        directory = outbox / "whole"
-        with reporting_os_errors(directory):
-            shutil.rmtree(directory, ignore_errors=True)
-        write_model(tuned, self._chain.require_base(spec), directory)
-        return directory
+        leaves = self._maker.make(spec, spec_digest, outbox)
+        return lambda: self._deliver(spec, outbox, leaves)
 
     # 6 stream
 
-    def _deliver(self, spec: RoundSpec, payload: Path, leaves: list[bytes]) -> None:
-        outbox = payload.parent
+    def _deliver(self, spec: RoundSpec, outbox: Path, leaves: list[bytes]) -> None:
+        payload = outbox / PAYLOAD
         envelope = (outbox / STATEMENT).read_bytes()
         num_bytes = payload.stat().st_size
         receipt = self.link.submit(
@@ -483,20 +271,8 @@ class Node:
         scratch = self.home / "candidates"
         try:
             for candidate in proposal.candidates:
-                reported = self.home / "metrics" / f"{spec_digest[:12]}-candidate-{candidate.digest[:12]}.json"
-                if reported.exists():
-                    continue
-                updates = [*spec.model.updates, candidate.update]
-                steps = [*spec.model.steps, *([candidate.step] if candidate.step else [])]
-                ref = ModelRef(
-                    digest=candidate.digest, base_digest=spec.model.base_digest, updates=updates, steps=steps
-                )
-                model_dir = self._chain.materialise(ref, spec, scratch)
-                # To have nothing to say about one is an answer that is waited for.
-                scores = self._scores(model_dir)
-                self._report("candidate", scores, candidate.digest, spec, spec.round, done=reported)
-                self._chain.drop_update(candidate.update)
-                self._num_done += 1
+                if self._evaluator.report_candidate(candidate, spec, spec_digest, scratch):
+                    self._num_done += 1
         except UnknownVersion as err:
             # The search went on without this site's scores.
             log.warning("round %d: %s", spec.round, err.message)
@@ -511,7 +287,7 @@ class Node:
         if (record.federation, record.run) != (spec.federation, spec.run):
             raise DigestMismatch("the merge record is for another federation or run")
         model_dir = self._chain.materialise(record.model, spec)
-        self._evaluate("global", model_dir, record.model.digest, spec, record.round)
+        self._evaluator.report_published(model_dir, record.model.digest, spec, record.round)
         self._emit("finished", record.round, version=record.model.digest, model_dir=str(model_dir))
         if view.phase == "failed":
             raise RoundFailed(
@@ -519,43 +295,8 @@ class Node:
             )
         return model_dir
 
-    def _evaluate(self, which: str, model_dir: Path, digest: str, spec: RoundSpec, round_number: int) -> None:
-        """Score a model on this site's own test data, once, and report it signed."""
-        done = self.home / "metrics" / f"{spec.run[:12]}-{round_number:04d}-{which}-{digest[:12]}.json"
-        if not done.exists() and (scores := self._scores(model_dir)):
-            self._report(which, scores, digest, spec, round_number, done=done)
-
-    def _scores(self, model_dir: Path) -> dict[str, float]:
-        # A model that diverged has metrics that no statement can carry: JSON knows finite numbers only.
-        return {name: value for name, value in self.trainer.evaluate(model_dir).items() if math.isfinite(value)}
-
-    def _report(
-        self, which: str, scores: dict[str, float], digest: str, spec: RoundSpec, round_number: int, *, done: Path
-    ) -> None:
-        statement = MetricsStatement.model_validate(
-            {
-                "federation": spec.federation,
-                "run": spec.run,
-                "round": round_number,
-                "node_id": self.node_id,
-                "model": which,
-                "digest": digest,
-                "values": scores,
-            }
-        )
-        self.link.report_metrics(statement.sign(self.key))
-        with reporting_os_errors(done):
-            done.parent.mkdir(parents=True, exist_ok=True)
-            done.write_text(json.dumps(scores))
-        self._emit("evaluated", round_number, model=which, **scores)
-
     def _announce_fetch(self, round_number: int, what: str, num_bytes: int) -> None:
         self._emit("fetch", round_number, what=what, num_bytes=num_bytes)
 
     def _emit(self, kind: str, round_number: int, **values: Any) -> None:
         self._on_event(NodeEvent(kind, round_number, values))
-
-
-@cache
-def _software() -> str:
-    return f"fedmerge {version('fedmerge')}"

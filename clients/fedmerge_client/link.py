@@ -30,8 +30,8 @@ from fedmerge.errors import (
     reporting_os_errors,
 )
 from fedmerge.handover import Pin
+from fedmerge.link import RoundView
 from fedmerge.merkle import LeafHashes
-from fedmerge.node import RoundView
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import EnrolmentRequest, KeyRotation, SessionProof
 from fedmerge.translog import Growth
@@ -86,7 +86,7 @@ CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
 
 
 class GrpcLink:
-    """A node's connection to a coordinator; implements `fedmerge.node.Link`.
+    """A node's connection to a coordinator; implements `fedmerge.link.Link`.
 
     `bundle` is the operator's coordinator.pem: the certificate to pin and the key that must sign round specs. Making
     the link checks the bundle only; the first call connects. The node's folder `home` keeps the hand-overs of the

@@ -23,7 +23,7 @@ from fedmerge.cli.progress import node_progress
 from fedmerge.config import Config, load_config
 from fedmerge.delta import delta_schema
 from fedmerge.errors import MissingExtra, ResourceError
-from fedmerge.node import NodeEvent
+from fedmerge.node_events import NodeEvent
 from fedmerge.sim import FederationResult, node_home, simulate_processes
 from fedmerge.tensors import Checkpoint
 

@@ -19,7 +19,8 @@ from fedmerge.config import Config
 from fedmerge.coordinator import Coordinator, open_seat
 from fedmerge.errors import ConfigError
 from fedmerge.events import DeltaAccepted
-from fedmerge.node import Node, NodeEvent
+from fedmerge.node import Node
+from fedmerge.node_events import NodeEvent
 from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim.engines import Engine, Inline, simulated

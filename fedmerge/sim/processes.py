@@ -14,7 +14,7 @@ from typing import Any
 
 from fedmerge.config import Config
 from fedmerge.errors import RoundFailed
-from fedmerge.node import EVENT_FIELD, NodeEvent
+from fedmerge.node_events import EVENT_FIELD, NodeEvent
 from fedmerge.sim.inline import prepare_nodes
 from fedmerge.sim.results import FederationResult, result_of
 from fedmerge.sim.sites import node_home

@@ -12,8 +12,8 @@ from statistics import NormalDist
 from fedmerge.config import Config
 from fedmerge.config.simulate import Simulate
 from fedmerge.coordinator import Coordinator
+from fedmerge.link import RoundView
 from fedmerge.merkle import LEAF_BYTES, leaves_of
-from fedmerge.node import RoundView
 from fedmerge.seeds import derive_seed
 from fedmerge.sim.world import World
 from fedmerge.translog import Growth
@@ -98,7 +98,7 @@ def _uniform(*parts: str | int) -> float:
 
 
 class LocalLink:
-    """A `fedmerge.node.Link` to a coordinator in the same process."""
+    """A `fedmerge.link.Link` to a coordinator in the same process."""
 
     def __init__(self, coordinator: Coordinator, node_id: str) -> None:
         self._coordinator = coordinator

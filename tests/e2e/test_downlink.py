@@ -14,7 +14,8 @@ import torch
 
 from fedmerge.config import Config
 from fedmerge.errors import DigestMismatch
-from fedmerge.node import Node, NodeEvent
+from fedmerge.node import Node
+from fedmerge.node_events import NodeEvent
 from fedmerge.sign import SigningKey
 from fedmerge.sim import FederationResult, node_home, prepare_nodes, result_of, simulate
 from fedmerge.statements import ModelRef

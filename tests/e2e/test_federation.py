@@ -13,7 +13,8 @@ import torch
 
 from fedmerge.cli.progress import describe
 from fedmerge.errors import DigestMismatch, RoundFailed, VerificationError
-from fedmerge.node import Node, NodeEvent
+from fedmerge.node import Node
+from fedmerge.node_events import NodeEvent
 from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim import FederationResult, node_home, prepare_nodes, result_of, simulate

@@ -14,7 +14,8 @@ from fedmerge.config import Config
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import NotAsked
 from fedmerge.events import RoundOpened, RoundSealed
-from fedmerge.node import Node, RoundView
+from fedmerge.link import RoundView
+from fedmerge.node import Node
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim import LocalLink, node_home, prepare_nodes, simulate
 from fedmerge.statements import RoundSpec
