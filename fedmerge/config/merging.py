@@ -52,7 +52,8 @@ class Merge(_WithParameters):
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of methods that draw random numbers; the same seed gives the same model, bit for bit."""
     threads: int = Field(default=0, ge=0, le=1024)
-    """Tensors that are merged at once; 0 is one per core. The model has the same bits whatever it is."""
+    """Tensors that are merged at once, and deltas that are decoded at once on arrival; 0 is one per core. The model has
+    the same bits whatever it is."""
     memory_budget: Size = Field(default=2 << 30, examples=["2GiB"])
     """About how much memory the tensors that are merged at once may share, in bytes or as "500MB", "2GiB"."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import datetime as dt
 import logging
 import signal
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.5
 RETRY_S = 5.0
 GRACE_S = 5.0
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 # Measured on loopback and over simulated long links; the reasons are in docs/log.md.
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -69,6 +71,7 @@ async def serve(config: Config, base_dir: Path, *, on_ready: Callable[[Listening
     A federation whose last round failed gets that round again. Raises `ResourceError` when the port can't be opened,
     `Deposed` when another coordinator has taken over, and what opening a `Coordinator` raises.
     """
+    _share_arenas()
     seat = open_seat(config, time.monotonic)
     # A thread of its own: signs of life must not wait for threads that wait for the database.
     with closing(seat), ThreadPoolExecutor(1) as lease_thread:
@@ -206,3 +209,9 @@ async def _move_rounds(coordinator: Coordinator, services: Services, stop: async
         except Exception:
             log.exception("round %d: internal error", coordinator.journal.state.round)
             await services.wait_for_change(RETRY_S)
+
+
+def _share_arenas() -> None:
+    """Have glibc's threads share two arenas: by default each keeps in one of its own what a delta took there."""
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)

@@ -104,8 +104,10 @@ class Services(
         self._uploads = Streams("uploads", server.max_uploads, server.max_bytes_per_s, server.idle_s)
         self._downloads = Streams("downloads", server.max_downloads, server.max_bytes_per_s, server.idle_s)
         self._idle_s = server.idle_s
-        # Deltas are decoded one after the other; those that wait must not take the threads that chunks and files need.
-        self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        # Deltas are decoded on as many threads as they are merged on; those that wait for one must not take the threads
+        # that chunks and files need.
+        num_threads = coordinator.config.merge_workers().num_threads
+        self._committing = ThreadPoolExecutor(num_threads, thread_name_prefix="commit")
         self._exporting = asyncio.Lock()
         self._stopping = False
         self._num_viewed = -1
