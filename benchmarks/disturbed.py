@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 
 from fedmerge import intake, journal, merkle, publish
 from fedmerge.config import Config, parse_config
-from fedmerge.coordinator import Coordinator, open_seat
+from fedmerge.coordinator import Coordinator
 from fedmerge.errors import Deposed, RoundFailed, Unreachable, WrongPhase
 from fedmerge.node import Node
+from fedmerge.ownership import open_seat
 from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim.world import World

@@ -7,19 +7,16 @@ several threads; the journal's lock makes each state change one step, and the lo
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 
 from fedmerge.aggregate import inspect_delta, open_delta
 from fedmerge.config import Config
-from fedmerge.delta import delta_schema
-from fedmerge.errors import BadSignature, ConfigError, InputError, InvalidDelta, RoundFailed, UnknownVersion
+from fedmerge.errors import BadSignature, InputError, InvalidDelta, RoundFailed, UnknownVersion
 from fedmerge.events import (
     CandidatesScored,
     DeltaAccepted,
-    FederationCreated,
     MergeFinished,
     MergeStarted,
     MetricsReported,
@@ -30,20 +27,19 @@ from fedmerge.events import (
 from fedmerge.events import RoundFailed as RoundFailedEvent
 from fedmerge.export import export
 from fedmerge.intake import Intake
-from fedmerge.journal import Journal, own_keys
+from fedmerge.journal import Journal
 from fedmerge.logkeeper import LogKeeper
 from fedmerge.members import Members
-from fedmerge.merge import Plan, Recipe
+from fedmerge.merge import Recipe
 from fedmerge.merging import Inspected, Probe, RoundMerge, drop_candidates
 from fedmerge.operator import Operator
-from fedmerge.pace import dynamic_steps
-from fedmerge.policy import Action, RoundPolicy, Standing, next_action, next_due_s, standing
+from fedmerge.ownership import create_or_check, open_seat
+from fedmerge.planner import Planner
+from fedmerge.policy import Action, Standing, next_action, next_due_s, standing
 from fedmerge.provenance import provenance_of
 from fedmerge.publish import publish
-from fedmerge.rounds import FederationState, Phase, replay
+from fedmerge.rounds import Phase
 from fedmerge.screen import INVALID_DELTA, Inspection
-from fedmerge.search import Search
-from fedmerge.seeds import derive_seed
 from fedmerge.sign import SigningKey
 from fedmerge.statements import (
     Candidates,
@@ -57,9 +53,9 @@ from fedmerge.statements import (
 from fedmerge.statistics import first_problem, statistics_of
 from fedmerge.store.seat import Seat
 from fedmerge.sums import RunningSum
-from fedmerge.tensors import Checkpoint, model_digest, schema_digest
+from fedmerge.tensors import Checkpoint
 from fedmerge.trust import Member, TrustStore
-from fedmerge.versions import model_files, open_model
+from fedmerge.versions import open_model
 
 log = logging.getLogger(__name__)
 
@@ -88,41 +84,12 @@ class Coordinator:
         self.key = key or SigningKey.load_or_create(config.federation.key)
         self.trust = trust or TrustStore(config.federation.trusted)
         self.trust.keys()  # a file that is no key is reported now, not to every caller
-        self._root = self._root_key()
-        if config.screen.root and self._root is None:
-            raise ConfigError(
-                f"screen.root: no trusted node is called {config.screen.root!r}",
-                hint=f"make its key, and trust it: fedmerge keys trust FILE --name {config.screen.root}",
-            )
-        self.policy = RoundPolicy(
-            num_rounds=config.rounds.num_rounds,
-            min_nodes=config.rounds.min_nodes + (self._root is not None),
-            deadline_s=config.rounds.deadline_s,
-            grace_s=config.rounds.grace_s,
-            fraction=config.rounds.fraction,
-            sample=config.rounds.sample,
-            max_staleness=config.rounds.staleness_limit,
-            async_buffer=config.rounds.async_buffer,
-            scoring_s=config.search.deadline_s,
-            cosignatures=config.rounds.publish_after_cosignatures,
-        )
         self.base = Checkpoint(base_dir)
-        self.schema = delta_schema(self.base.schema)
-        recipe = config.recipe()
-        Plan(recipe, [], self.schema)  # what fits no tensor is reported now, not in every round
-        if recipe.caution:
-            log.warning("%s", recipe.caution)
-        if search := config.search_settings():
-            Search(search, recipe, num_models=2, seed=0)  # so is a library that is not installed
-        if fragments := config.fragments():
-            fragments.names(self.schema)  # so are more fragments than the model has layers
+        self.planner = Planner(config, self.base, self.trust)
+        self.policy, self.schema = self.planner.policy, self.planner.schema
         self._probe: Probe | None = None
         if (evaluate := config.probe()) is not None:
             self._probe = Probe(evaluate, config.screen.probe_metric, config.federation.state)
-        self.uplink = config.uplink(self.schema)
-        if config.delta.codec == "auto":
-            log.info("codec: %s", self.uplink)
-        self._base_files = model_files(base_dir)
         with ExitStack() as opened:
             if seat is None:
                 seat = open_seat(config, clock)
@@ -134,7 +101,7 @@ class Coordinator:
             self.running_sum = RunningSum(config.federation.state / "sum")
             self.running_sum.clear()  # it was never synced: what a power cut left of it can't be told
             self._inspected: dict[Inspected, Inspection] = {}  # what is known of deltas that are not merged yet
-            self._create_or_check()
+            create_or_check(self.journal, config, self.base)
             self.members = Members(self.journal, self.trust)
             self.operator = Operator(self.journal, self.policy, self._fail)
             self.log = LogKeeper(self.journal, self.trust)
@@ -179,7 +146,7 @@ class Coordinator:
 
     def artifact(self, root: str) -> Path:
         """Return a file for nodes: of the base model, an update, a step or a candidate. Raises `UnknownVersion`."""
-        for ref in self._base_files:
+        for ref in self.planner.base_files:
             if ref.root == root:
                 return self.base.directory / ref.name
         state = self.journal.state
@@ -255,64 +222,17 @@ class Coordinator:
             self.operator.retry("the coordinator was started again")
 
     def _open_round(self) -> None:
-        """Open the next round, or the same one again after a failure."""
-        config, state, created = self.config, self.journal.state, self.journal.created
-        again = state.phase == Phase.FAILED
-        round_number = state.round if again else state.round + 1
-        sample: list[str] = []
-        if self.policy.sample is not None:
-            seed = derive_seed(config.merge.seed, round_number, state.attempt + 1 if again else 1)
-            sample = self.policy.sampled(self.trust.keys(), seed)
-        self._root = self._root_key() or self._root  # it may have a new key
-        if sample and self._root is not None:
-            sample = sorted({*sample, self._root})
-        spec = RoundSpec(
-            federation=created.federation,
-            run=created.run,
-            round=round_number,
-            num_rounds=self.policy.num_rounds,
-            nonce=secrets.token_hex(32),
-            model=self.journal.model(),
-            schema_digest=created.schema_digest,
-            base_files=self._base_files,
-            train=config.train_settings(),
-            codec=self.uplink.codec.to_dict(),
-            error_feedback=self.uplink.error_feedback,
-            downlink=config.downlink_codec(self.schema).to_dict(),
-            merge=config.recipe().to_dict(),
-            merge_seed=config.merge.seed,
-            screen=config.screen_policy(root=self._root).to_dict(),
-            search=search.to_dict() if (search := config.search_settings()) else {},
-            outer=config.outer_settings(),
-            streaming=fragments.to_dict() if (fragments := config.fragments()) else {},
-            min_nodes=config.rounds.min_nodes,
-            sample=sample,
-            max_staleness=self.policy.max_staleness,
-            steps=self._dynamic_steps(),
-            deadline_s=self.policy.deadline_s,
-            max_payload_bytes=config.server.max_payload_bytes,
-            publish_after_cosignatures=self.policy.cosignatures,
-        )
-        envelope = spec.sign(self.key).decode()
-        spec_digest = digest_of(spec.to_payload())
+        spec = self.planner.next_spec(self.journal)
         self.journal.append(
             RoundOpened(
                 round=spec.round,
-                spec_digest=spec_digest,
-                spec_envelope=envelope,
-                sample=sample,
+                spec_digest=digest_of(spec.to_payload()),
+                spec_envelope=spec.sign(self.key).decode(),
+                sample=spec.sample,
                 max_staleness=spec.max_staleness,
             )
         )
-        log.info("round %d open%s", spec.round, f" for {len(sample)} nodes" if sample else "")
-
-    def _dynamic_steps(self) -> dict[str, int]:
-        """Return the steps of nodes that are to take fewer than the plan's, if it says so."""
-        least_share, num_steps = self.config.rounds.dynamic_steps, self.config.train.extras.get("steps")
-        if least_share == 1 or not isinstance(num_steps, int):
-            return {}
-        entries = self.journal.ledger.entries
-        return dynamic_steps(entries, self.journal.spec_in, self.trust.keys(), num_steps, least_share)
+        log.info("round %d open%s", spec.round, f" for {len(spec.sample)} nodes" if spec.sample else "")
 
     def _seal(self) -> None:
         state, found = self.journal.state, self._standing()
@@ -432,11 +352,6 @@ class Coordinator:
 
     # Helpers
 
-    def _root_key(self) -> str | None:
-        """Return the key id of the node that is the root of trust; None without one, or while it is not trusted."""
-        name = self.config.screen.root
-        return next((key_id for key_id, known in sorted(self.trust.names().items()) if known == name), None)
-
     def _due(self) -> Action:
         with self.journal.lock:
             return next_action(self.journal.state, self.policy, self.trust.keys(), self.journal.clock())
@@ -449,13 +364,6 @@ class Coordinator:
     def _standing(self) -> Standing:
         with self.journal.lock:
             return standing(self.journal.state, self.policy, self.trust.keys(), self.journal.clock())
-
-    def _create_or_check(self) -> None:
-        present = _identity(self.config, self.key, self.base)
-        if self.journal.state.created is None:
-            self.journal.append(present)
-        else:
-            _require_same(self.config, self.journal.state, present)
 
     def _require_decodable(self, statement: DeltaStatement, path: Path) -> None:
         spec = self.journal.plan(statement.round)
@@ -471,49 +379,3 @@ class Coordinator:
 
     def _find_update(self, ref: UpdateRef) -> Path:
         return self.blobs.path(ref.root)
-
-
-def check_standby(config: Config, base_dir: Path, seat: Seat) -> SigningKey:
-    """Raise now what would keep a coordinator that stands by from taking over, see `Coordinator`; return its key."""
-    key = SigningKey.load_or_create(config.federation.key)
-    present = _identity(config, key, Checkpoint(base_dir))
-    state = replay(seat.open_ledger().entries)
-    if state.created is not None:
-        _require_same(config, state, present)
-    return key
-
-
-def open_seat(config: Config, clock: Callable[[], float], *, durable: bool = True) -> Seat:
-    """Return the seat of a federation's coordinator, not taken yet. Raises what `Seat` raises.
-
-    Only a simulation asks for one that is not `durable`, as in `Database`.
-    """
-    state_dir, lease_s = config.federation.state, config.server.lease_s
-    return Seat(state_dir, config.database_url(), lease_s=lease_s, clock=clock, durable=durable)
-
-
-def _identity(config: Config, key: SigningKey, base: Checkpoint) -> FederationCreated:
-    return FederationCreated(
-        federation=config.federation.name,
-        run=secrets.token_hex(16),
-        base_digest=model_digest(base),
-        schema_digest=schema_digest(delta_schema(base.schema)),
-        coordinator_key=key.public.pem(),
-    )
-
-
-def _require_same(config: Config, state: FederationState, present: FederationCreated) -> None:
-    assert state.created is not None
-    *given_up, current = own_keys(state).values()
-    recorded = state.created.model_copy(update={"coordinator_key": current.pem()})
-    if present.coordinator_key in {key.pem() for key in given_up}:
-        raise ConfigError(
-            f"{config.federation.key}: was handed over, to key {current.short}",
-            hint="put that key into its place; where a hand-over was interrupted, fedmerge keys handover does so",
-        )
-    for what in ("federation", "base_digest", "coordinator_key"):
-        if getattr(recorded, what) != getattr(present, what):
-            raise ConfigError(
-                f"{config.federation.state}: holds the state of another federation ({what} is not the same)",
-                hint="choose another federation.state folder, or restore the configuration it was made with",
-            )

@@ -28,9 +28,9 @@ def gc(
     settings = load_config(config)
     if forget_before < 0:
         raise ConfigError("--forget-before should be the number of a round")
-    from fedmerge.coordinator import open_seat
     from fedmerge.garbage import garbage
     from fedmerge.journal import Journal
+    from fedmerge.ownership import open_seat
     from fedmerge.sign import SigningKey
 
     key = SigningKey.load(settings.federation.key)

@@ -148,10 +148,10 @@ def handover(
     Stop the coordinator first, and those that stand by for it. Interrupted anywhere, the same command finishes it.
     """
     from fedmerge.config import load_config
-    from fedmerge.coordinator import open_seat
     from fedmerge.events import HandedOver
     from fedmerge.handover import sign_handover
     from fedmerge.journal import Journal
+    from fedmerge.ownership import open_seat
 
     settings = load_config(config)
     if settings.store.database is None and not (settings.federation.state / "ledger.sqlite").exists():

@@ -16,11 +16,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmerge.chain import Announce, Fetch, ModelChain
 from fedmerge.config import Config
-from fedmerge.coordinator import Coordinator, open_seat
+from fedmerge.coordinator import Coordinator
 from fedmerge.errors import ConfigError
 from fedmerge.events import DeltaAccepted
 from fedmerge.node import Node
 from fedmerge.node_events import NodeEvent
+from fedmerge.ownership import open_seat
 from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim.engines import Engine, Inline, simulated
