@@ -69,7 +69,7 @@ def send_wrong_chunks(seed: int) -> None:
         self: GrpcLink, envelope: bytes, payload: Path, leaves: list[bytes], sent: Callable[[int], None]
     ) -> bytes:
         begin = delta_pb2.BeginUploadRequest(envelope=envelope, leaf_hashes=b"".join(leaves))
-        upload_id = self._call(lambda: self._deltas.BeginUpload, begin).upload_id
+        upload_id = self.connection.call(lambda stubs: stubs.deltas.BeginUpload, begin).upload_id
         data = payload.read_bytes()
         chunks = [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
         stored = 0
@@ -81,13 +81,15 @@ def send_wrong_chunks(seed: int) -> None:
                 stream = _wrong(chunks, at, draw)
             requests = [delta_pb2.UploadDeltaRequest(upload_id=upload_id, offset=o, data=d) for o, d in stream]
             try:
-                self._deltas.UploadDelta(iter(requests), metadata=self._metadata(), timeout=30)
+                self.connection.stubs.deltas.UploadDelta(
+                    iter(requests), metadata=self.connection.metadata(), timeout=30
+                )
             except grpc.RpcError:
                 pass
             else:
                 sys.exit("internal error: wrong chunks were taken")
             asked = delta_pb2.GetUploadRequest(upload_id=upload_id)
-            now = self._call(lambda: self._deltas.GetUpload, asked).committed_bytes
+            now = self.connection.call(lambda stubs: stubs.deltas.GetUpload, asked).committed_bytes
             if now != stored + (len(chunks[at]) if stream[-1] == stream[0] and len(stream) == 2 else 0):
                 sys.exit(f"internal error: {now} bytes are stored")
             stored = now

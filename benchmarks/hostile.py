@@ -197,7 +197,7 @@ def known_to_attackers(site: Site, other: Site) -> Known:
     links = {name: site.link(name) for name in site.keys}
     specs = {name: each.link(HONEST[0]) for name, each in (("own", site), ("other", other))}
     views = {name: next(view for view in link.watch() if view.spec_envelope) for name, link in specs.items()}
-    tokens = {name: dict(link._metadata())["fedmerge-session"] for name, link in links.items()}
+    tokens = {name: dict(link.connection.metadata())["fedmerge-session"] for name, link in links.items()}
     note = specs["other"].growth(0).note
     own_note = specs["own"].growth(0).note
     for link in (*links.values(), *specs.values()):
@@ -434,7 +434,7 @@ def _honest_calls(site: Site, num_calls: int = 300) -> float:
     link.connect()
     began_s = site.cpu_s()
     for _ in range(num_calls):
-        link._nonce()
+        link.connection.nonce()
     spent_s = site.cpu_s() - began_s
     link.close()
     return spent_s / num_calls

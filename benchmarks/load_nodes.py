@@ -23,7 +23,8 @@ from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import SessionProof
 from fedmerge.v1 import delta_pb2, round_pb2, round_pb2_grpc, session_pb2, session_pb2_grpc
 from fedmerge.wire import SESSION_HEADER, Chunk
-from fedmerge_client.link import CHANNEL_OPTIONS, GrpcLink
+from fedmerge_client.connection import CHANNEL_OPTIONS
+from fedmerge_client.link import GrpcLink
 from fedmerge_server.run import CHANNEL_OPTIONS as SERVER_OPTIONS
 
 CONNECTING_AT_ONCE = 16
@@ -191,7 +192,7 @@ def be_stalling(coordinator: Coordinator, senders: list[Sender], told: Any, stop
     def stall(sender: Sender) -> None:
         link, begin = sender.link(coordinator), delta_pb2.BeginUploadRequest.FromString(sender.begin)
         while not stop.is_set():
-            upload = link._call(lambda: link._deltas.BeginUpload, begin)
+            upload = link.connection.call(lambda stubs: stubs.deltas.BeginUpload, begin)
             cut, sent_s = threading.Event(), [time.time()]
 
             def chunk_then_silence(
@@ -206,7 +207,7 @@ def be_stalling(coordinator: Coordinator, senders: list[Sender], told: Any, stop
                     pass
 
             try:
-                link._upload(chunk_then_silence(), metadata=link._metadata())
+                link.connection.stubs.upload(chunk_then_silence(), metadata=link.connection.metadata())
             except grpc.RpcError as err:
                 silent_s, why = time.time() - sent_s[0], err.details() or ""
                 told.put((silent_s, why))

@@ -239,15 +239,17 @@ def signed(payload: Payload, key: SigningKey, spec: RoundSpec, spec_digest: str)
 
 def upload(link: GrpcLink, begin: delta_pb2.BeginUploadRequest, payload: Payload) -> bytes:
     """Upload a payload as a link does, without its going on after breaks; return its upload's id."""
-    upload_id = link._call(lambda: link._deltas.BeginUpload, begin).upload_id
+    upload_id = link.connection.call(lambda stubs: stubs.deltas.BeginUpload, begin).upload_id
     requests = (
         Chunk(delta_pb2.UploadDeltaRequest(upload_id=upload_id, offset=offset), data)
         for offset, data in payload.chunks()
     )
-    link._upload(requests, metadata=link._metadata())
+    link.connection.stubs.upload(requests, metadata=link.connection.metadata())
     return str(upload_id)
 
 
 def commit(link: GrpcLink, upload_id: str) -> None:
     """Make an upload count."""
-    link._deltas.CommitDelta(delta_pb2.CommitDeltaRequest(upload_id=upload_id), metadata=link._metadata())
+    link.connection.stubs.deltas.CommitDelta(
+        delta_pb2.CommitDeltaRequest(upload_id=upload_id), metadata=link.connection.metadata()
+    )

@@ -27,7 +27,8 @@ from fedmerge.delta import delta_schema
 from fedmerge.files import sync_file
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.wire import CHUNK_BYTES
-from fedmerge_client.link import CHANNEL_OPTIONS, GrpcLink
+from fedmerge_client.connection import CHANNEL_OPTIONS
+from fedmerge_client.link import GrpcLink
 from fedmerge_server.run import CHANNEL_OPTIONS as SERVER_OPTIONS
 
 UP, DOWN = b"U", b"D"

@@ -63,7 +63,11 @@ def test_a_node_gets_a_certificate_and_renews_it_by_itself(
     time.sleep(6)  # it has expired, and so has the connection that was opened with it, for all that it is worth
     request = round_pb2.WatchRoundsRequest()
     with pytest.raises(CertificateExpired):
-        translated(lambda: next(iter(link._rounds.WatchRounds(request, metadata=link._session_metadata()))))
+        translated(
+            lambda: next(
+                iter(link.connection.stubs.rounds.WatchRounds(request, metadata=link.connection._session_metadata()))
+            )
+        )
     assert next(iter(link.watch())).round == view.round
     assert (tmp_path / "tls.crt").read_bytes() != first
     link.close()
@@ -77,19 +81,19 @@ def test_whose_certificate_it_is_counts(guarded: tuple[Federation, ServerProcess
     north.connect()
     # A session by the ticket may ask for a certificate, and do nothing else.
     ticket = GrpcLink(server.address, server.bundle, federation.keys["south"])
-    session = ticket._session_metadata()
+    session = ticket.connection._session_metadata()
     watch = round_pb2.WatchRoundsRequest()
     with pytest.raises(CertificateRequired):
-        translated(lambda: next(iter(ticket._rounds.WatchRounds(watch, metadata=session))))
+        translated(lambda: next(iter(ticket.connection.stubs.rounds.WatchRounds(watch, metadata=session))))
     with pytest.raises(Refused, match="not a certificate request"):
         translated(
-            lambda: ticket._sessions.IssueCertificate(
+            lambda: ticket.connection.stubs.sessions.IssueCertificate(
                 session_pb2.IssueCertificateRequest(request=b"junk"), metadata=session
             )
         )
     # South's session over north's connection.
     with pytest.raises(CertificateMismatch):
-        translated(lambda: next(iter(north._rounds.WatchRounds(watch, metadata=session))))
+        translated(lambda: next(iter(north.connection.stubs.rounds.WatchRounds(watch, metadata=session))))
     for link in (north, south, ticket):
         link.close()
 

@@ -131,14 +131,14 @@ def test_what_no_token_opens(federation: Federation, server: ServerProcess) -> N
     def attempt(**changes: str) -> bool:
         truth = {
             "coordinator_key": link.coordinator.key_id,
-            "nonce": link._nonce(),
+            "nonce": link.connection.nonce(),
             "token": token_digest(good),
             "node_id": me.public.key_id,
         }
         signer = stranger if changes.pop("signer", "") else me
         envelope = EnrolmentRequest.model_validate(truth | changes).sign(signer)
         request = session_pb2.EnrollRequest(token=good, key=me.public.spki, envelope=envelope)
-        return bool(translated(lambda: link._sessions.Enroll(request)).trusted)
+        return bool(translated(lambda: link.connection.stubs.sessions.Enroll(request)).trusted)
 
     for field in ("coordinator_key", "nonce", "token", "node_id"):
         with pytest.raises(BadSignature):
@@ -147,17 +147,21 @@ def test_what_no_token_opens(federation: Federation, server: ServerProcess) -> N
         attempt(signer="a stranger")
     request = session_pb2.EnrollRequest(token=good, key=b"junk", envelope=b"junk")
     with pytest.raises(BadSignature):
-        translated(lambda: link._sessions.Enroll(request))
+        translated(lambda: link.connection.stubs.sessions.Enroll(request))
     assert attempt() is True  # trusted at once, as the invitation says
     assert trust.names()[me.public.key_id] == "early"
     # Many guesses are not even looked at.
 
     def guess() -> str:
-        truth = {"coordinator_key": link.coordinator.key_id, "nonce": link._nonce(), "token": token_digest("guess")}
+        truth = {
+            "coordinator_key": link.coordinator.key_id,
+            "nonce": link.connection.nonce(),
+            "token": token_digest("guess"),
+        }
         envelope = EnrolmentRequest(**truth, node_id=stranger.public.key_id).sign(stranger)
         request = session_pb2.EnrollRequest(token="guess", key=stranger.public.spki, envelope=envelope)
         with pytest.raises((InvalidToken, Busy)) as caught:
-            translated(lambda: link._sessions.Enroll(request))
+            translated(lambda: link.connection.stubs.sessions.Enroll(request))
         return caught.value.reason
 
     assert [guess() for _ in range(30)][-3:] == [Busy.reason] * 3

@@ -78,7 +78,9 @@ def test_only_both_keys_together_replace_one(federation: Federation, server: Ser
         statement = KeyRotation(coordinator_key=at, old_key=old, new_key=proven_by.public.pem())
         promised = KeyRotation(coordinator_key=at, old_key=old, new_key=new.public.pem())
         request = session_pb2.RotateKeyRequest(envelope=promised.sign(signed_by), proof=statement.sign(proven_by))
-        translated(lambda: site.link._sessions.RotateKey(request, metadata=site.link._metadata()))
+        translated(
+            lambda: site.link.connection.stubs.sessions.RotateKey(request, metadata=site.link.connection.metadata())
+        )
 
     with pytest.raises(BadSignature):
         attempt(south, new)  # another node's word

@@ -38,7 +38,7 @@ def serving(
 def stream(site: Site, upload_id: str, chunks: Iterator[tuple[int, bytes]]) -> Callable[[], int]:
     """Begin to stream chunks; the result is called for the answer, and raises what the coordinator says."""
     requests = (delta_pb2.UploadDeltaRequest(upload_id=upload_id, offset=at, data=data) for at, data in chunks)
-    call = site.stub.UploadDelta.future(requests, metadata=site.link._metadata())
+    call = site.stub.UploadDelta.future(requests, metadata=site.link.connection.metadata())
     return lambda: int(translated(call.result).committed_bytes)
 
 
@@ -75,7 +75,7 @@ def test_a_silent_upload_loses_its_place_to_another_node_and_resumes_later(tmp_p
         envelope = north.statement(payloads[0]).sign(north.key)
         leaves = leaves_of(payloads[0])
         request = delta_pb2.BeginUploadRequest(envelope=envelope, leaf_hashes=b"".join(leaves))
-        again = north.stub.BeginUpload(request, metadata=north.link._metadata())
+        again = north.stub.BeginUpload(request, metadata=north.link.connection.metadata())
         north.send(again.upload_id, [(0, payloads[0].read_bytes()[:LEAF_BYTES])])
         north.link.submit(envelope, payloads[0], leaves, progress.append)
         assert progress[0] == LEAF_BYTES  # the same statement, the same upload, from where it stood
@@ -89,7 +89,7 @@ def test_where_all_places_are_taken_a_silent_upload_gives_way_long_before_its_ti
         payloads = [site.payload(site.spec()[0], scale=scale) for site, scale in ((north, 0.01), (south, 0.02))]
         envelope, leaves, end = north.statement(payloads[0]).sign(north.key), leaves_of(payloads[0]), threading.Event()
         begin = delta_pb2.BeginUploadRequest(envelope=envelope, leaf_hashes=b"".join(leaves))
-        upload = north.stub.BeginUpload(begin, metadata=north.link._metadata())
+        upload = north.stub.BeginUpload(begin, metadata=north.link.connection.metadata())
         answer = stream(north, upload.upload_id, first_chunk_then_silence(payloads[0].read_bytes(), end))
         wait_until(lambda: north.committed(upload.upload_id) == LEAF_BYTES)
         south.submit(payloads[1])
@@ -108,7 +108,7 @@ def test_a_nodes_newest_stream_takes_the_place_of_its_earlier_one(tmp_path: Path
         envelope = north.statement(payload).sign(north.key)
         leaves = leaves_of(payload)
         request = delta_pb2.BeginUploadRequest(envelope=envelope, leaf_hashes=b"".join(leaves))
-        upload = north.stub.BeginUpload(request, metadata=north.link._metadata())
+        upload = north.stub.BeginUpload(request, metadata=north.link.connection.metadata())
         end = threading.Event()
         answer = stream(north, upload.upload_id, first_chunk_then_silence(payload.read_bytes(), end))
         wait_until(lambda: north.committed(upload.upload_id) == LEAF_BYTES)
@@ -163,8 +163,10 @@ def test_a_node_that_takes_nothing_loses_its_place_to_another(tmp_path: Path) ->
     path, root = file_of_the_base(tmp_path, 48 << 20)
     with serving(tmp_path, "max_downloads = 1\nidle_s = 1.5\n") as (federation, server):
         north, south = (site_of(federation, server, federation.keys[name]) for name in ("north", "south"))
-        stub = model_pb2_grpc.ModelServiceStub(north.link._channel)
-        answers = stub.FetchArtifact(model_pb2.FetchArtifactRequest(root=root), metadata=north.link._metadata())
+        stub = model_pb2_grpc.ModelServiceStub(north.link.connection.stubs.channel)
+        answers = stub.FetchArtifact(
+            model_pb2.FetchArtifactRequest(root=root), metadata=north.link.connection.metadata()
+        )
         assert next(iter(answers)).data  # and the rest waits at the coordinator, as windows are smaller than the file
         leaves = south.link.fetch(root, tmp_path / "south")  # told to come back, and gets the place
         assert merkle_root(leaves).hex() == root
@@ -182,8 +184,10 @@ def test_nodes_that_leave_in_the_midst_of_a_download_are_no_error(tmp_path: Path
     with serving(tmp_path, "idle_s = 20\n") as (federation, server):
         for number in range(24):
             north = site_of(federation, server, federation.keys["north"])
-            stub = model_pb2_grpc.ModelServiceStub(north.link._channel)
-            answers = stub.FetchArtifact(model_pb2.FetchArtifactRequest(root=root), metadata=north.link._metadata())
+            stub = model_pb2_grpc.ModelServiceStub(north.link.connection.stubs.channel)
+            answers = stub.FetchArtifact(
+                model_pb2.FetchArtifactRequest(root=root), metadata=north.link.connection.metadata()
+            )
             assert next(iter(answers)).data
             if number % 2:
                 answers.cancel()
@@ -260,7 +264,7 @@ def test_a_connection_that_is_half_open_or_one_byte_a_second_holds_up_nobody(tmp
         data, leaves = payload.read_bytes(), leaves_of(payload)
         envelope = north.statement(payload).sign(north.key)
         request = delta_pb2.BeginUploadRequest(envelope=envelope, leaf_hashes=b"".join(leaves))
-        upload = north.stub.BeginUpload(request, metadata=north.link._metadata())
+        upload = north.stub.BeginUpload(request, metadata=north.link.connection.metadata())
         go_on = threading.Event()
 
         def chunks() -> Iterator[tuple[int, bytes]]:
@@ -333,8 +337,8 @@ def test_waits_are_jittered_grow_and_end_with_the_patience() -> None:
 def test_watchers_hear_of_what_concerns_them_and_not_of_every_delta(tmp_path: Path) -> None:
     with serving(tmp_path, "") as (federation, server):
         north, south = (site_of(federation, server, federation.keys[name]) for name in ("north", "south"))
-        stub = round_pb2_grpc.RoundServiceStub(north.link._channel)
-        watched = stub.WatchRounds(round_pb2.WatchRoundsRequest(), metadata=north.link._metadata())
+        stub = round_pb2_grpc.RoundServiceStub(north.link.connection.stubs.channel)
+        watched = stub.WatchRounds(round_pb2.WatchRoundsRequest(), metadata=north.link.connection.metadata())
         while next(watched).phase != round_pb2.ROUND_PHASE_OPEN:
             pass
         for site in (north, south):

@@ -107,22 +107,26 @@ class Site:
     def begin(self, payload: Path) -> delta_pb2.BeginUploadResponse:
         envelope = self.statement(payload).sign(self.key)
         request = delta_pb2.BeginUploadRequest(envelope=envelope, leaf_hashes=b"".join(leaves_of(payload)))
-        return self.stub.BeginUpload(request, metadata=self.link._metadata())
+        return self.stub.BeginUpload(request, metadata=self.link.connection.metadata())
 
     @property
     def stub(self) -> delta_pb2_grpc.DeltaServiceStub:
-        return self.link._deltas
+        return self.link.connection.stubs.deltas
 
     def send(self, upload_id: str, chunks: list[tuple[int, bytes]]) -> int:
         """Stream chunks as given and return the committed size; raise what the coordinator answers."""
         requests = [delta_pb2.UploadDeltaRequest(upload_id=upload_id, offset=at, data=data) for at, data in chunks]
         return int(
-            translated(lambda: self.stub.UploadDelta(iter(requests), metadata=self.link._metadata())).committed_bytes
+            translated(
+                lambda: self.stub.UploadDelta(iter(requests), metadata=self.link.connection.metadata())
+            ).committed_bytes
         )
 
     def committed(self, upload_id: str) -> int:
         request = delta_pb2.GetUploadRequest(upload_id=upload_id)
-        return int(translated(lambda: self.stub.GetUpload(request, metadata=self.link._metadata())).committed_bytes)
+        return int(
+            translated(lambda: self.stub.GetUpload(request, metadata=self.link.connection.metadata())).committed_bytes
+        )
 
 
 def translated(call: Callable[[], Any]) -> Any:
@@ -239,9 +243,9 @@ def test_an_unknown_key_gets_no_session(shared: tuple[Federation, ServerProcess]
 
 def test_a_signed_nonce_opens_one_session_here(liar: Site) -> None:
     def opened(**lies: str) -> Callable[[], Any]:
-        truth = {"coordinator_key": liar.link.coordinator.key_id, "nonce": liar.link._nonce()}
+        truth = {"coordinator_key": liar.link.coordinator.key_id, "nonce": liar.link.connection.nonce()}
         request = session_pb2.OpenSessionRequest(envelope=SessionProof(**{**truth, **lies}).sign(liar.key))
-        return lambda: translated(lambda: liar.link._sessions.OpenSession(request))
+        return lambda: translated(lambda: liar.link.connection.stubs.sessions.OpenSession(request))
 
     replayed = opened()
     assert replayed().token
@@ -257,23 +261,25 @@ def test_a_keys_oldest_session_gives_way_when_it_opens_too_many(shared: tuple[Fe
     federation, server = shared
     site = site_of(federation, server, federation.keys["south"])
     site.link.connect()
-    oldest = site.link._token
+    oldest = site.link.connection._token
     for _ in range(MAX_SESSIONS):
-        site.link._token = None
+        site.link.connection._token = None
         site.link.connect()
     request = log_pb2.GetCheckpointRequest()
-    assert translated(lambda: site.link._log.GetCheckpoint(request, metadata=site.link._metadata())).note
+    assert translated(
+        lambda: site.link.connection.stubs.log.GetCheckpoint(request, metadata=site.link.connection.metadata())
+    ).note
     with pytest.raises(NoSession):
-        translated(lambda: site.link._log.GetCheckpoint(request, metadata=((SESSION_HEADER, oldest),)))
+        translated(lambda: site.link.connection.stubs.log.GetCheckpoint(request, metadata=((SESSION_HEADER, oldest),)))
     site.link.close()
 
 
 def test_a_chunk_that_is_no_message_is_refused_and_no_internal_error(
     liar: Site, shared: tuple[Federation, ServerProcess]
 ) -> None:
-    upload = liar.link._channel.stream_unary("/fedmerge.v1.DeltaService/UploadDelta")
+    upload = liar.link.connection.stubs.channel.stream_unary("/fedmerge.v1.DeltaService/UploadDelta")
     with pytest.raises(Refused, match="can't be parsed"):
-        translated(lambda: upload(iter([b"\xff" * 40]), metadata=liar.link._metadata()))
+        translated(lambda: upload(iter([b"\xff" * 40]), metadata=liar.link.connection.metadata()))
     assert "internal error" not in (shared[0].folder / "serve.log").read_text()
 
 
@@ -323,7 +329,7 @@ def test_committing_half_an_upload_is_refused(liar: Site) -> None:
     liar.send(upload.upload_id, [(0, payload.read_bytes()[:LEAF_BYTES])])
     request = delta_pb2.CommitDeltaRequest(upload_id=upload.upload_id)
     with pytest.raises(BadOffset):
-        translated(lambda: liar.stub.CommitDelta(request, metadata=liar.link._metadata()))
+        translated(lambda: liar.stub.CommitDelta(request, metadata=liar.link.connection.metadata()))
 
 
 def test_an_upload_of_another_node_is_unknown(liar: Site, shared: tuple[Federation, ServerProcess]) -> None:
@@ -361,7 +367,7 @@ def test_a_payload_with_another_shape_is_refused_when_it_is_decoded(
     commit = delta_pb2.CommitDeltaRequest(upload_id=said.statement_digest)
     other = site_of(*shared, shared[0].keys["south"])
     with pytest.raises(UnknownUpload):
-        translated(lambda: other.stub.CommitDelta(commit, metadata=other.link._metadata()))
+        translated(lambda: other.stub.CommitDelta(commit, metadata=other.link.connection.metadata()))
     other.link.close()
 
 
@@ -408,14 +414,14 @@ def test_an_interrupted_upload_goes_on_where_it_stood(north: Site) -> None:
     envelope = statement.sign(north.key)
     leaves = leaves_of(payload)
     request = delta_pb2.BeginUploadRequest(envelope=envelope, leaf_hashes=b"".join(leaves))
-    upload_id = north.stub.BeginUpload(request, metadata=north.link._metadata()).upload_id
+    upload_id = north.stub.BeginUpload(request, metadata=north.link.connection.metadata()).upload_id
 
     def breaks_off() -> Iterator[delta_pb2.UploadDeltaRequest]:
         yield delta_pb2.UploadDeltaRequest(upload_id=upload_id, offset=0, data=data[:LEAF_BYTES])
         raise ConnectionError("the line went dead")
 
     with pytest.raises(grpc.RpcError):
-        north.stub.UploadDelta(breaks_off(), metadata=north.link._metadata())
+        north.stub.UploadDelta(breaks_off(), metadata=north.link.connection.metadata())
     stored = north.committed(upload_id)
     progress: list[int] = []
     receipt = north.link.submit(envelope, payload, leaves, progress.append)
@@ -451,7 +457,7 @@ def test_an_upload_survives_a_restart_of_the_coordinator(federation: Federation)
     payload = site.payload(spec)
     envelope = site.statement(payload).sign(site.key)
     request = delta_pb2.BeginUploadRequest(envelope=envelope, leaf_hashes=b"".join(leaves_of(payload)))
-    upload_id = site.stub.BeginUpload(request, metadata=site.link._metadata()).upload_id
+    upload_id = site.stub.BeginUpload(request, metadata=site.link.connection.metadata()).upload_id
     site.send(upload_id, [(0, payload.read_bytes()[:LEAF_BYTES])])
     address = server.address
     server.kill()
