@@ -96,13 +96,15 @@ class DeltaSubject:
         write_delta(self.path, delta, self.schema, self.codec, seed=PLAN_SEED)
         payload, header = open_header(self.path, 1 << 30)
         layout = layout_of(self.path, header)
-        stored = payload[:].tobytes()
         self.header = to_json(header)
         self.names: list[list[str]] = [[] for _ in layout.frames]
         for tensor, part in layout.parts.items():
             self.names[part.frame].append(tensor)
         self.frames: Frames = [
-            [Section(kind, raw_bytes, stored[start : start + size]) for kind, raw_bytes, size, start in frame]
+            [
+                Section(kind, raw_bytes, payload.read(start, start + size).tobytes())
+                for kind, raw_bytes, size, start in frame
+            ]
             for frame in layout.frames
         ]
 

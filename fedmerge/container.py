@@ -1,7 +1,7 @@
 """The container of delta and step files: a safetensors file of byte strings, with a text under one key of its metadata.
 
-Any tool opens it, it maps without copying, and nothing in it is executed. The key is the format and its version. Byte
-strings are made of zstd frames. So is JSON: plain, it would be a good part of a file with few bits per parameter.
+Any tool opens it, and nothing in it is executed. The key is the format and its version. Byte strings are made of zstd
+frames. So is JSON: plain, it would be a good part of a file with few bits per parameter.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import zstandard
 from safetensors import SafetensorError, safe_open
 
 from fedmerge.errors import InputError, InvalidDelta, ResourceError
+from fedmerge.planes import Bytes
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_WINDOW_BYTES = 1 << 23
@@ -129,6 +131,33 @@ def open_container(path: Path, key: str, max_payload_bytes: int, *, what: str) -
         raise InvalidDelta(f"not a {what} ({err})") from err
     except OSError as err:
         raise InputError(f"{path}: could not read the {what} ({err.strerror})") from err
+
+
+@dataclass(frozen=True)
+class ByteString:
+    """A byte string of a container, from byte `offset` of the file on.
+
+    It is read and not mapped: where a disk fails that is an error that can be told, and what was read does not count as
+    the process's memory.
+    """
+
+    path: Path
+    offset: int
+
+    def read(self, start: int, stop: int) -> Bytes:
+        """Return some of its bytes. Raises `InputError` when the file can't be read any more."""
+        data = np.empty(stop - start, dtype=np.uint8)
+        left = data.data
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + start)
+                while left and (num_read := file.readinto(left)):
+                    left = left[num_read:]
+        except OSError as err:
+            raise InputError(f"{self.path}: could not be read ({err.strerror})") from err
+        if left:
+            raise InputError(f"{self.path}: is shorter than when it was opened")
+        return data
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple, TypeVar
+from typing import IO, Final, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 from fedmerge.codec import Codec, Encoding
 from fedmerge.container import (
     MAX_HEADER_BYTES,
+    ByteString,
     open_container,
     pack_json,
     section_compressor,
@@ -235,8 +236,8 @@ def _invalid(path: Path, problem: str) -> InvalidDelta:
     )
 
 
-def open_header(path: Path, max_frame_bytes: int) -> tuple[Any, Header]:
-    """Open a delta file and return its payload, to be sliced, and its header, well formed and as long as its frames.
+def open_header(path: Path, max_frame_bytes: int) -> tuple[ByteString, Header]:
+    """Open a delta file and return its payload and its header, well formed and as long as its frames.
 
     `max_frame_bytes` bounds all frames together. Raises `InvalidDelta` for anything else than a delta file, and
     `InputError` when there is no file to read.
@@ -246,14 +247,16 @@ def open_header(path: Path, max_frame_bytes: int) -> tuple[Any, Header]:
         names = file.keys()
         if list(names) != [PAYLOAD]:
             raise InvalidDelta(f"tensors are {names[:3]!r:.200}, not {PAYLOAD!r} alone")
-        payload = file.get_slice(PAYLOAD)
-        if payload.get_dtype() != "U8" or len(payload.get_shape()) != 1:
-            raise InvalidDelta(f"{PAYLOAD}: is {payload.get_dtype()} {payload.get_shape()}, not a byte string")
-        (num_bytes,) = payload.get_shape()
+        view = file.get_slice(PAYLOAD)
+        if view.get_dtype() != "U8" or len(view.get_shape()) != 1:
+            raise InvalidDelta(f"{PAYLOAD}: is {view.get_dtype()} {view.get_shape()}, not a byte string")
+        (num_bytes,) = view.get_shape()
         if not re.fullmatch("[1-9][0-9]{0,8}", text, re.ASCII) or int(text) > min(num_bytes, MAX_HEADER_BYTES):
             raise InvalidDelta(f"the header's length is {text!r:.20}, of {num_bytes} bytes")
         frame_bytes = num_bytes - int(text)
-        header = from_json(unpack_json(payload[frame_bytes:].data))
+        # safetensors has made sure that its one tensor is all that comes after the table.
+        payload = ByteString(path, path.stat().st_size - num_bytes)
+        header = from_json(unpack_json(payload.read(frame_bytes, num_bytes).data))
         if sum(map(sum, header.coded_bytes)) != frame_bytes:
             raise InvalidDelta(f"the frames are {frame_bytes} bytes long, not as many as the header says")
     except InvalidDelta as err:
@@ -275,7 +278,7 @@ class DeltaFile(Mapping[str, Tensor]):
     `schema`, `codec` and `seed` are the plan's, as given to `write_delta`, and `side` is the schema of the side tensors
     (F32 or BF16); the file has to agree with them. Opening checks the whole header and raises `InvalidDelta` naming the
     tensor; decoding raises it for frames that do not decompress to what the header says, and for values that are not
-    finite. The file must not change while it is open.
+    finite, and `InputError` when the file can't be read any more. It must not change meanwhile.
     """
 
     def __init__(self, path: Path, schema: Schema, codec: Codec, *, seed: int, side: Schema | None = None) -> None:
@@ -365,7 +368,7 @@ class DeltaFile(Mapping[str, Tensor]):
         return pools
 
     def _section(self, section: Section) -> Bytes:
-        stored: Bytes = self._payload[section.start : section.start + section.coded_bytes]
+        stored = self._payload.read(section.start, section.start + section.coded_bytes)
         if section.coded_bytes == section.raw_bytes:
             return stored
         try:

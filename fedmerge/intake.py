@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedmerge.admit import admit
@@ -46,7 +46,7 @@ class _Upload:
     signer: PublicKey
     leaves: list[bytes]
     # Two streams of one upload must not append at once, nor two calls commit it.
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock
 
     @property
     def upload_id(self) -> str:
@@ -108,7 +108,7 @@ class Intake:
                     self._forget(other)
                 row = UploadRow(upload_id, spec.round, caller_id, envelope, leaf_hashes)
                 self._blobs.begin_part(upload_id)
-                self._uploads[upload_id] = _Upload(row, statement, signed.signer, leaves)
+                self._uploads[upload_id] = _Upload(row, statement, signed.signer, leaves, threading.Lock())
             return upload_id, self._stored_bytes(self._uploads[upload_id])
 
     def write_chunk(self, caller_id: str, upload_id: str, offset: int, data: bytes | memoryview) -> int:
@@ -255,7 +255,7 @@ class Intake:
             return
         leaves = split_leaf_hashes(row.leaf_hashes, statement.payload_bytes, statement.payload_root)
         self._blobs.recover_part(row.upload_id, leaves)
-        self._uploads[row.upload_id] = _Upload(row, statement, signed.signer, leaves)
+        self._uploads[row.upload_id] = _Upload(row, statement, signed.signer, leaves, threading.Lock())
         self._kept.add(row.upload_id)
 
     def _keep(self, upload: _Upload) -> None:

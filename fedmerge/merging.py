@@ -163,7 +163,7 @@ class RoundMerge:
             gains=self._gains(probe) if probe is not None else {},
         )
         sources = {key: (fact.round, fact.node_id, fact.payload_root) for key, fact in self._facts.items()}
-        seen = {key: inspected[source] for key, source in sources.items() if source in inspected}
+        seen = {key: known for key, source in sources.items() if (known := inspected.get(source))}
         self.verdicts = screen_round(spec, self._deltas, counts, schema, self._known, inspected=seen)
         self.node_ids = [verdict.node_id for verdict in self.verdicts if verdict.accepted]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
 import resource
 import tracemalloc
@@ -968,6 +969,21 @@ def test_values_must_be_finite(values: str, exponents: int, tmp_path: Path) -> N
     replace_section(written, exponents, zstd(b"\xff" * 48 * 33))
     with pytest.raises(InvalidDelta, match=r"h\.0\.weight: 1584 values are NaN or infinite"):
         written.decode()
+
+
+def test_a_file_that_shrinks_or_goes_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    delta = {"w": torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))}
+    path, schema, codec = tmp_path / "d", schema_of(delta), Codec(values="fp32")
+    write_delta(path, delta, schema, codec, seed=0)
+    opened = DeltaFile(path, schema, codec, seed=0)
+    whole = opened["w"]
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(InputError, match="shorter than when it was opened"):
+        opened["w"]
+    path.unlink()
+    with pytest.raises(InputError, match="could not be read"):
+        opened["w"]
+    assert torch.equal(whole, delta["w"])
 
 
 def test_rescaling_must_not_overflow(tmp_path: Path) -> None:
