@@ -67,8 +67,9 @@ def idle(folder: Path, *, quick: bool) -> Found:
             began_s, began_cpu_s = time.perf_counter(), cpu_s(process)
             time.sleep(watched_s)
             idle_cpu_ms = 1000 * (cpu_s(process) - began_cpu_s) / count / ((time.perf_counter() - began_s) / 60)
-            rss = status_bytes(pid, "VmRSS")
-            one = {"start_bytes": before, "rss_bytes": rss, "bytes_per_node": (rss - before) / count,
+            rss, anonymous = status_bytes(pid, "VmRSS"), status_bytes(pid, "RssAnon")
+            one = {"start_bytes": before, "rss_bytes": rss, "anonymous_bytes": anonymous,
+                   "bytes_per_node": (rss - before) / count,
                    "connect_cpu_ms": 1000 * connecting_cpu_s / count, "connect_s": connecting_s,
                    "idle_cpu_ms_per_node_and_minute": idle_cpu_ms}  # fmt: skip
             if name == "ours":
@@ -76,14 +77,15 @@ def idle(folder: Path, *, quick: bool) -> Found:
             crowd.stop()
             found[name] = one
             rows.append([
-                name, f"{before / MIB:.0f}", f"{rss / MIB:.0f}", f"{one['bytes_per_node'] / 1024:.0f}",
-                f"{one['connect_cpu_ms']:.1f}", f"{idle_cpu_ms:.2f}",
+                name, f"{before / MIB:.0f}", f"{rss / MIB:.0f}", f"{anonymous / MIB:.0f}",
+                f"{one['bytes_per_node'] / 1024:.0f}", f"{one['connect_cpu_ms']:.1f}", f"{idle_cpu_ms:.2f}",
             ])  # fmt: skip
     print_table(
         [
             f"{count} nodes",
             "RSS MiB before",
             "with them",
+            "anonymous",
             "KiB each",
             "CPU ms to connect one",
             "CPU ms a node and minute",
