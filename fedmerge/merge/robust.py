@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from fedmerge.merge.order import mean_of_middle
 from fedmerge.merge.parameters import Trimmed
 from fedmerge.merge.stack import as_rows, blocks, row_weights
 
@@ -66,6 +67,8 @@ def _mean_of_middle(deltas: Tensor, weights: Tensor, num_trimmed: int) -> Tensor
     """Return the mean over `deltas` (K, *shape) of each entry's values but the `num_trimmed` at either end."""
     rows = as_rows(deltas)
     row_weights(weights, len(rows), rows.dtype)
+    if rows.dtype == torch.float32 and rows.device.type == "cpu":
+        return torch.from_numpy(mean_of_middle(rows.numpy(), num_trimmed)).view(deltas.shape[1:])
     merged = torch.empty_like(rows[0])
     for block in blocks(merged.numel()):
         # Stable, so that zeros of either sign come out in one order.
