@@ -16,7 +16,7 @@ from fault_federation import Before, Part, Run, Template, Trial
 
 # Nothing reaches the disk but what is synced: no rename makes ext4 write early.
 OPTIONS = "loop,noauto_da_alloc,commit=300"
-IMAGE_MIB = 64
+IMAGE_MIB = 128
 MEMORY = Path("/dev/shm")
 
 
