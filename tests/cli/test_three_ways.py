@@ -129,7 +129,9 @@ def test_inspect_reads_every_kind_of_artefact(deployed: tuple[Path, dict[str, Pa
     folder, model_dirs = deployed
     published = Path("operator/state/models/round-0002")
     outbox = next(path.relative_to(folder) for path in folder.glob("north/fedmerge-node/rounds/0002-*"))
-    update = next(path.relative_to(folder) for path in folder.glob("north/fedmerge-node/updates/*"))
+    lineage = json.loads((folder / published / "lineage.json").read_bytes())
+    root = lineage["predicate"]["model"]["updates"][-1]["root"]
+    update = next(path.relative_to(folder) for path in folder.glob(f"operator/state/blobs/*/{root}"))
     artefacts = {
         published: "model",
         model_dirs["north"].relative_to(folder): "model",
