@@ -91,7 +91,7 @@ def trust(
             hint="ask for the .pub file; if this key was sent over a network, ask for a new one",
         )
     key = PublicKey.load(public_file)
-    store = TrustStore(into or load_config(config or Path("fedmerge.toml")).federation.trusted)
+    store = TrustStore(into or load_config(config or Path("fedmerge.toml"), to_merge=False).federation.trusted)
     known_as = store.names().get(key.key_id, name)
     if known_as != name:
         raise InputError(f"{public_file}: this key is already trusted, as {known_as}")
@@ -153,7 +153,7 @@ def handover(
     from fedmerge.journal import Journal
     from fedmerge.ownership import open_seat
 
-    settings = load_config(config)
+    settings = load_config(config, to_merge=False)
     if settings.store.database is None and not (settings.federation.state / "ledger.sqlite").exists():
         raise InputError(f"{settings.federation.state}: holds no federation yet", hint="start it: fedmerge serve")
     path = settings.federation.key

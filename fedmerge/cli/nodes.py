@@ -29,7 +29,7 @@ SECONDS = {"m": 60, "h": 3600, "d": 86400}
 
 def list_nodes(*, config: ConfigPath = DEFAULT_CONFIG, json: JsonFlag = False) -> None:
     """List who is invited, waits for approval, is trusted, or was revoked."""
-    store = TrustStore(load_config(config).federation.trusted)
+    store = TrustStore(load_config(config, to_merge=False).federation.trusted)
     now_s, rows = time.time(), list[dict[str, Any]]()
     for name, invitation in store.invitations().items():
         status = "invited" if now_s < invitation.expires_at_s else "expired"
@@ -62,7 +62,7 @@ def invite(
 ) -> None:
     """Print a join token for one node, good for one key. Only its hash is kept here."""
     expires_at_s = time.time() + _duration_s(expires)
-    store = TrustStore(load_config(config).federation.trusted)
+    store = TrustStore(load_config(config, to_merge=False).federation.trusted)
     token = store.invite(name, org, role, expires_at_s=expires_at_s, approved=auto_approve)
     if json:
         print_json({"name": name, "token": token, "expires_at_s": expires_at_s})
@@ -77,7 +77,7 @@ def invite(
 
 def approve(name: NodeName, /, *, config: ConfigPath = DEFAULT_CONFIG, json: JsonFlag = False) -> None:
     """Trust a key that was enrolled with a join token. Compare its id with its owner over another channel first."""
-    member = TrustStore(load_config(config).federation.trusted).approve(name)
+    member = TrustStore(load_config(config, to_merge=False).federation.trusted).approve(name)
     if json:
         print_json(_row_of(member, "trusted"))
     else:
@@ -93,7 +93,7 @@ def revoke(
     json: JsonFlag = False,
 ) -> None:
     """Trust a node no more, from its next call or chunk on, and list the rounds whose models have its deltas."""
-    settings = load_config(config)
+    settings = load_config(config, to_merge=False)
     revoked = TrustStore(settings.federation.trusted).revoke(name, reason)
     rounds = sorted({number for member in revoked for number in _merged_rounds(settings, member)})
     if json:

@@ -31,7 +31,7 @@ def show(config: ConfigPath = CONFIG, /, *, json: JsonFlag = False) -> None:
     from fedmerge.store.ledger import Ledger
     from fedmerge.trust import TrustStore
 
-    settings = load_config(config)
+    settings = load_config(config, to_merge=False)
     if settings.store.database is None and not (settings.federation.state / "ledger.sqlite").exists():
         raise InputError(f"{settings.federation.state}: holds no federation yet", hint="start it: fedmerge serve")
     ledger = Ledger(Database(settings.database_url()))
@@ -98,7 +98,7 @@ def _tell(config: Path, command: Callable[[Commands], int]) -> int:
     from fedmerge.config import load_config
     from fedmerge_server.admin import commanding
 
-    with commanding(load_config(config).federation.state) as coordinator:
+    with commanding(load_config(config, to_merge=False).federation.state) as coordinator:
         return command(coordinator)
 
 

@@ -145,11 +145,11 @@ def _streaming_problems(config: Config) -> list[Problem]:
 
 def _overlap_problem(config: Config) -> str:
     """Say why rounds can't overlap as the file says, where they can't."""
-    from fedmerge.training import COUNTING
-
     num_steps, overlap = config.train.extras.get("steps"), config.streaming.overlap_steps
     if not overlap:
         return ""
+    from fedmerge.training import COUNTING
+
     if config.streaming.fragments == 1:
         return "goes with fragments above 1"
     if config.train.trainer not in COUNTING:

@@ -37,12 +37,17 @@ MERGE_KEYS = SECTIONS["merge"].model_fields.keys() - {"method", "steps"}
 
 
 def load_config(
-    path: Path, *, environ: Mapping[str, str] | None = None, overrides: Mapping[str, str] | None = None
+    path: Path,
+    *,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, str] | None = None,
+    to_merge: bool = True,
 ) -> Config:
     """Read a fedmerge.toml; relative paths in it start from its folder.
 
     `environ` is searched for overrides and is the process's own environment by default; over both go `overrides`, TOML
-    values by SECTION.KEY. Raises `ConfigError` with one line for each problem.
+    values by SECTION.KEY. Whoever is not going `to_merge` is spared the check of how, which loads torch. Raises
+    `ConfigError` with one line for each problem.
     """
     try:
         text = path.read_bytes().decode()
@@ -52,7 +57,9 @@ def load_config(
         line = path.read_bytes().count(b"\n", 0, err.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8 text") from err
     environ = os.environ if environ is None else environ
-    return parse_config(text, folder=path.parent, where=str(path), environ=environ, overrides=overrides)
+    return parse_config(
+        text, folder=path.parent, where=str(path), environ=environ, overrides=overrides, to_merge=to_merge
+    )
 
 
 def parse_config(
@@ -62,6 +69,7 @@ def parse_config(
     where: str,
     environ: Mapping[str, str] | None = None,
     overrides: Mapping[str, str] | None = None,
+    to_merge: bool = True,
 ) -> Config:
     """Parse the text of a fedmerge.toml that stands, or would stand, in `folder`; `where` names it in errors."""
     try:
@@ -70,7 +78,7 @@ def parse_config(
         raise ConfigError(_syntax_error(str(err), text, where)) from err
     variables, problems = _lay_over(data, [*_in_environment(environ or {}), *_in_settings(overrides or {})])
     huge = [Problem(path, "should be a number of 64 bits at most") for path in _huge_numbers(data)]
-    config, found = (None, huge) if huge else _validate(data, folder)
+    config, found = (None, huge) if huge else _validate(data, folder, to_merge=to_merge)
     problems += found
     if config is not None and not problems:
         return config
@@ -95,7 +103,7 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema | {"title": "fedmerge.toml"}
 
 
-def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[Problem]]:
+def _validate(data: dict[str, Any], folder: Path, *, to_merge: bool) -> tuple[Config | None, list[Problem]]:
     # An absent section is an empty one, so that its defaults are filled in and its required keys are named.
     filled = {name: {} for name in SECTIONS} | data
     config: Config | None = None
@@ -104,10 +112,12 @@ def _validate(data: dict[str, Any], folder: Path) -> tuple[Config | None, list[P
         config = Config.model_validate(filled, context={"folder": folder.resolve()})
     except ValidationError as err:
         problems = [Problem(error["loc"], _explain(error)) for error in err.errors(include_url=False)]
-    merge_problems = _merge_problems(filled["merge"])
+    merge_problems = _merge_problems(filled["merge"]) if to_merge else []
     problems += merge_problems + (across_sections(config) if config is not None else [])
     # A search varies the merge, which must be right itself.
-    return config, problems if merge_problems or config is None else problems + search_problems(config)
+    if to_merge and config is not None and not merge_problems:
+        problems += search_problems(config)
+    return config, problems
 
 
 def _huge_numbers(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:

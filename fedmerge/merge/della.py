@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fedmerge.draws import uniform
 from fedmerge.errors import ConfigError
 from fedmerge.merge.average import task_arithmetic
 from fedmerge.merge.consensus import Consensus, elect_and_merge
@@ -28,7 +29,7 @@ from fedmerge.merge.parameters import (
 )
 from fedmerge.merge.ranking import ranks
 from fedmerge.merge.stack import as_rows, row_weights
-from fedmerge.seeds import derive_seed, uniform
+from fedmerge.seeds import derive_seed
 
 # For each task vector its mask (N,) and the probabilities (N,) with which the mask was drawn.
 Draws: TypeAlias = Iterator[tuple[Tensor, Tensor]]

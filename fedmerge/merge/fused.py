@@ -18,6 +18,7 @@ from typing import Any, Concatenate, TypeAlias
 import numpy as np
 import torch
 
+from fedmerge.draws import mask_threshold
 from fedmerge.merge import kernels
 from fedmerge.merge.average import fedavg_coefficients, task_arithmetic_coefficients
 from fedmerge.merge.della import probabilities_by_rank
@@ -28,7 +29,7 @@ from fedmerge.merge.ranking import Cut, count, num_middle
 from fedmerge.merge.rows import Array, Rows, fp32
 from fedmerge.merge.stack import BLOCK_ELEMENTS
 from fedmerge.philox import draws, room_for
-from fedmerge.seeds import derive_seed, mask_threshold
+from fedmerge.seeds import derive_seed
 
 # merge_block(start, stop, out) sets `out`, float32, to the merged columns from `start` to `stop`.
 MergeBlock: TypeAlias = Callable[[int, int, Array], None]

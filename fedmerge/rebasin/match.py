@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedmerge.draws import uniform
 from fedmerge.errors import InputError, MissingExtra, ModelMismatch
 from fedmerge.rebasin.groups import Axis, Group
-from fedmerge.seeds import derive_seed, uniform
+from fedmerge.seeds import derive_seed
 from fedmerge.tensors import Computed, TensorMap
 
 MAX_SWEEPS = 100

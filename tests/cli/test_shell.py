@@ -147,6 +147,18 @@ def test_a_mistake_in_the_configuration_does_not_wait_for_torch(run: Run, tmp_pa
     assert re.fullmatch(r"error: fedmerge\.toml:\d+: rounds\.min_nods: unknown key; did you .*\n", result.stderr)
 
 
+@pytest.mark.parametrize("command", ["keys trust k.pub --name=a", "nodes list", "nodes invite b --org=o", "rounds"])
+def test_what_an_operator_does_every_day_does_not_wait_for_torch(run: Run, command: str) -> None:
+    run("init")
+    run("keys", "new", "k")
+    program = f"import sys; from fedmerge.cli import main; code = main({command.split()})"
+    method = {"FEDMERGE_MERGE__METHOD": "ties"}
+    result = run(python=f"{program}; sys.exit(9 if 'torch' in sys.modules else code)", env=method)
+    no_state = command == "rounds"
+    assert result.returncode == (2 if no_state else 0), result.stderr
+    assert ("holds no federation yet" in result.stderr) == no_state
+
+
 def test_every_exit_code_is_in_the_help() -> None:
     documented = set(map(int, re.findall(r"(\d+) [a-z]", EPILOGUE.partition("Environment")[0])))
     assert {cls.exit_code for cls in BY_REASON.values()} | {0, 130} == documented

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedmerge.draws import bernoulli_mask, uniform
 from fedmerge.errors import ConfigError, ModelMismatch
 from fedmerge.merge import METHODS, emr_site, tall_mask
 from fedmerge.merge.stack import BLOCK_ELEMENTS
-from fedmerge.seeds import bernoulli_mask, derive_seed, uniform
+from fedmerge.seeds import derive_seed
 from tests.contracts.test_methods import normal, stacks, ties_by_the_book, weight_lists
 
 Array = npt.NDArray[np.float64]

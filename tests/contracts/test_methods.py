@@ -13,11 +13,12 @@ from hypothesis.extra import numpy as npst
 from torch import Tensor
 
 from fedmerge.delta import subtract
+from fedmerge.draws import bernoulli_mask
 from fedmerge.errors import InputError
 from fedmerge.merge import METHODS, Recipe, merge_deltas, parameters
 from fedmerge.merge.methods import NEEDS_FACTORS, NEEDS_STATISTICS, PAIRWISE
 from fedmerge.merge.stack import BLOCK_ELEMENTS
-from fedmerge.seeds import bernoulli_mask, derive_seed
+from fedmerge.seeds import derive_seed
 
 SHAPES = [(), (1,), (0,), (7,), (3, 4), (2, 3, 4), (2, 3, 2, 2), (5, 0)]
 DARE = {"dare_linear", "dare_ties"}
