@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from fedmerge.sign import SigningKey
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
 from fedmerge.trust import TrustStore
+from tests import warm
 from tests.buckets import BucketServer
 from tests.databases import PostgresServer
 
@@ -118,16 +118,20 @@ class ServerProcess:
     def __init__(
         self, config_path: Path, *, listen: str = "127.0.0.1:0", environ: Mapping[str, str] | None = None
     ) -> None:
-        self._log = (config_path.parent / "serve.log").open("ab")
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "fedmerge", "serve", str(config_path), "--json"],
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**os.environ, "FEDMERGE_SERVER__LISTEN": listen, "OMP_NUM_THREADS": "1", **(environ or {})},
+        folder = config_path.parent
+        said, self.log = folder / f"serve-{len(list(folder.glob('serve-*.json')))}.json", folder / "serve.log"
+        self.child = warm.fedmerge(
+            "serve",
+            config_path,
+            "--json",
+            folder=folder,
+            environ={**os.environ, "FEDMERGE_SERVER__LISTEN": listen, "OMP_NUM_THREADS": "1", **(environ or {})},
+            stdout=said,
+            stderr=self.log,
         )
-        assert self.child.stdout is not None
-        line = self.child.stdout.readline()
-        assert line, (config_path.parent / "serve.log").read_text()
+        while not (line := said.read_text()).endswith("\n"):
+            assert self.child.poll() is None, self.log.read_text()
+            time.sleep(0.01)
         ready = json.loads(line)
         self.address: str = ready["address"]
         self.bundle = Path(ready["bundle"])
@@ -144,11 +148,7 @@ class ServerProcess:
 
     def wait(self) -> int:
         """Wait until it has ended, and return its exit code."""
-        code = self.child.wait(30)
-        assert self.child.stdout is not None
-        self.child.stdout.close()
-        self._log.close()
-        return code
+        return self.child.wait(30)
 
 
 @dataclass

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedmerge.cli import main
 from fedmerge_client.train.label_head import build_classifier
+from tests import warm
 from tests.unit.test_text_classification import ANIMALS, FRUIT, LABELS, TOOLS, make_encoder, write_rows
 
 WORDS = dict(zip(LABELS, (FRUIT, TOOLS, ANIMALS), strict=True))
@@ -40,23 +43,6 @@ AS_IN_A_TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_i
 # Writing beyond this many bytes fails, as on a full disk.
 NO_ROOM = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 
-SESSION = """
-import contextlib, io, json, os, sys
-from pathlib import Path
-from fedmerge.cli import main
-
-def tree():
-    return {str(path) for path in Path().rglob("*")}
-
-outcomes = []
-for arguments in json.load(sys.stdin):
-    before, out, err = tree(), io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    outcomes.append([code, out.getvalue(), err.getvalue(), sorted(tree() - before)])
-json.dump(outcomes, sys.stdout)
-"""
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -69,36 +55,42 @@ class Outcome:
 
 
 def run_session(folder: Path, environ: Mapping[str, str], commands: Sequence[Sequence[str | Path]]) -> list[Outcome]:
-    """Run commands one after the other in one process, which imports torch and transformers once for all of them."""
-    result = subprocess.run(
-        [sys.executable, "-c", SESSION],
-        input=json.dumps([[str(word) for word in command] for command in commands]),
-        cwd=folder,
-        env=dict(environ),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    # Anything here went past the command line's own output: gRPC's C++ log, a progress bar, a crash.
-    assert (result.returncode, result.stderr) == (0, ""), f"exit code {result.returncode}\n{result.stderr}"
-    return [Outcome(*outcome) for outcome in json.loads(result.stdout)]
+    """Run commands one after the other in one process."""
+    with TemporaryDirectory() as scratch:
+        found, printed = Path(scratch) / "outcomes.json", Path(scratch) / "printed"
+        words = [[str(word) for word in command] for command in commands]
+        process = warm.WarmProcess(
+            _be_session, words, found, folder=folder, environ=environ, stdout=printed, stderr=printed
+        )
+        try:
+            code = process.wait(240)
+        finally:
+            process.kill()
+        # Anything here went past the command line's own output: gRPC's C++ log, a progress bar, a crash.
+        assert (code, printed.read_text()) == (0, ""), f"exit code {code}\n{printed.read_text()}"
+        return [Outcome(*outcome) for outcome in json.loads(found.read_text())]
+
+
+def _be_session(commands: list[list[str]], found: Path) -> int:
+    def tree() -> set[str]:
+        return {str(path) for path in Path().rglob("*")}
+
+    outcomes = []
+    for words in commands:
+        before, out, err = tree(), io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(words)
+        outcomes.append([code, out.getvalue(), err.getvalue(), sorted(tree() - before)])
+    found.write_text(json.dumps(outcomes))
+    return 0
 
 
 class Running:
     """A command that runs until it is asked to stop, as in a terminal; `log` is what it has printed."""
 
-    def __init__(self, folder: Path, environ: Mapping[str, str], *arguments: str | Path, prelude: str = "") -> None:
-        program = f"{AS_IN_A_TERMINAL}\n{prelude}\nimport sys\nfrom fedmerge.cli import main\nsys.exit(main())"
+    def __init__(self, folder: Path, environ: Mapping[str, str], *arguments: str | Path) -> None:
         self._log = folder.with_name(f"{folder.name}-{len(list(folder.parent.iterdir()))}.log")
-        with self._log.open("wb") as file:
-            self.child = subprocess.Popen(
-                [sys.executable, "-c", program, *map(str, arguments)],
-                cwd=folder,
-                env=dict(environ),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
+        self.child = warm.fedmerge(*arguments, folder=folder, environ=environ, stdout=self._log, stderr=self._log)
 
     @property
     def log(self) -> str:

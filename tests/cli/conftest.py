@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 
 @pytest.fixture
 def clean_environment() -> dict[str, str]:
@@ -19,20 +21,31 @@ def clean_environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def run(tmp_path: Path, clean_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run("keys", "show", path)` runs `fedmerge keys show PATH` in `tmp_path`; `python=` runs a program instead."""
 
     def run(
         *arguments: str | Path, env: Mapping[str, str] | None = None, python: str | None = None
     ) -> subprocess.CompletedProcess[str]:
-        program = ["-m", "fedmerge"] if python is None else ["-c", python]
+        environ, timeout_s = clean_environment | dict(env or {}), 120
+        if python is None:
+            folder = tmp_path_factory.mktemp("printed")
+            printed = folder / "stdout", folder / "stderr"
+            process = warm.fedmerge(*arguments, folder=tmp_path, environ=environ, stdout=printed[0], stderr=printed[1])
+            try:
+                code = process.wait(timeout_s)
+            finally:
+                process.kill()
+            return subprocess.CompletedProcess(arguments, code, *(path.read_text() for path in printed))
         return subprocess.run(
-            [sys.executable, *program, *map(str, arguments)],
+            [sys.executable, "-c", python, *map(str, arguments)],
             cwd=tmp_path,
-            env=clean_environment | dict(env or {}),
+            env=environ,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=timeout_s,
             check=False,
         )
 

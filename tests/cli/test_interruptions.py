@@ -54,8 +54,8 @@ def start(folder: Path, clean_environment: dict[str, str]) -> Iterator[Start]:
     """`start("serve")` starts a command in `folder`; what still runs at the end is killed."""
     started: list[Running] = []
 
-    def start(*arguments: str | Path, prelude: str = "") -> Running:
-        started.append(Running(folder, clean_environment, *arguments, prelude=prelude))
+    def start(*arguments: str | Path) -> Running:
+        started.append(Running(folder, clean_environment, *arguments))
         return started[-1]
 
     yield start

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint
 from fedmerge.trust import TrustStore
 from fedmerge.verify import History, replay, verify_directory
+from tests import warm
 from tests.conftest import make_federation
 from tests.e2e.test_federation import coordinator_key
 from tests.e2e.test_outer_trajectories import INNER_LR, INNER_STEPS, streaming, target_of
@@ -67,15 +66,8 @@ def federate(
             words += ["--trainer", "torch", "--option", f"folder={folder}", "--option", "model=own_training:Model"]
             words += ["--option", "function=own_training:train"]
             words += ["--option", f"options.seed={SEEDS[name]}", "--option", f"options.pause_s={pause_s}"]
-            with (folder / f"{name}.log").open("wb") as log:
-                nodes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "fedmerge", *map(str, words)],
-                        stdout=log,
-                        stderr=log,
-                        env={**os.environ, "OMP_NUM_THREADS": "1"},
-                    )
-                )
+            log, environ = folder / f"{name}.log", {**os.environ, "OMP_NUM_THREADS": "1"}
+            nodes.append(warm.fedmerge(*words, folder=folder, environ=environ, stdout=log, stderr=log))
         codes = [node.wait(120) for node in nodes]
         assert codes == [0, 0], [(folder / f"{name}.log").read_text() for name in pauses_s]
     finally:
