@@ -48,8 +48,20 @@ class Certificates:
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for a port; each handshake takes the certificates that are current then."""
+        shown = self._configuration
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            # gRPC takes what comes from here without a lock: handshakes side by side fail at times, or crash it.
+            nonlocal shown
+            if self._configuration is shown:
+                return None
+            shown = self._configuration
+            return shown
+
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration, lambda: self._configuration, require_client_authentication=self.are_required
+            self._configuration,
+            changed,  # type: ignore[arg-type]  # its types leave out None, for "as before"
+            require_client_authentication=self.are_required,
         )
 
     def refresh(self, now: dt.datetime) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 from cryptography import x509
 from google.protobuf import descriptor_pool
@@ -24,7 +26,7 @@ from fedmerge.errors import (
 )
 from fedmerge.sign import SigningKey
 from fedmerge.trust import Member, TrustStore
-from fedmerge.v1 import delta_pb2, log_pb2, model_pb2, round_pb2, session_pb2
+from fedmerge.v1 import delta_pb2, log_pb2, model_pb2, round_pb2, session_pb2, session_pb2_grpc
 from fedmerge_client.link import GrpcLink
 from fedmerge_server.access import METHODS, require_allowed
 from tests.conftest import Federation, ServerProcess, make_federation
@@ -48,6 +50,22 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Federati
     process = federation.serve()
     yield federation, process
     process.stop()
+
+
+def test_hundreds_of_connections_at_once_are_all_taken(server: ServerProcess) -> None:
+    """gRPC's handshakes raced with certificates that were handed to it for each of them."""
+    pem = server.bundle.read_bytes()
+    credentials = grpc.ssl_channel_credentials(pem[: pem.index(b"-----BEGIN PUBLIC KEY")])
+    options = [("grpc.ssl_target_name_override", TLS_NAME), ("grpc.use_local_subchannel_pool", 1)]
+
+    def connect(_: int) -> int:
+        with grpc.secure_channel(server.address, credentials, options) as channel:
+            sessions = session_pb2_grpc.SessionServiceStub(channel)
+            return len(sessions.BeginSession(session_pb2.BeginSessionRequest(), timeout=60).nonce)
+
+    with ThreadPoolExecutor(32) as pool:
+        assert set(pool.map(connect, range(2000))) == {32}
+    assert server.child.poll() is None
 
 
 def test_a_node_gets_a_certificate_and_renews_it_by_itself(
