@@ -245,10 +245,15 @@ def _parse_envelope(envelope: bytes) -> _Parsed:
     try:
         parsed = Envelope.from_dict(json.loads(envelope))
         signatures = [(key_id, bytes.fromhex(one.signature)) for key_id, one in parsed.signatures.items()]
+        # Base64 can be spelt in several ways, and keys that nobody reads could hold anything.
+        parsed.signatures = {key_id: Signature(key_id, one.signature) for key_id, one in parsed.signatures.items()}
+        is_exact = parsed.to_dict() == json.loads(envelope)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise BadSignature(f"not a DSSE envelope ({type(err).__name__})") from err
     if len(signatures) != 1:
         raise BadSignature(f"has {len(signatures)} signatures, expected one")
+    if not is_exact:
+        raise BadSignature("not a DSSE envelope as it is written here")
     return _Parsed(parsed.payload_type, parsed.payload, parsed.pae(), *signatures[0])
 
 

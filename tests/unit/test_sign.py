@@ -63,6 +63,24 @@ def test_no_change_of_an_envelope_gives_another_payload(data: st.DataObject) -> 
         return
 
 
+def test_an_envelope_can_not_be_spelt_otherwise() -> None:
+    """64 bytes in base64 leave four bits of the last digit to no one, and JSON has room for more keys."""
+    envelope = json.loads(KEY.sign(TYPE, b"{}"))
+    assert open_envelope(json.dumps(envelope, indent=1).encode(), TYPE, TRUSTED, where="test").payload == b"{}"
+    (signature,) = envelope["signatures"]
+    other = signature["sig"][:-3] + chr(ord(signature["sig"][-3]) + 1) + "=="
+    assert base64.b64decode(other) == base64.b64decode(signature["sig"])
+    changes = [
+        envelope | {"signatures": [signature | {"sig": other}]},
+        envelope | {"signatures": [signature | {"note": ""}]},
+        envelope | {"payload": envelope["payload"].rstrip("=")[:-1] + "1="},
+        envelope | {"note": ""},
+    ]
+    for changed in changes:
+        with pytest.raises(BadSignature, match="as it is written here"):
+            open_envelope(json.dumps(changed).encode(), TYPE, TRUSTED, where="test")
+
+
 @given(
     st.one_of(st.binary(max_size=300), st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
 )
