@@ -202,7 +202,8 @@ def open_envelope(envelope: bytes, payload_type: str, trusted: Mapping[str, Publ
 
     `trusted` maps key ids to keys. The key id in the envelope is only a hint: a key is looked up by it in `trusted`,
     and the signature must verify under that key. Raises `UntrustedKey` when the named key is not trusted, and
-    `BadSignature` when the envelope is malformed, of another type, not signed exactly once, or does not verify.
+    `BadSignature` when the envelope is malformed, spelt otherwise than `SigningKey.sign` does (but for white space), of
+    another type, not signed exactly once, or does not verify.
     """
     parsed = _opened(envelope, where)
     if parsed.payload_type != payload_type:

@@ -25,7 +25,7 @@ def gc(
     json: JsonFlag = False,
 ) -> None:
     """Delete what crashes left behind in a coordinator's store. No coordinator may lead meanwhile."""
-    settings = load_config(config, to_merge=False)
+    settings = load_config(config)
     if forget_before < 0:
         raise ConfigError("--forget-before should be the number of a round")
     from fedmerge.garbage import garbage

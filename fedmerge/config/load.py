@@ -71,7 +71,10 @@ def parse_config(
     overrides: Mapping[str, str] | None = None,
     to_merge: bool = True,
 ) -> Config:
-    """Parse the text of a fedmerge.toml that stands, or would stand, in `folder`; `where` names it in errors."""
+    """Parse the text of a fedmerge.toml that stands, or would stand, in `folder`; `where` names it in errors.
+
+    The rest, and what is raised, is as for `load_config`.
+    """
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as err:  # ValueError: also an integer of thousands of digits
