@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -36,32 +37,39 @@ def simulate_processes(
     prepare_nodes(config, [node.name for node in config.nodes])
     environ = {**os.environ, "FEDMERGE_SERVER__LISTEN": "127.0.0.1:0"}
     ended: SimpleQueue[_Process] = SimpleQueue()
-    with _Process("the coordinator", ["serve", str(config_path), "--json"], environ, ended) as coordinator:
+    processes: list[_Process] = []
+
+    def start(*arguments: Any) -> None:
+        # On a thread: Ctrl-C, which interrupts this one, loses no process between its start and the list.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: processes.append(_Process(*arguments))).result()
+
+    try:
+        start("the coordinator", ["serve", str(config_path), "--json"], environ, ended)
+        (coordinator,) = processes
         ready = json.loads(coordinator.first_line())
-        nodes: list[_Process] = []
-        try:
-            for node in config.nodes:
-                home = node_home(config, node.name)
-                arguments = ["join", "--coordinator", ready["address"], "--trust", ready["bundle"], "--name", node.name]
-                arguments += ["--home", str(home), "--key", str(home / "node.key")]
-                arguments += ["--trainer", config.train.trainer, "--json"]
-                if keep_tuned:
-                    arguments.append("--keep-tuned")
-                for name, path in (("--data", node.data), ("--test", node.test)):
-                    arguments += [name, str(path)] if path is not None else []
-                for key, value in node.extras.items():
-                    for name, setting in _flat(key, value):
-                        arguments += ["--option", f"{name}={setting}"]
-                nodes.append(_Process(node.name, arguments, dict(os.environ), ended, on_event))
-            # In the order in which they end, or one that failed would leave the others waiting for it.
-            for _ in nodes:
-                process = ended.get()
-                process.wait()
-                if process is coordinator:
-                    raise RoundFailed("the coordinator was stopped before the last round")
-        finally:
-            for process in nodes:
-                process.stop()
+        for node in config.nodes:
+            home = node_home(config, node.name)
+            arguments = ["join", "--coordinator", ready["address"], "--trust", ready["bundle"], "--name", node.name]
+            arguments += ["--home", str(home), "--key", str(home / "node.key")]
+            arguments += ["--trainer", config.train.trainer, "--json"]
+            if keep_tuned:
+                arguments.append("--keep-tuned")
+            for name, path in (("--data", node.data), ("--test", node.test)):
+                arguments += [name, str(path)] if path is not None else []
+            for key, value in node.extras.items():
+                for name, setting in _flat(key, value):
+                    arguments += ["--option", f"{name}={setting}"]
+            start(node.name, arguments, dict(os.environ), ended, on_event)
+        # In the order in which they end, or one that failed would leave the others waiting for it.
+        for _ in config.nodes:
+            process = ended.get()
+            process.wait()
+            if process is coordinator:
+                raise RoundFailed("the coordinator was stopped before the last round")
+    finally:
+        for process in reversed(processes):
+            process.stop()
     return result_of(config)
 
 
@@ -89,12 +97,6 @@ class _Process:
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
-
-    def __enter__(self) -> _Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def first_line(self) -> str:
         """Return the first line of stdout; raise `RoundFailed` when the process ends without one."""
