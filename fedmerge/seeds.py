@@ -15,3 +15,8 @@ def derive_seed(*parts: str | int) -> int:
         data = str(part).encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return int.from_bytes(digest.digest()[:8], "little")
+
+
+def fraction(*parts: str | int) -> float:
+    """Return a number between 0 and 1 for the given `parts`, as evenly spread as their seeds, in steps of 2^-53."""
+    return ((derive_seed(*parts) >> 11) + 0.5) / 2**53

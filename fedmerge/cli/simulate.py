@@ -64,6 +64,8 @@ def simulate(
         print_json(result.to_dict())
         return
     print_result(result)
+    if any(node.is_bad for node in result.nodes):
+        stdout.print(_of_bad_nodes(settings.simulate.attack, result), soft_wrap=True)
     if not processes:
         stdout.print(_took(settings, result))
     sys.stdout.write(f"{result.model_dir}\n")
@@ -154,6 +156,15 @@ def _took(settings: Config, result: FederationResult) -> str:
     num_deltas = sum(each.num_deltas for each in result.rounds)
     sent = format_bytes(sum(each.sent_bytes for each in result.rounds))
     return f"{num_deltas} deltas of {len(settings.nodes)} nodes, {sent} in all, in {took} of virtual time"
+
+
+def _of_bad_nodes(attack: str, result: FederationResult) -> str:
+    bad, good = ([node for node in result.nodes if node.is_bad == is_bad] for is_bad in (True, False))
+    of_bad, of_good = (
+        f"{sum(node.num_merged for node in nodes)} of {sum(node.num_deltas for node in nodes)}" for nodes in (bad, good)
+    )
+    names = ", ".join(escape(printable(node.name)) for node in bad)
+    return f"bad nodes ({attack}): {names}; {of_bad} deltas of theirs were merged, {of_good} of the others'"
 
 
 def print_result(result: FederationResult) -> None:

@@ -69,10 +69,30 @@ class Simulate(Section):
     """Share of hours in which a node is there; away, it neither begins a round nor delivers."""
     dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of rounds that a node begins and never delivers in."""
+    availability: FilePath | None = Field(default=None, examples=["availability.csv"])
+    """CSV with columns node, from_s and to_s: when nodes are there, in seconds since the simulation began, in place of
+    "online"."""
+    availability_period_s: float = Field(default=0.0, ge=0, le=1e9)
+    """After so many seconds the file begins again; 0: after its last row nobody is there any more."""
+    bad_nodes: int = Field(default=0, ge=0, le=1_000_000)
+    """How many nodes are bad."""
+    attack: Literal["sign_flip", "scale", "noise", "inner_product", "little", "label_flip"] = "sign_flip"
+    """What they send: their update the other way or many times too large; noise; together the other way, or as far off
+    the mean as others are; or what they train on data whose labels, in the column "by", are changed."""
+    attack_strength: float | None = Field(default=None, gt=0, le=1e6)
+    """How many times their update's length (of "little": how many standard deviations). Without it .5 of
+    "inner_product", 1.5 of "little", 1 of "sign_flip", 10 of the others."""
 
     @field_validator("data")
     @classmethod
     def _enough_to_share_out(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         if info.data.get("nodes") and value is None:
             raise ValueError("is needed with simulate.nodes: the data to share out among them")
+        return value
+
+    @field_validator("availability")
+    @classmethod
+    def _one_way_to_be_away(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.data.get("online") != 1.0:
+            raise ValueError("and simulate.online both say when nodes are there: leave one out")
         return value

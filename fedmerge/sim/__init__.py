@@ -5,7 +5,7 @@ from fedmerge.sim.inline import prepare_nodes, simulate
 from fedmerge.sim.processes import simulate_processes
 from fedmerge.sim.results import FederationResult, NodeResult, result_of
 from fedmerge.sim.sites import LocalLink, Site, make_site, node_home
-from fedmerge.sim.sweep import SweepResult, sweep
+from fedmerge.sim.sweep import SweepResult, outcome_of, sweep
 from fedmerge.sim.tracking import to_tensorboard, tracking
 from fedmerge.sim.virtual import with_virtual_nodes
 from fedmerge.sim.world import World
@@ -25,6 +25,7 @@ __all__ = [
     "make_site",
     "node_home",
     "open_engine",
+    "outcome_of",
     "prepare_nodes",
     "result_of",
     "simulate",

@@ -24,6 +24,8 @@ from fedmerge.node_events import NodeEvent
 from fedmerge.ownership import open_seat
 from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.sim.adversary import Adversary
+from fedmerge.sim.availability import Availability, availabilities
 from fedmerge.sim.engines import Engine, Inline, simulated
 from fedmerge.sim.models import PublishedModels, SharedModels
 from fedmerge.sim.results import FederationResult, result_of
@@ -72,20 +74,26 @@ class Simulation:
         *,
         world: World,
         engine: Engine,
+        adversary: Adversary,
+        availability: Mapping[str, Availability],
         seat: Seat,
         keys: Mapping[str, SigningKey],
         on_event: Callable[[str, NodeEvent], None],
         connect: Callable[[Coordinator, str], LocalLink],
     ) -> None:
         self.config, self.world = config, world
-        self._trainers, self._engine = trainers, engine
+        self._trainers = trainers
+        self._engines = dict.fromkeys(trainers, engine) | dict.fromkeys(adversary.names, adversary)
         self._on_event, self._connect = on_event, connect
         self._keys = keys
         trust = KnownNodes(config.federation.trusted)
         self.coordinator = Coordinator(config, base_dir, clock=world.clock, seat=seat, trust=trust)
         self.coordinator.journal.on_change.append(world.notify)
         self._order = {name: number for number, name in enumerate(trainers)}
-        self._sites = {name: make_site(config.simulate, name) for name in trainers}
+        began_s = self.coordinator.journal.ledger.entries[0].at_s
+        self._sites = {
+            name: make_site(config.simulate, name, availability.get(name), began_s=began_s) for name in trainers
+        }
         self._nodes: dict[str, tuple[TimedLink, Node]] = {}
         self._busy: set[str] = set()
         self._answered: dict[str, Question] = {}
@@ -159,7 +167,7 @@ class Simulation:
         if name not in self._nodes:
             key, home, site = self._keys[name], node_home(self.config, name), self._sites[name]
             link = TimedLink(self._connect(self.coordinator, key.public.key_id), self.world, site)
-            trainer = simulated(self._trainers[name], self._engine, self.world, site.train_s)
+            trainer = simulated(self._trainers[name], self._engines[name], self.world, site.train_s)
 
             def on_event(event: NodeEvent) -> None:
                 self._on_event(name, event)
@@ -200,19 +208,24 @@ def simulate(
 
     `trainers` has one trainer by node name, which `engine` runs; `world` has the time at which to begin, and `connect`
     makes the link of a node, from the coordinator and the node's id. A simulation that was stopped goes on where it
-    was. Raises `RoundFailed` when a round ends without a model.
+    was. Raises `RoundFailed` when a round ends without a model, and `ConfigError` or `InputError` before it begins,
+    when what is to be simulated can't be.
     """
+    engine = engine or Inline()
+    adversary, availability = Adversary(config, trainers, engine), availabilities(config, trainers)
     for trainer in trainers.values():
         trainer.check()
     keys, world = prepare_nodes(config, list(trainers)), world or World()
-    with closing(open_seat(config, world.clock, durable=False)) as seat:
+    with closing(adversary), closing(open_seat(config, world.clock, durable=False)) as seat:
         seat.take()
         simulation = Simulation(
             config,
             base_dir,
             trainers,
             world=world,
-            engine=engine or Inline(),
+            engine=engine,
+            adversary=adversary,
+            availability=availability,
             seat=seat,
             keys=keys,
             on_event=on_event,

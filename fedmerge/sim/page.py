@@ -45,6 +45,9 @@ def page(result: FederationResult, name: str) -> str:
         f"<p>{len(rounds)} rounds, {sum(each.num_deltas for each in rounds)} deltas of {len(result.nodes)} nodes, "
         f"version {escape(result.version)}</p>",
     ]
+    if bad := [node for node in result.nodes if node.is_bad]:
+        merged, sent_by_bad = sum(node.num_merged for node in bad), sum(node.num_deltas for node in bad)
+        parts.append(f"<p>{len(bad)} of the nodes are bad: {merged} of their {sent_by_bad} deltas were merged</p>")
     for metric in metrics:
         known = [index for index, each in enumerate(rounds) if metric in each.metrics]
         values = [rounds[index].metrics[metric] for index in known]
@@ -65,12 +68,13 @@ def page(result: FederationResult, name: str) -> str:
 
 
 def _table(rounds: Sequence[RoundResult], sent: Sequence[int], metrics: Sequence[str]) -> str:
-    headings = ["round", "published, hours", "deltas", "MB sent", "MB sent so far", *metrics]
+    headings = ["round", "published, hours", "deltas", "merged", "MB sent", "MB sent so far", *metrics]
     rows = [
         [
             str(each.round),
             f"{each.published_s / 3600:,.3f}",
             f"{each.num_deltas:,}",
+            f"{each.num_merged:,}",
             f"{each.sent_bytes / 1e6:,.3f}",
             f"{so_far / 1e6:,.3f}",
             *(f"{each.metrics[metric]:.4g}" if metric in each.metrics else "" for metric in metrics),

@@ -136,10 +136,11 @@ def share_out(
         held_out = set(rows[:: round(1 / test_share)]) if test is not None and len(rows) > 1 else set()
         with reporting_os_errors(train):
             train.parent.mkdir(parents=True, exist_ok=True)
-            _write(train, [records[row] for row in rows if row not in held_out])
+            write_records(train, [records[row] for row in rows if row not in held_out])
             if test is not None:
-                _write(test, [records[row] for row in sorted(held_out or rows)])
+                write_records(test, [records[row] for row in sorted(held_out or rows)])
 
 
-def _write(path: Path, records: list[dict[str, Any]]) -> None:
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write rows as JSON Lines."""
     path.write_text("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records), encoding="utf-8")

@@ -14,8 +14,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from fedmerge.config import Config
-from fedmerge.errors import RoundFailed
+from fedmerge.errors import ConfigError, RoundFailed
 from fedmerge.node_events import EVENT_FIELD, NodeEvent
+from fedmerge.sim.adversary import bad_nodes
 from fedmerge.sim.inline import prepare_nodes
 from fedmerge.sim.results import FederationResult, result_of
 from fedmerge.sim.sites import node_home
@@ -34,7 +35,13 @@ def simulate_processes(
 
     The coordinator takes a free port on loopback. Raises `RoundFailed`, with its last line, when a process fails.
     """
-    prepare_nodes(config, [node.name for node in config.nodes])
+    names = [node.name for node in config.nodes]
+    if bad_nodes(config.simulate, names) and config.simulate.attack != "label_flip":
+        raise ConfigError(
+            "simulate.bad_nodes: nodes that are processes of their own can only have flipped labels",
+            hint='attack = "label_flip", or a simulation in one process',
+        )
+    prepare_nodes(config, names)
     environ = {**os.environ, "FEDMERGE_SERVER__LISTEN": "127.0.0.1:0"}
     ended: SimpleQueue[_Process] = SimpleQueue()
     processes: list[_Process] = []

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fedmerge.config import Config
+from fedmerge.config import Config, Simulate
 from fedmerge.delta import delta_schema
 from fedmerge.errors import MissingExtra, RoundFailed
 from fedmerge.events import CandidatesProposed, DeltaAccepted, MetricsReported, RoundOpened, RoundPublished
 from fedmerge.journal import Journal
 from fedmerge.rounds import Phase
 from fedmerge.sign import SigningKey
+from fedmerge.sim.adversary import bad_nodes
 from fedmerge.statements import MergeRecord, MetricsStatement
 from fedmerge.store.database import Database
 from fedmerge.store.ledger import Ledger
@@ -28,15 +31,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class NodeResult:
-    """One node's outcome: scores of three models on its own test data, and the bytes it sent over all rounds.
+    """One node's outcome: scores of three models on its own test data, and the deltas and bytes it sent in all rounds.
 
+    `num_merged` of its deltas passed the screening. `is_bad` says whether it was simulated to be bad.
     `base` is the base model, `own` the node's fine-tune of it in round 1, before any merge, `merged` the last model.
     """
 
     name: str
     node_id: str
     num_examples: int = 0
+    num_deltas: int = 0
+    num_merged: int = 0
     sent_bytes: int = 0
+    is_bad: bool = False
     base: dict[str, float] = field(default_factory=dict)
     own: dict[str, float] = field(default_factory=dict)
     merged: dict[str, float] = field(default_factory=dict)
@@ -46,7 +53,8 @@ class NodeResult:
 class RoundResult:
     """One round and its deltas: when it opened, and its model was published, in seconds since the federation began.
 
-    `metrics` are the model's, each the mean over the nodes that evaluated it.
+    `num_merged` deltas, of this round or of some before, passed the screening of its merge. `metrics` are the model's,
+    each the mean over the nodes that evaluated it.
     """
 
     round: int
@@ -54,6 +62,7 @@ class RoundResult:
     published_s: float = 0.0
     num_deltas: int = 0
     sent_bytes: int = 0
+    num_merged: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -102,7 +111,7 @@ def result_of(config: Config) -> FederationResult:
             version=record.model.digest,
             num_rounds=record.round,
             rounds=_rounds(journal, trust),
-            nodes=_nodes(journal, trust, record.round),
+            nodes=_nodes(journal, trust, config.simulate),
             fetched_bytes=_fetched_bytes(journal) + _candidate_bytes(journal),
             dense_bytes=4 * sum(spec.num_elements for spec in schema.values()),
         )
@@ -115,11 +124,15 @@ def _candidate_bytes(journal: Journal) -> int:
     return sum(event.num_bytes for event in events if isinstance(event, CandidatesProposed))
 
 
+def _records(journal: Journal) -> Iterator[MergeRecord]:
+    for merge in journal.state.merges:
+        yield MergeRecord.open(merge.record_envelope.encode(), journal.own_keys, where="merge record")[0]
+
+
 def _fetched_bytes(journal: Journal) -> int:
     """Return the bytes of all files that a node fetches on the way from the base to each version in turn."""
     fetched: dict[str, int] = {}
-    for merge in journal.state.merges:
-        record, _ = MergeRecord.open(merge.record_envelope.encode(), journal.own_keys, where="merge record")
+    for record in _records(journal):
         steps = cheapest_route(record.model, {record.before.digest}, fetched)
         fetched |= {file.root: file.num_bytes for file in steps or record.model.updates}
     return sum(fetched.values())
@@ -148,15 +161,19 @@ def _rounds(journal: Journal, trust: TrustStore) -> list[RoundResult]:
     for (number, name), values in reports.items():
         if number in rounds:
             rounds[number].metrics[name] = fmean(values)
+    for record in _records(journal):
+        rounds[record.round].num_merged = sum(each.accepted for each in record.contributions)
     return list(rounds.values())
 
 
-def _nodes(journal: Journal, trust: TrustStore, last_round: int) -> list[NodeResult]:
+def _nodes(journal: Journal, trust: TrustStore, simulated: Simulate) -> list[NodeResult]:
     names, keys = trust.names(), trust.keys()
+    records = list(_records(journal))
     nodes = {key_id: NodeResult(name, key_id) for key_id, name in sorted(names.items(), key=lambda item: item[1])}
     for entry in journal.ledger.entries:
         fact = entry.event
         if isinstance(fact, DeltaAccepted) and fact.node_id in nodes:
+            nodes[fact.node_id].num_deltas += 1
             nodes[fact.node_id].sent_bytes += fact.payload_bytes
             nodes[fact.node_id].num_examples = fact.num_examples
         elif isinstance(fact, MetricsReported) and fact.node_id in nodes:
@@ -166,6 +183,12 @@ def _nodes(journal: Journal, trust: TrustStore, last_round: int) -> list[NodeRes
                     nodes[fact.node_id].base = statement.values
                 case "own", 1:
                     nodes[fact.node_id].own = statement.values
-                case "global", number if number == last_round:
+                case "global", number if number == records[-1].round:
                     nodes[fact.node_id].merged = statement.values
+    for contribution in itertools.chain.from_iterable(record.contributions for record in records):
+        if contribution.node_id in nodes:
+            nodes[contribution.node_id].num_merged += contribution.accepted
+    bad = set(bad_nodes(simulated, names.values()))
+    for node in nodes.values():
+        node.is_bad = node.name in bad
     return [node for node in nodes.values() if node.num_examples]

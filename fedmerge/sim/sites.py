@@ -14,7 +14,8 @@ from fedmerge.config.simulate import Simulate
 from fedmerge.coordinator import Coordinator
 from fedmerge.link import RoundView
 from fedmerge.merkle import LEAF_BYTES, leaves_of
-from fedmerge.seeds import derive_seed
+from fedmerge.seeds import derive_seed, fraction
+from fedmerge.sim.availability import Availability
 from fedmerge.sim.world import World
 from fedmerge.translog import Growth
 
@@ -28,7 +29,8 @@ class Site:
     """One partner's machine and line. A rate of 0 bytes per second stands for one without limit.
 
     `train_s` is how long a fine-tune takes, `online` the share of hours in which the site is there, `dropout` the share
-    of rounds that it begins and never delivers in. `seed` is its own.
+    of rounds that it begins and never delivers in. `seed` is its own. Where there is an `availability`, which counts
+    from `began_s` on, that says when it is there.
     """
 
     up_bytes_per_s: float = 0.0
@@ -38,6 +40,8 @@ class Site:
     online: float = 1.0
     dropout: float = 0.0
     seed: int = 0
+    availability: Availability | None = None
+    began_s: float = 0.0
 
     def send_s(self, num_bytes: int) -> float:
         """Return how long an upload takes."""
@@ -49,30 +53,36 @@ class Site:
 
     def drops_out(self, round_number: int) -> bool:
         """Return whether the site begins a round without ever delivering in it."""
-        return self.dropout > 0 and _uniform(self.seed, "dropout", round_number) < self.dropout
+        return self.dropout > 0 and fraction(self.seed, "dropout", round_number) < self.dropout
 
     def offline_s(self, now_s: float) -> float:
-        """Return how long it takes until the site is there; it is, or is not, for an hour at a time."""
+        """Return how long it takes until the site is there: infinity when it never is again.
+
+        Without an `availability` it is, or is not, for an hour at a time.
+        """
+        if self.availability is not None:
+            return self.availability.away_s(now_s - self.began_s)
         if self.online >= 1:
             return 0.0
         first = int(now_s // SLOT_S)
         for slot in range(first, first + NUM_SLOTS):
-            if _uniform(self.seed, "online", slot) < self.online:
+            if fraction(self.seed, "online", slot) < self.online:
                 return max(0.0, slot * SLOT_S - now_s)
         return NUM_SLOTS * SLOT_S
 
 
-def make_site(settings: Simulate, name: str) -> Site:
+def make_site(settings: Simulate, name: str, availability: Availability | None = None, *, began_s: float = 0.0) -> Site:
     """Return the site called `name`. It depends on the settings and the name alone, not on what other sites there are.
 
-    Speeds are drawn log-normally around their medians, with a standard deviation of `spread` in the logarithm.
+    It is there by `availability`, of a simulation that began at `began_s`. Speeds are drawn log-normally around their
+    medians, with a standard deviation of `spread` in the logarithm.
     """
     seed = derive_seed("simulate.site", settings.seed, name)
 
     def median(value: float, what: str) -> float:
-        return value * math.exp(settings.spread * NormalDist().inv_cdf(_uniform(seed, what)))
+        return value * math.exp(settings.spread * NormalDist().inv_cdf(fraction(seed, what)))
 
-    straggles = _uniform(seed, "straggler") < settings.stragglers
+    straggles = fraction(seed, "straggler") < settings.stragglers
     return Site(
         up_bytes_per_s=median(settings.up_mbit_s, "up") * BYTES_PER_MBIT,
         down_bytes_per_s=median(settings.down_mbit_s, "down") * BYTES_PER_MBIT,
@@ -81,6 +91,8 @@ def make_site(settings: Simulate, name: str) -> Site:
         online=settings.online,
         dropout=settings.dropout,
         seed=seed,
+        availability=availability,
+        began_s=began_s,
     )
 
 
@@ -91,10 +103,6 @@ def node_home(config: Config, name: str) -> Path:
 
 def _transfer_s(num_bytes: int, bytes_per_s: float, latency_s: float) -> float:
     return latency_s + (num_bytes / bytes_per_s if bytes_per_s else 0.0)
-
-
-def _uniform(*parts: str | int) -> float:
-    return ((derive_seed(*parts) >> 11) + 0.5) / 2**53
 
 
 class LocalLink:

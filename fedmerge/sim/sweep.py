@@ -128,12 +128,18 @@ def _row(point: Point, run: Callable[[Config], FederationResult]) -> dict[str, A
 
 
 def outcome_of(result: FederationResult) -> dict[str, Any]:
-    """Return what a federation came to in one row: its last round's metrics, bytes in all, and virtual hours."""
-    last = result.rounds[-1]
+    """Return what a federation came to in one row: its last round's metrics, deltas and bytes in all, and hours."""
+    last, bad = result.rounds[-1], [node for node in result.nodes if node.is_bad]
+    of_bad = {
+        "bad_deltas": sum(node.num_deltas for node in bad),
+        "bad_merged": sum(node.num_merged for node in bad),
+    }
     return {
         "rounds": result.num_rounds,
         **last.metrics,
         "deltas": sum(each.num_deltas for each in result.rounds),
+        "merged": sum(each.num_merged for each in result.rounds),
+        **(of_bad if bad else {}),
         "sent_bytes": sum(each.sent_bytes for each in result.rounds),
         "fetched_bytes": result.fetched_bytes,
         "hours": round(last.published_s / 3600, 6),

@@ -9,6 +9,7 @@ from fedmerge.config import Config
 from fedmerge.config.simulate import SimulatedNode
 from fedmerge.errors import ConfigError, reporting_os_errors
 from fedmerge.seeds import derive_seed
+from fedmerge.sim.adversary import with_flipped_labels
 from fedmerge.sim.partition import share_out
 from fedmerge.sim.sites import node_home
 
@@ -16,15 +17,16 @@ SETTINGS = ("nodes", "data", "partition", "by", "alpha", "test_share", "seed")
 
 
 def with_virtual_nodes(config: Config, folder: Path | None = None) -> Config:
-    """Return the configuration with the nodes that `simulate.nodes` asks for; without it, as it is.
+    """Return the configuration with the nodes that `simulate.nodes` asks for; without it, with those that it has.
 
     Their data are written to `folder`, by default beside the coordinator's state, once: a simulation that goes on, and
-    others with the same nodes, do so with the same. Raises
-    `ConfigError` when they were shared out in another way before, and `InputError` when the data can't be read.
+    others with the same nodes, do so with the same. Bad nodes, made up or not, have their labels flipped, where that is
+    the attack. Raises `ConfigError` when data were shared out in another way before, and `InputError` when they can't
+    be read.
     """
     settings = config.simulate
     if not settings.nodes:
-        return config
+        return with_flipped_labels(config)
     if config.nodes:
         raise ConfigError("there are both [[nodes]] and simulate.nodes", hint="take one of them out")
     assert settings.data is not None
@@ -57,7 +59,7 @@ def with_virtual_nodes(config: Config, folder: Path | None = None) -> Config:
     nodes = tuple(
         SimulatedNode(name=name, data=data, test=test) for name, (data, test) in zip(names, files, strict=True)
     )
-    return config.model_copy(update={"nodes": nodes})
+    return with_flipped_labels(config.model_copy(update={"nodes": nodes}))
 
 
 def partition_of(config: Config) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -64,9 +65,14 @@ class World:
         return wait
 
     def sleep(self, duration_s: float) -> None:
-        """Let `duration_s` pass for the task that calls; outside a world's tasks nothing happens."""
+        """Let `duration_s` pass for the task that calls; outside a world's tasks nothing happens.
+
+        A task that sleeps for ever, infinitely long, ends.
+        """
         task = getcurrent()
         if task in self._waits:
+            if math.isinf(duration_s):
+                raise GreenletExit
             self._wake(task, self.now_s + duration_s)
             self._leave()
 

@@ -298,6 +298,20 @@ WRONG_SIMULATIONS: list[tuple[str, str, int, str, str | None]] = [
         "known keys: optimizer, fed",
     ),
     ("[train]", NODES + '[train]\ntrainer = "x"', 2, "unknown trainer 'x'", "one of "),
+    (
+        "[train]",
+        NODES.format("north.jsonl", "north.jsonl") + "[simulate]\nbad_nodes = 2\n[train]",
+        2,
+        "simulate.bad_nodes = 2 leaves none of the 2",
+        None,
+    ),
+    (
+        "[train]",
+        NODES.format("north.jsonl", "north.jsonl") + '[simulate]\navailability = "text"\n[train]',
+        2,
+        "text: has no column from_s",
+        "columns node, from_s, to_s",
+    ),
 ]
 
 

@@ -33,6 +33,8 @@ from tests.e2e.test_federation import coordinator_key
 
 NODES = {f"node-{number}": StepTrainer(number, num_examples=10) for number in range(6)}
 DAY_S = 86_400.0
+# Two that see each other's updates, and have to be the same two, and see the same, wherever and however often.
+BAD = "bad_nodes = 2\nattack = 'little'"
 
 
 def run(
@@ -103,6 +105,35 @@ def test_months_pass_where_partners_are_seldom_there(tmp_path: Path) -> None:
     assert all(each.num_deltas == 6 for each in result.rounds)
 
 
+def test_a_file_says_who_is_there(tmp_path: Path) -> None:
+    (tmp_path / "there.csv").write_text(
+        "to_s,node,from_s\n" + "".join(f"{600 + 100 * number},node-{number},{number * 100}\n" for number in range(5))
+    )
+    simulated = "availability = 'there.csv'\navailability_period_s = 3600\ntrain_s = 300.0"
+    _, config = run(tmp_path, simulated, num_rounds=2, min_nodes=6, rounds="deadline_s = 9000")
+    began_s, at_s = ledger(config)[0].at_s, arrivals(config)
+    for number in range(5):
+        # Trained 300 s from when it came; node-5 has no row, and is always there.
+        assert at_s[1, f"node-{number}"] == pytest.approx(began_s + 100 * number + 300.0)
+    assert at_s[1, "node-5"] == pytest.approx(began_s + 300.0)
+    # The second round opens at 700 s. The first two have left, and train when they come back, an hour after they came;
+    # three leave while they train, and deliver then.
+    expected = [3600 + 300, 3700 + 300, 3800, 3900, 4000, 1000]
+    assert [at_s[2, f"node-{number}"] - began_s for number in range(6)] == pytest.approx(expected)
+
+
+def test_who_leaves_for_good_is_not_waited_for(tmp_path: Path) -> None:
+    """One leaves before the round, one while it trains; the federation goes on to its end without them."""
+    (tmp_path / "there.csv").write_text("node,from_s,to_s\nnode-0,0,250\nnode-1,0,300\n")
+    simulated = "availability = 'there.csv'\ntrain_s = 100.0"
+    result, config = run(tmp_path, simulated, num_rounds=5, rounds="grace_s = 50")
+    taken = [sorted(name for other, name in arrivals(config) if other == number) for number in (1, 2, 3, 4, 5)]
+    everybody = sorted(NODES)
+    assert taken == [everybody, everybody, everybody[2:], everybody[2:], everybody[2:]]
+    assert result.rounds[-1].published_s == pytest.approx(200.0 + 3 * 150.0)
+    assert [node.name for node in result.nodes if node.merged] == everybody[2:]
+
+
 def test_a_sample_is_asked_and_nobody_else_trains(tmp_path: Path) -> None:
     result, config = run(tmp_path, "train_s = 5.0", num_rounds=4, rounds="sample = 2")
     asked = [{name for other, name in arrivals(config) if other == number} for number in (1, 2, 3, 4)]
@@ -123,8 +154,8 @@ def test_drop_outs_leave_the_round_to_its_deadline(tmp_path: Path) -> None:
 
 
 def test_a_simulation_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
-    plain, _ = run(tmp_path / "plain", num_rounds=2)
-    make_config(tmp_path / "killed", num_rounds=2)
+    plain, _ = run(tmp_path / "plain", BAD, num_rounds=2)
+    make_config(tmp_path / "killed", num_rounds=2, extra=f"[simulate]\n{BAD}\n")
     command = [sys.executable, "-m", "tests.e2e.test_simulation", str(tmp_path / "killed"), "to be killed"]
     assert subprocess.run(command, check=False).returncode == 9
     config = load_config(tmp_path / "killed" / "fedmerge.toml")
@@ -182,8 +213,9 @@ def merged(result: FederationResult) -> tuple[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_every_engine_and_every_timing_gives_the_same_model(tmp_path: Path) -> None:
-    plain, _ = run(tmp_path / "plain", num_rounds=2, min_nodes=6)
-    timed, _ = run(tmp_path / "timed", "train_s = 50.0\nspread = 1.0\nup_mbit_s = 1.0", num_rounds=2, min_nodes=6)
+    plain, _ = run(tmp_path / "plain", BAD, num_rounds=2, min_nodes=6)
+    timing = "train_s = 50.0\nspread = 1.0\nup_mbit_s = 1.0"
+    timed, _ = run(tmp_path / "timed", f"{timing}\n{BAD}", num_rounds=2, min_nodes=6)
     assert merged(timed)[0] == plain.version
     assert torch.equal(merged(plain)[1], merged(timed)[1])
     for name in ENGINES:
@@ -192,7 +224,7 @@ def test_every_engine_and_every_timing_gives_the_same_model(tmp_path: Path) -> N
 
 def run_in_a_process(folder: Path, engine: str) -> str:
     """Simulate with an engine in a process of its own, as engines start threads and more, and return the version."""
-    make_config(folder, num_rounds=2, min_nodes=6, extra=f"[simulate]\nengine = '{engine}'\n")
+    make_config(folder, num_rounds=2, min_nodes=6, extra=f"[simulate]\nengine = '{engine}'\n{BAD}\n")
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.test_simulation", str(folder)], stdout=subprocess.PIPE, text=True, check=True
     )

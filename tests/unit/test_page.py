@@ -24,7 +24,9 @@ def body(text: str) -> ET.Element:
 
 def test_curves_follow_the_numbers_and_nothing_is_loaded() -> None:
     rounds = [
-        RoundResult(number, 0.0, 3600.0 * number, 3, 1_000_000 * number, {"loss": loss, "<b>": 1.0})
+        RoundResult(
+            number, 0.0, 3600.0 * number, 3, 1_000_000 * number, num_merged=2, metrics={"loss": loss, "<b>": 1.0}
+        )
         for number, loss in enumerate([2.0, 1.0, 0.5, 0.25], start=1)
     ]
     text = page(result(rounds), "<script>alert(1)</script>")
@@ -46,11 +48,11 @@ def test_curves_follow_the_numbers_and_nothing_is_loaded() -> None:
     falls = [later[1] - earlier[1] for earlier, later in pairwise(dots)]
     assert falls[0] / falls[1] == pytest.approx(2, abs=0.02)
     rows = [[cell.text for cell in row] for row in found.iter("tr")]
-    assert rows[-1] == ["4", "4.000", "3", "4.000", "10.000", "0.25", "1"]
+    assert rows[-1] == ["4", "4.000", "3", "2", "4.000", "10.000", "0.25", "1"]
 
 
 def test_one_round_and_none_with_metrics() -> None:
-    assert "0.5" in page(result([RoundResult(1, 0.0, 0.1, 1, 10, {"loss": 0.5})]), "one")
+    assert "0.5" in page(result([RoundResult(1, 0.0, 0.1, 1, 10, metrics={"loss": 0.5})]), "one")
     assert "<svg" not in page(result([RoundResult(1, 0.0, 0.1, 1, 10)]), "none")
 
 
