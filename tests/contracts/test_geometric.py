@@ -24,7 +24,9 @@ def unit(vector: Tensor) -> Tensor:
 
 
 def angle(one: Tensor, other: Tensor) -> float:
-    return math.acos(float(unit(one.flatten()) @ unit(other.flatten())))
+    one, other = unit(one.flatten()), unit(other.flatten())
+    # Not by the cosine: that is rounded to more than 1 where they are the same.
+    return 2 * math.atan2(float((one - other).norm()), float((one + other).norm()))
 
 
 def merge(name: str, deltas: Tensor, weights: list[float] | None = None, **params: Any) -> Tensor:
