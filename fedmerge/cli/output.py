@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeAlias
 
 from cyclopts import Parameter
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from fedmerge.errors import ConfigError
@@ -33,6 +34,13 @@ stdout = Console(highlight=False, soft_wrap=True)
 def print_json(value: Mapping[str, Any], *, indent: int | None = None) -> None:
     """Print one JSON object on stdout."""
     sys.stdout.write(json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout, as wide as it has to be: no cell is cut or broken for a narrow terminal."""
+    widest = stdout.options.update(max_width=10_000)
+    table.width = stdout.measure(table, options=widest).maximum
+    stdout.print(table)
 
 
 def print_problem(label: str, message: str, *, style: str) -> None:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedmerge.cli.base import prepare_base
-from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json, printable, stderr, stdout
+from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json, print_table, printable, stderr, stdout
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import Config, load_config
 from fedmerge.errors import ConfigError, reporting_os_errors
@@ -110,16 +110,29 @@ def _simulate_grid(path: Path, grid: dict[str, list[str]], *, json: bool) -> Non
     if json:
         print_json({"points": result.rows})
         return
-    columns = list(dict.fromkeys(column for row in result.rows for column in row))
-    hidden = {"rounds", "deltas", "fetched_bytes"}
-    headings = {column: printable(column).removesuffix("_bytes") for column in columns if column not in hidden}
-    table = Table(title=f"{len(result.rows)} simulations")
-    for column, heading in headings.items():
-        table.add_column(heading, justify="left" if column in {*grid, "version", "failure"} else "right")
+    print_table(_grid_table(result.rows, grid))
     for row in result.rows:
-        table.add_row(*(escape(_cell(column, row.get(column))) for column in headings))
-    stdout.print(table)
+        if "failure" in row:
+            failed = describe_settings({key: row[key] for key in grid})
+            stdout.print(escape(printable(f"{failed}: {row['failure']}")))
     sys.stdout.write(f"{result.csv_path}\n")
+
+
+def _grid_table(rows: Sequence[Mapping[str, object]], grid: Mapping[str, list[str]]) -> Table:
+    """Return a row for each point: what it was chosen for, and what came of it; results.csv has more columns."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    hidden = {"rounds", "fetched_bytes", "failure", *(key for key, values in grid.items() if len(values) == 1)}
+    shown = [column for column in columns if column not in hidden]
+    table = Table(title=f"{len(rows)} simulations")
+    for column in shown:
+        heading = column.removeprefix("simulate.").removesuffix("_bytes")
+        table.add_column(printable(heading), justify="left" if column in {*grid, "version"} else "right")
+    for row in rows:
+        cells = [_cell(column, row.get(column)) for column in shown]
+        if "failure" in row:
+            cells[-1] = "failed"
+        table.add_row(*map(escape, cells))
+    return table
 
 
 def _cell(column: str, value: object) -> str:
@@ -179,4 +192,4 @@ def print_result(result: FederationResult) -> None:
         table.add_row(
             node.name, f"{node.num_examples:,}", *scores, format_bytes(node.sent_bytes), f"{format_ratio(ratio)} less"
         )
-    stdout.print(table)
+    print_table(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,7 +22,14 @@ from fedmerge.sim.inline import prepare_nodes
 from fedmerge.sim.results import FederationResult, result_of
 from fedmerge.sim.sites import node_home
 
+log = logging.getLogger(__name__)
+
 STOP_TIMEOUT_S = 30.0
+# What [simulate] says about time and who is there.
+VIRTUAL = {
+    "availability", "availability_period_s", "down_mbit_s", "dropout", "latency_s", "online", "spread",
+    "straggler_factor", "stragglers", "train_s", "up_mbit_s",
+}  # fmt: skip
 
 
 def simulate_processes(
@@ -41,6 +49,9 @@ def simulate_processes(
             "simulate.bad_nodes: nodes that are processes of their own can only have flipped labels",
             hint='attack = "label_flip", or a simulation in one process',
         )
+    ignored = sorted(VIRTUAL & config.simulate.model_fields_set)
+    if ignored:
+        log.warning("processes run in real time, so these settings say nothing: simulate.%s", ", ".join(ignored))
     prepare_nodes(config, names)
     environ = {**os.environ, "FEDMERGE_SERVER__LISTEN": "127.0.0.1:0"}
     ended: SimpleQueue[_Process] = SimpleQueue()

@@ -285,6 +285,7 @@ WRONG_PLANS: list[tuple[str, str, int, str, str | None]] = [
     ("[rounds]", 'tls_cert = "text"\ntls_key = "some.key"\n[rounds]', 2, "text: not a PEM certificate", "correct ser"),
 ]
 # The same for `fedmerge simulate`.
+NEVER_THERE = NODES.format("north.jsonl", "north.jsonl") + '[simulate]\navailability = "text"\n[train]'
 WRONG_SIMULATIONS: list[tuple[str, str, int, str, str | None]] = [
     ("", "", 2, "{}: there are no nodes to simulate", "add a [[nodes]] section for each"),
     ("[rounds]", "[rounds]\nmin_nodes = 3" + NODES, 2, "{}: rounds.min_nodes is more than the 2 nodes there are", None),
@@ -304,13 +305,6 @@ WRONG_SIMULATIONS: list[tuple[str, str, int, str, str | None]] = [
         2,
         "simulate.bad_nodes = 2 leaves none of the 2",
         None,
-    ),
-    (
-        "[train]",
-        NODES.format("north.jsonl", "north.jsonl") + '[simulate]\navailability = "text"\n[train]',
-        2,
-        "text: has no column from_s",
-        "columns node, from_s, to_s",
     ),
 ]
 
@@ -335,6 +329,9 @@ def test_serve_and_simulate(folder: Path, clean_environment: dict[str, str]) -> 
         ]
         plans = [("serve", *plan) for plan in WRONG_PLANS] + [("simulate", *plan) for plan in WRONG_SIMULATIONS]
         plans += [("simulate --processes", *plan) for plan in WRONG_SIMULATIONS]
+        plans.append(
+            ("simulate", "[train]", NEVER_THERE, 2, "text: has no column from_s", "columns node, from_s, to_s")
+        )
         for number, (command, old, new, code, error, hint) in enumerate(plans):
             assert old in good
             (folder / f"{number}.toml").write_text(good.replace(old, new.replace("PORT", port), 1))

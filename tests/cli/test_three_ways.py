@@ -164,15 +164,17 @@ def test_a_simulation_gives_one_version_in_one_process_or_in_several(
     models: Path, environ: dict[str, str], tmp_path: Path
 ) -> None:
     results: dict[str, dict[str, Any]] = {}
+    bad = '\n[simulate]\nbad_nodes = 1\nattack = "label_flip"\n'
     for name, option in (("inline", ""), ("processes", "--processes")):
         shutil.copytree(models, tmp_path / name)
-        write_config(tmp_path / name, extra=SPARSE + NODES)
+        write_config(tmp_path / name, extra=SPARSE + NODES + bad)
         (output,) = run_all(tmp_path / name, environ, f"simulate fedmerge.toml {option} --json")
         results[name] = json.loads(output)
     inline, processes = results["inline"], results["processes"]
     assert inline["version"] == processes["version"] == model_digest(Checkpoint(Path(inline["model_dir"])))
     assert inline["nodes"] == processes["nodes"]
     assert [node["name"] for node in inline["nodes"]] == ["north", "south"]
+    assert sum(node["is_bad"] for node in processes["nodes"]) == 1
     assert all(node["sent_bytes"] < 2 * inline["dense_bytes"] for node in inline["nodes"])
 
 
