@@ -3,7 +3,8 @@
     python benchmarks/scale.py [--quick] [--parts NAMES] [--limit S] [--json FILE]
 
 Nodes are tiny (1,024 parameters, a step drawn at random), so that what is measured is everything else: for us keys,
-signed plans and deltas, checks, the ledger, witnesses and signed models; for Flower messages, Ray and FedAvg.
+signed plans and deltas, checks, the ledger, witnesses and signed models; for Flower messages, Ray and FedAvg. Beside
+them stands the limit: importing torch, and of each node's round only signatures, transactions and files.
 Each case runs in a process of its own. CPU seconds and memory (the sum of proportional set sizes) are those of that
 process and all that it starts, Ray's included, sampled ten times a second; wall seconds are what a user waits for. A
 round is the mean of the later ones, of five and with 1,000 nodes of three; start-up is what comes before the second,
@@ -121,6 +122,38 @@ def ours(folder: Path, engine: str, num_nodes: int, num_rounds: int, sample: int
     return {"marks": marks.at_s}
 
 
+def limit(folder: Path, num_nodes: int, num_rounds: int) -> dict[str, Any]:
+    """Do what is left when nothing is computed or checked: import torch, and for each node and round sign, and so on.
+
+    A node signs its delta and cosigns the log, the coordinator signs a receipt and a checkpoint, each is verified;
+    the ledger takes the delta and the cosignature; delta, statement, receipt and checkpoint are files of the node's,
+    and the delta one of the coordinator's.
+    """
+    import sqlite3
+
+    import torch  # noqa: F401
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key, marks, said = Ed25519PrivateKey.generate(), Marks(), bytes(1500)
+    public = key.public_key()
+    with closing(sqlite3.connect(folder / "ledger.sqlite", isolation_level=None)) as ledger:
+        ledger.execute("PRAGMA journal_mode = wal")
+        ledger.execute("PRAGMA synchronous = off")
+        ledger.execute("CREATE TABLE events (number INTEGER PRIMARY KEY, body BLOB)")
+        for number in range(1, num_rounds + 1):
+            marks(number)
+            for node in range(num_nodes):
+                for _ in range(4):
+                    public.verify(key.sign(said), said)
+                for _ in range(2):
+                    ledger.execute("INSERT INTO events (body) VALUES (?)", (said,))
+                home = folder / f"{number}-{node}"
+                home.mkdir()
+                for file in range(5):
+                    (home / str(file)).write_bytes(said)
+    return {"marks": marks.at_s}
+
+
 def flower(folder: Path, num_nodes: int, num_rounds: int) -> dict[str, Any]:
     """Run FedAvg under Flower's simulation engine."""
     from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -222,7 +255,9 @@ CODECS: dict[str, dict[str, Any]] = {
     "int8": {},
     "topk": {"sparsify": "topk", "density": 0.1, "values": "int4", "block_size": 64, "small_elements": 0},
 }
-CASES: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "flower": flower, "digits": digits}
+CASES: dict[str, Callable[..., dict[str, Any]]] = {
+    "ours": ours, "limit": limit, "flower": flower, "digits": digits
+}  # fmt: skip
 PARTS = ("overhead", "many", "digits")
 DIGITS = {
     "Flower's FedAvg": ("flower", "none"), "ours": ("fedavg", "none"), "ours, int8": ("fedavg", "int8"),
@@ -325,11 +360,12 @@ def shares(own: dict[str, Any], peer: dict[str, Any]) -> list[str]:
 
 def measure_overhead(cases: Cases, counts: list[int]) -> dict[str, dict[int, dict[str, Any]]]:
     """Measure our engines and Flower's with tiny nodes, and print."""
-    found: dict[str, dict[int, dict[str, Any]]] = {"inline": {}, "pool": {}, "Flower": {}}
+    found: dict[str, dict[int, dict[str, Any]]] = {"inline": {}, "pool": {}, "the limit": {}, "Flower": {}}
     for num_nodes in counts:
         for name, own in found.items():
             rounds = NUM_ROUNDS if num_nodes <= 100 else 3
-            case = ("flower", num_nodes, rounds) if name == "Flower" else ("ours", name, num_nodes, rounds, 0)
+            cases_of = {"Flower": ("flower", num_nodes, rounds), "the limit": ("limit", num_nodes, rounds)}
+            case = cases_of.get(name, ("ours", name, num_nodes, rounds, 0))
             if (figures := cases.run(f"{num_nodes} {name}", *case, num_rounds=rounds)) is not None:
                 own[num_nodes] = figures
     print_table(
@@ -337,7 +373,7 @@ def measure_overhead(cases: Cases, counts: list[int]) -> dict[str, dict[int, dic
     )
     print("\nshare of Flower's:")
     peer = found["Flower"]
-    ours = [(n, name) for n in counts for name in ("inline", "pool") if n in peer and n in found[name]]
+    ours = [(n, name) for n in counts for name in found if n in peer and n in found[name] and name != "Flower"]
     print_table(HEADINGS[:-1], [[f"{n} {name}", *shares(found[name][n], peer[n])] for n, name in ours])
     return found
 

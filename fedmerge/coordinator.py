@@ -37,7 +37,7 @@ from fedmerge.ownership import create_or_check, open_seat
 from fedmerge.planner import Planner
 from fedmerge.policy import Action, Standing, next_action, next_due_s, standing
 from fedmerge.provenance import provenance_of
-from fedmerge.publish import publish
+from fedmerge.publish import publish, thin_out
 from fedmerge.rounds import Phase
 from fedmerge.screen import INVALID_DELTA, Inspection
 from fedmerge.sign import SigningKey
@@ -334,6 +334,8 @@ class Coordinator:
         )
         self.journal.append(RoundPublished(round=record.round, version=record.model.digest))
         log.info("round %d published in %s", record.round, target)
+        if self.config.publish.keep_rounds:
+            thin_out(target.parent, record.round, self.config.publish.keep_rounds)
 
     def export(self, target: Path, rounds: Collection[int] | None, *, with_deltas: bool) -> None:
         """Write what an auditor needs to check these rounds, or all, to `target`. Raises as `fedmerge.export` does."""

@@ -85,6 +85,23 @@ def publish(
         (partial / SIGNATURE).write_bytes(lineage.sign(key))
 
 
+def thin_out(models: Path, round_number: int, keep_rounds: int) -> None:
+    """Delete what was published in `models` over `keep_rounds` rounds before this one, but for the signed lineage.
+
+    That is what an export has of it. Raises `ResourceError`.
+    """
+    for directory in sorted(models.glob("round-*")):
+        number = directory.name.removeprefix("round-")
+        if not (number.isdecimal() and int(number) <= round_number - keep_rounds):
+            continue
+        with reporting_os_errors(directory):
+            for path in directory.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name not in {LINEAGE, SIGNATURE}:
+                    path.unlink()
+
+
 def publish_local(
     assembly: Assembly,
     fill: Callable[[Write], None],

@@ -81,6 +81,8 @@ class Simulation:
         on_event: Callable[[str, NodeEvent], None],
         connect: Callable[[Coordinator, str], LocalLink],
     ) -> None:
+        if len(trainers) > MOST_COPIES:  # a node may be busy with an old version while new ones are published
+            config = config.model_copy(update={"publish": config.publish.model_copy(update={"keep_rounds": 0})})
         self.config, self.world = config, world
         self._trainers = trainers
         self._engines = dict.fromkeys(trainers, engine) | dict.fromkeys(adversary.names, adversary)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedmerge.cli import main
 from fedmerge.cli.progress import describe
 from fedmerge.errors import DigestMismatch, RoundFailed, VerificationError
 from fedmerge.node import Node
@@ -97,6 +98,25 @@ def test_a_simulation_replays_to_the_same_version(tmp_path: Path) -> None:
     second = run_simulated(tmp_path / "b", num_rounds=2, extra=extra)
     other_seed = run_simulated(tmp_path / "c", num_rounds=2, extra=extra.replace("seed = 3", "seed = 4"))
     assert first.version == second.version != other_seed.version
+
+
+def test_only_the_last_models_are_kept_and_the_lineage_of_all(tmp_path: Path) -> None:
+    every = run_simulated(tmp_path / "all", num_rounds=4, extra=LOSSLESS)
+    last = run_simulated(
+        tmp_path / "last", num_rounds=4, extra=LOSSLESS + "[publish]\nkeep_rounds = 2\nadapter_rank = 2\n"
+    )
+    assert last.version == every.version
+    models = last.model_dir.parent
+    for number in (1, 2):
+        assert {path.name for path in (models / f"round-000{number}").iterdir()} == {"lineage.json", "lineage.sig.json"}
+    for number in (3, 4):
+        model_dir = models / f"round-000{number}"
+        verify_directory(model_dir, coordinator_key(tmp_path / "last"))
+        assert model_digest(Checkpoint(model_dir)) == model_digest(Checkpoint(every.model_dir.parent / model_dir.name))
+    with pytest.raises(VerificationError):
+        verify_directory(models / "round-0002", coordinator_key(tmp_path / "last"))
+    assert main(["export", str(tmp_path / "last" / "fedmerge.toml"), "--out", str(tmp_path / "export")]) == 0
+    assert len(list((tmp_path / "export" / "publications").iterdir())) == 4
 
 
 def test_a_round_without_its_quorum_fails_and_says_why(tmp_path: Path) -> None:

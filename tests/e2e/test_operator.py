@@ -31,7 +31,9 @@ from fedmerge_server.admin import SOCKET, commanding
 from tests.conftest import ServerProcess, StepTrainer, make_config
 
 TRAINERS = {"north": StepTrainer(1), "south": StepTrainer(2)}
-OUTER = "[delta]\nvalues = 'fp32'\ndownlink = 'fp32'\n[outer]\nname = 'nesterov'\nlr = 0.7\n"
+OUTER = (
+    "[delta]\nvalues = 'fp32'\ndownlink = 'fp32'\n[outer]\nname = 'nesterov'\nlr = 0.7\n[publish]\nkeep_rounds = 2\n"
+)
 
 
 def coordinator_key(folder: Path) -> dict[str, PublicKey]:
