@@ -147,12 +147,17 @@ def _module_of(name: str) -> tuple[Any, str]:
             f"unknown trainer {name!r}{did_you_mean(name, TRAINERS)}", hint=f"one of {', '.join(sorted(TRAINERS))}"
         )
     module, _, attribute = TRAINERS[name].partition(":")
+    extra = "flower" if name == "flower" else "client"
+    return import_client(module, f"the {name} trainer", extra=extra), attribute
+
+
+def import_client(module: str, what: str, *, extra: str = "client") -> Any:
+    """Import a module of the client's; raise `MissingExtra` when `what` needs something that is not installed."""
     try:
-        return importlib.import_module(module), attribute
+        return importlib.import_module(module)
     except ModuleNotFoundError as err:
         raise MissingExtra(
-            f"the {name} trainer needs {(err.name or module).partition('.')[0]}",
-            hint=f'pip install "fedmerge[{"flower" if name == "flower" else "client"}]"',
+            f"{what} needs {(err.name or module).partition('.')[0]}", hint=f'pip install "fedmerge[{extra}]"'
         ) from err
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from fedmerge.cli.base import prepare_base
+from fedmerge.base import prepare_base
 from fedmerge.cli.output import JsonFlag, print_json, stderr
 from fedmerge.config import load_config
 

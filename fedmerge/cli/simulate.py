@@ -6,8 +6,7 @@ import datetime as dt
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,17 +14,16 @@ from cyclopts import Parameter
 from rich.markup import escape
 from rich.table import Table
 
-from fedmerge.cli.base import prepare_base
+from fedmerge.base import prepare_base
 from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json, print_table, printable, stderr, stdout
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import Config, load_config
 from fedmerge.errors import ConfigError, reporting_os_errors
-from fedmerge.sim import FederationResult, World, open_engine, simulate_processes, with_virtual_nodes
+from fedmerge.sim import FederationResult, World, load_trainers, simulate_processes, with_virtual_nodes
 from fedmerge.sim import simulate as simulate_inline
 from fedmerge.sim import sweep as run_sweep
 from fedmerge.sim.page import page
 from fedmerge.sim.sweep import Point
-from fedmerge.training import check_plan, load_trainer
 
 
 def simulate(
@@ -56,7 +54,7 @@ def simulate(
         _simulate_grid(config, _grid(sweep), json=json)
         return
     settings = with_virtual_nodes(load_config(config))
-    result = _simulate(settings, config, prepare_base, deployed=config if processes else None)
+    result = _simulate(settings, prepare_base(settings), deployed=config if processes else None)
     if report is not None:
         with reporting_os_errors(report):
             report.write_text(page(result, settings.federation.name), encoding="utf-8")
@@ -71,29 +69,13 @@ def simulate(
     sys.stdout.write(f"{result.model_dir}\n")
 
 
-def _simulate(
-    settings: Config, path: Path, base_of: Callable[[Config], Path], deployed: Path | None = None
-) -> FederationResult:
-    """Simulate a federation, or deploy it here in processes of their own; `path` is where its settings stand."""
-    if not settings.nodes:
-        hint = "add a [[nodes]] section for each, or set simulate.nodes and simulate.data"
-        raise ConfigError(f"{path}: there are no nodes to simulate", hint=hint)
-    if len(settings.nodes) < settings.rounds.min_nodes:
-        raise ConfigError(f"{path}: rounds.min_nodes is more than the {len(settings.nodes)} nodes there are")
-    check_plan(settings.train.trainer, settings.train.extras)
-    trainers = {
-        node.name: load_trainer(settings.train.trainer, node.model_dump(exclude={"name"}, exclude_none=True))
-        for node in settings.nodes
-    }
-    for trainer in trainers.values():
-        trainer.check()
-    base_dir = base_of(settings)
+def _simulate(settings: Config, base_dir: Path | None, deployed: Path | None = None) -> FederationResult:
+    """Simulate a federation, or deploy it here, as the file at `deployed` says, in processes of their own."""
+    trainers = load_trainers(settings)
     with node_progress() as show:
         if deployed is not None:
             return simulate_processes(settings, deployed, on_event=show)
-        with closing(open_engine(settings.simulate)) as engine:
-            world = World(time.time())
-            return simulate_inline(settings, base_dir, trainers, world=world, engine=engine, on_event=show)
+        return simulate_inline(settings, base_dir, trainers, world=World(time.time()), on_event=show)
 
 
 def _simulate_grid(path: Path, grid: dict[str, list[str]], *, json: bool) -> None:
@@ -104,7 +86,7 @@ def _simulate_grid(path: Path, grid: dict[str, list[str]], *, json: bool) -> Non
         stderr.print(f"[bold]{escape(printable(describe_settings(point.settings)))}[/]")
 
     def run(config: Config) -> FederationResult:
-        return _simulate(config, path, lambda settings: shared or prepare_base(settings))
+        return _simulate(config, shared)
 
     result = run_sweep(path, grid, run, on_point=announce)
     if json:

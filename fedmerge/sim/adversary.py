@@ -179,9 +179,9 @@ def with_flipped_labels(config: Config) -> Config:
     flipped = {label: labels[(rank + len(labels) // 2) % len(labels)] for rank, label in enumerate(labels)}
 
     def turned(node: SimulatedNode) -> SimulatedNode:
-        if node.name not in bad or node.data is None:
-            return node
         path = node_home(config, node.name) / FLIPPED
+        if node.name not in bad or node.data in {None, path}:
+            return node
         rows = [{**row, settings.by: flipped[row[settings.by]]} for row in read_records(node.data)]
         with reporting_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def _require_feasible(config: Config, bad: list[str], attack: Attack | None) -> 
         if data.get(name) != node_home(config, name) / FLIPPED:
             raise ConfigError(
                 f'simulate.attack = "label_flip" changes data files, and {name} has none of those',
-                hint="pass the configuration to with_virtual_nodes, and make trainers of the nodes that it returns",
+                hint="leave the trainers to simulate, or make them by load_trainers(with_virtual_nodes(config))",
             )
     if attack is ATTACKS["little"] and len(bad) < 2:
         raise ConfigError(

@@ -26,9 +26,8 @@ from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim.adversary import Adversary
 from fedmerge.sim.availability import Availability, availabilities
-from fedmerge.sim.engines import Engine, Inline, simulated
+from fedmerge.sim.engines import Engine, simulated
 from fedmerge.sim.models import PublishedModels, SharedModels
-from fedmerge.sim.results import FederationResult, result_of
 from fedmerge.sim.sites import LocalLink, TimedLink, make_site, node_home
 from fedmerge.sim.world import World
 from fedmerge.store.seat import Seat
@@ -196,28 +195,19 @@ class Simulation:
         return self._nodes[name]
 
 
-def simulate(
+def play(
     config: Config,
     base_dir: Path,
     trainers: Mapping[str, Trainer],
     *,
-    world: World | None = None,
-    engine: Engine | None = None,
-    on_event: Callable[[str, NodeEvent], None] = lambda name, event: None,
-    connect: Callable[[Coordinator, str], LocalLink] = LocalLink,
-) -> FederationResult:
-    """Run a federation to its end in this process.
-
-    `trainers` has one trainer by node name, which `engine` runs; `world` has the time at which to begin, and `connect`
-    makes the link of a node, from the coordinator and the node's id. A simulation that was stopped goes on where it
-    was. Raises `RoundFailed` when a round ends without a model, and `ConfigError` or `InputError` before it begins,
-    when what is to be simulated can't be.
-    """
-    engine = engine or Inline()
+    world: World,
+    engine: Engine,
+    on_event: Callable[[str, NodeEvent], None],
+    connect: Callable[[Coordinator, str], LocalLink],
+) -> None:
+    """Run a federation to its end in this process; raise as `fedmerge.sim.simulate` does."""
     adversary, availability = Adversary(config, trainers, engine), availabilities(config, trainers)
-    for trainer in trainers.values():
-        trainer.check()
-    keys, world = prepare_nodes(config, list(trainers)), world or World()
+    keys = prepare_nodes(config, list(trainers))
     with closing(adversary), closing(open_seat(config, world.clock, durable=False)) as seat:
         seat.take()
         simulation = Simulation(
@@ -234,7 +224,6 @@ def simulate(
             connect=connect,
         )
         simulation.run()
-    return result_of(config)
 
 
 def prepare_nodes(config: Config, names: list[str]) -> dict[str, SigningKey]:

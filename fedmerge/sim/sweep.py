@@ -20,6 +20,7 @@ from fedmerge.config import Config, load_config
 from fedmerge.errors import ConfigError, MissingExtra, RoundFailed, reporting_os_errors
 from fedmerge.files import replace_file
 from fedmerge.sim.results import FederationResult
+from fedmerge.sim.run import simulate
 from fedmerge.sim.virtual import partition_of, with_virtual_nodes
 
 if TYPE_CHECKING:
@@ -55,19 +56,19 @@ class SweepResult:
 
 
 def sweep(
-    path: Path,
+    path: Path | str,
     grid: Mapping[str, Sequence[object]],
-    run: Callable[[Config], FederationResult],
+    run: Callable[[Config], FederationResult] = simulate,
     *,
     on_point: Callable[[Point], None] = lambda point: None,
 ) -> SweepResult:
     """Simulate the federation of a fedmerge.toml once for each combination of values, by SECTION.KEY, in `grid`.
 
-    `run` simulates one, such as `lambda config: simulate(config, base_dir, trainers)`, and `on_point` is told before.
+    `run` simulates one, for example `lambda config: simulate(config, base_dir, trainers)`; `on_point` is told before.
     The directories, and results.csv, are in `sweep/` beside the coordinator's state. A point whose rounds fail has its
     failure in its row. Raises `ConfigError`, before anything runs, for a point that is not a valid configuration.
     """
-    points = list(points_of(path, grid))
+    points = list(points_of(Path(path), grid))
     rows = []
     for point in points:
         on_point(point)

@@ -27,11 +27,13 @@ def with_virtual_nodes(config: Config, folder: Path | None = None) -> Config:
     settings = config.simulate
     if not settings.nodes:
         return with_flipped_labels(config)
-    if config.nodes:
-        raise ConfigError("there are both [[nodes]] and simulate.nodes", hint="take one of them out")
     assert settings.data is not None
     width = len(str(settings.nodes))
     names = [f"node-{number:0{width}}" for number in range(1, settings.nodes + 1)]
+    if [node.name for node in config.nodes] == names:  # they are there
+        return config
+    if config.nodes:
+        raise ConfigError("there are both [[nodes]] and simulate.nodes", hint="take one of them out")
     folder = folder or node_home(config, "")
     homes = [folder / name for name in names]
     files = [(home / "data.jsonl", home / "test.jsonl" if settings.test_share else None) for home in homes]

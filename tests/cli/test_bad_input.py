@@ -287,8 +287,8 @@ WRONG_PLANS: list[tuple[str, str, int, str, str | None]] = [
 # The same for `fedmerge simulate`.
 NEVER_THERE = NODES.format("north.jsonl", "north.jsonl") + '[simulate]\navailability = "text"\n[train]'
 WRONG_SIMULATIONS: list[tuple[str, str, int, str, str | None]] = [
-    ("", "", 2, "{}: there are no nodes to simulate", "add a [[nodes]] section for each"),
-    ("[rounds]", "[rounds]\nmin_nodes = 3" + NODES, 2, "{}: rounds.min_nodes is more than the 2 nodes there are", None),
+    ("", "", 2, "there are no nodes to simulate", "add a [[nodes]] section for each"),
+    ("[rounds]", "[rounds]\nmin_nodes = 3" + NODES, 2, "rounds.min_nodes is more than the 2 nodes there are", None),
     ("[rounds]", NODES.format("north.jsonl", "gone.csv") + "[rounds]", 2, "gone.csv: no such file", None),
     ("[rounds]", NODES.format("north.jsonl", "text") + "[rounds]", 2, "text: don't know how to read", "use one of"),
     (

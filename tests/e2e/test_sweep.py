@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+import fedmerge
 from fedmerge.cli.simulate import simulate as simulate_command
 from fedmerge.config import Config
 from fedmerge.errors import ConfigError
@@ -127,6 +128,11 @@ def test_the_command_prints_a_row_per_point(
     assert [(row["outer.lr"], row["merge.seed"], row["deltas"]) for row in rows] == [("0.5", "1", 1), ("1.0", "1", 1)]
     simulate_command(path, sweep=("outer.lr=0.5,1.0", "merge.seed=1"))
     assert rows[1]["version"][:8] in capsys.readouterr().out
+    # From Python, too, and nothing is left for it to do.
+    assert sweep("fedmerge.toml", {"outer.lr": [0.5, 1.0], "merge.seed": [1]}).rows == rows
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/fedmerge.toml").write_text(FINISHED.replace('"base"', '"../base"'))
+    assert fedmerge.simulate("alone/fedmerge.toml").version == rows[1]["version"]
     for wrong in ("outer.lr", "outer.lr=", "lr=1"):
         with pytest.raises(ConfigError, match=r"expected SECTION\.KEY=VALUE,VALUE"):
             simulate_command(path, sweep=(wrong,))

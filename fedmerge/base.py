@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedmerge.config import Config
 from fedmerge.errors import ConfigError, InputError
+from fedmerge.training import import_client
 
 
 def prepare_base(config: Config) -> Path:
@@ -29,10 +30,10 @@ def prepare_base(config: Config) -> Path:
         return target
     from fedmerge.publish import appearing_whole
     from fedmerge.tensors import reporting_save_errors
-    from fedmerge_client.train.label_head import build_classifier
 
+    making = import_client("fedmerge_client.train.label_head", "a head for model.labels")
     with appearing_whole(target) as partial, reporting_save_errors(target):
-        build_classifier(config.model.base, labels, partial)
+        making.build_classifier(config.model.base, labels, partial)
     return target
 
 
