@@ -36,6 +36,10 @@ class World:
         """Return the time, as a function."""
         return self.now_s
 
+    def skip_to(self, at_s: float) -> None:
+        """Begin at `at_s`, if that is later."""
+        self._now_s = max(self._now_s, at_s)
+
     def spawn(self, run: Callable[[], None], *, after_s: float = 0.0) -> None:
         """Begin a task once `after_s` have passed."""
         # The hub is its parent, whoever spawns it: that is where control goes when it ends, and its error.

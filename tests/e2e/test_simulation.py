@@ -134,6 +134,24 @@ def test_who_leaves_for_good_is_not_waited_for(tmp_path: Path) -> None:
     assert [node.name for node in result.nodes if node.merged] == everybody[2:]
 
 
+def test_a_round_that_failed_is_tried_again_when_it_failed_and_not_before(tmp_path: Path) -> None:
+    """The world of the second run begins, as the first one's did, at 0."""
+    (tmp_path / "there.csv").write_text("node,from_s,to_s\n" + "".join(f"node-{n},0,250\n" for n in range(4)))
+    simulated = "availability = 'there.csv'\ntrain_s = 100.0"
+    for min_nodes in (3, 2):
+        config, _ = make_config(
+            tmp_path, num_rounds=4, min_nodes=min_nodes, rounds="deadline_s = 500", extra=f"[simulate]\n{simulated}\n"
+        )
+        if min_nodes == 3:
+            with pytest.raises(RoundFailed, match="2 of at least 3 nodes"):
+                simulate(config, tmp_path / "base", NODES)
+    result = simulate(config, tmp_path / "base", NODES)
+    times = [entry.at_s for entry in ledger(config)]
+    assert times == sorted(times)
+    assert [each.num_deltas for each in result.rounds] == [6, 6, 2, 2]
+    assert result.rounds[2].opened_s == pytest.approx(200.0 + 500.0)
+
+
 def test_a_sample_is_asked_and_nobody_else_trains(tmp_path: Path) -> None:
     result, config = run(tmp_path, "train_s = 5.0", num_rounds=4, rounds="sample = 2")
     asked = [{name for other, name in arrivals(config) if other == number} for number in (1, 2, 3, 4)]
