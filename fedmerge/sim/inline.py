@@ -22,6 +22,7 @@ from fedmerge.events import DeltaAccepted
 from fedmerge.node import Node
 from fedmerge.node_events import NodeEvent
 from fedmerge.ownership import open_seat
+from fedmerge.publish import thin_out
 from fedmerge.rounds import Phase
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim.adversary import Adversary
@@ -80,15 +81,15 @@ class Simulation:
         on_event: Callable[[str, NodeEvent], None],
         connect: Callable[[Coordinator, str], LocalLink],
     ) -> None:
-        if len(trainers) > MOST_COPIES:  # a node may be busy with an old version while new ones are published
-            config = config.model_copy(update={"publish": config.publish.model_copy(update={"keep_rounds": 0})})
         self.config, self.world = config, world
         self._trainers = trainers
         self._engines = dict.fromkeys(trainers, engine) | dict.fromkeys(adversary.names, adversary)
         self._on_event, self._connect = on_event, connect
         self._keys = keys
         trust = KnownNodes(config.federation.trusted)
-        self.coordinator = Coordinator(config, base_dir, clock=world.clock, seat=seat, trust=trust)
+        # Here nodes read what the coordinator published: see `_thin_out`.
+        keeping_all = config.model_copy(update={"publish": config.publish.model_copy(update={"keep_rounds": 0})})
+        self.coordinator = Coordinator(keeping_all, base_dir, clock=world.clock, seat=seat, trust=trust)
         self.coordinator.journal.on_change.append(world.notify)
         self._order = {name: number for number, name in enumerate(trainers)}
         began_s = self.coordinator.journal.ledger.entries[0].at_s
@@ -97,6 +98,8 @@ class Simulation:
         }
         self._nodes: dict[str, tuple[TimedLink, Node]] = {}
         self._busy: set[str] = set()
+        # Of those that work, a round that was published when they began.
+        self._reading: dict[str, int] = {}
         self._answered: dict[str, Question] = {}
         self._models = PublishedModels(self.coordinator)
 
@@ -118,6 +121,7 @@ class Simulation:
                 if name not in self._busy and self._answered.get(name) != question:
                     self._spawn(name)
             asked = question
+            self._thin_out()
             if self.coordinator.finished():
                 return
             self.world.wait(self.coordinator.next_due_s())
@@ -147,6 +151,17 @@ class Simulation:
         wanted = {names[node_id] for node_id in asked if node_id in names}
         return sorted(wanted, key=self._order.__getitem__)
 
+    def _thin_out(self) -> None:
+        """Keep the models that the plan asks to keep, and those that nodes read."""
+        if self.config.publish.keep_rounds:
+            oldest = min([self._newest(), *self._reading.values()])
+            thin_out(self.coordinator.published_dir(0).parent, oldest, self.config.publish.keep_rounds)
+
+    def _newest(self) -> int:
+        """Return the round that made the newest model; it may be about to be published."""
+        current = self.coordinator.journal.state.current
+        return current.round if current else 0
+
     def _spawn(self, name: str) -> None:
         self._busy.add(name)
         self.world.spawn(lambda: self._answer(name))
@@ -159,7 +174,11 @@ class Simulation:
             link, node = self._node(name)
             view = link.view()
             if view.phase != Phase.OPEN or not site.drops_out(view.round):
-                node.react(view)
+                self._reading[name] = self._newest() - 1
+                try:
+                    node.react(view)
+                finally:
+                    del self._reading[name]
             self._answered[name] = question
         self._busy.discard(name)
         if self._question() not in {None, question} and name in self._asked():
