@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 from fedmerge.errors import ResourceError
@@ -13,6 +14,8 @@ from fedmerge.store.database import Database
 from fedmerge.store.lease import Lease
 from fedmerge.store.ledger import Ledger
 from fedmerge.store.lock import FolderLock
+
+log = logging.getLogger(__name__)
 
 
 class Seat:
@@ -56,6 +59,8 @@ class Seat:
     def close(self) -> None:
         """Leave the lead, if it is held, and the folder to others."""
         self.database.abandon()
-        with suppress(ResourceError):  # the server is away: the lease ends by itself
+        try:
             self.lease.release()
+        except ResourceError as err:
+            log.warning("%s; the lease was not given back, and ends by itself", err.message)
         self._opened.close()
