@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from pathlib import Path
 
 from fedmerge.errors import ResourceError, reporting_os_errors
 
 
-def write_new(path: Path, data: bytes, *, if_exists: str, mode: int = 0o666) -> None:
+def write_new(path: Path, data: bytes, *, if_exists: str, mode: int = 0o666, durable: bool = True) -> None:
     """Create the file `path`, and its folder, with the permissions `mode` from its first byte on.
 
-    Raises `ResourceError` when it exists, with the hint `if_exists`, or can't be written; then nothing is left of it.
+    It is there whole, and if it is `durable` stays after a power cut, or it is not there. Raises `ResourceError` when
+    it exists, with the hint `if_exists`, or can't be written.
     """
+    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
+        if path.exists():
+            raise FileExistsError
         with contextlib.suppress(FileExistsError):  # a file in the folder's place: opening says so more clearly
             path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(data)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.link(partial, path)  # which does not replace what somebody else has just made
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        if durable:
+            sync_directory(path.parent)
     except FileExistsError as err:
         raise ResourceError(f"{path}: already exists", hint=if_exists) from err
     except OSError as err:

@@ -145,13 +145,16 @@ class SigningKey:
             raise InputError(f"{path}: not an Ed25519 or P-256 key", hint="make one with: fedmerge keys new")
         return cls(private)
 
-    def save(self, path: Path, passphrase: bytes | None = None) -> None:
-        """Write the key file, 0600 from its first byte; raise `ResourceError` rather than overwrite an existing one."""
+    def save(self, path: Path, passphrase: bytes | None = None, *, durable: bool = True) -> None:
+        """Write the key file, 0600 from its first byte; raise `ResourceError` rather than overwrite an existing one.
+
+        Unless it is `durable`, a power cut may take it.
+        """
         encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
         if passphrase is not None:
             encryption = serialization.BestAvailableEncryption(passphrase)
         pem = self.private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
-        write_new(path, pem, if_exists=NEVER_OVERWRITTEN, mode=0o600)
+        write_new(path, pem, if_exists=NEVER_OVERWRITTEN, mode=0o600, durable=durable)
 
     @classmethod
     def load_or_create(cls, path: Path, algorithm: Algorithm = "ed25519") -> SigningKey:

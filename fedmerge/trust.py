@@ -138,13 +138,18 @@ class TrustStore:
             raise PendingKey(f"key {key_id[:12]} waits for the operator's approval", hint=ASK_OPERATOR)
         raise UntrustedKey(f"key {key_id[:12]} is not trusted", hint=ASK_OPERATOR)
 
-    def add(self, key: PublicKey, name: str, organisation: str | None = None, role: Role = "node") -> Path:
-        """Trust `key` under `name`; raise `InputError` when the name is unusable or stands for another key."""
+    def add(
+        self, key: PublicKey, name: str, organisation: str | None = None, role: Role = "node", *, durable: bool = True
+    ) -> Path:
+        """Trust `key` under `name`; raise `InputError` when the name is unusable or stands for another key.
+
+        Unless it is `durable`, a power cut may undo it.
+        """
         require_name(name)
         path = self._path(name)
         if not path.exists():
             member = Member(name, key, require_text(organisation or name), role)
-            write_new(path, member.to_text().encode(), if_exists=NEVER_OVERWRITTEN)
+            write_new(path, member.to_text().encode(), if_exists=NEVER_OVERWRITTEN, durable=durable)
         elif PublicKey.load(path) != key:
             raise InputError(f"{path}: {name} is already known with another key", hint="remove the old file first")
         return path

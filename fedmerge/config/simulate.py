@@ -79,7 +79,7 @@ class Simulate(Section):
     attack: Literal["sign_flip", "scale", "noise", "inner_product", "little", "label_flip"] = "sign_flip"
     """What they send: their update the other way or many times too large; noise; together the other way, or as far off
     the mean as others are; or what they train on data whose labels, in the column "by", are changed."""
-    attack_strength: float | None = Field(default=None, gt=0, le=1e6)
+    attack_strength: float | None = Field(default=None, gt=0, le=1e6, examples=[1.5])
     """How many times their update's length (of "little": how many standard deviations). Without it .5 of
     "inner_product", 1.5 of "little", 1 of "sign_flip", 10 of the others."""
 

@@ -265,6 +265,6 @@ def prepare_nodes(config: Config, names: list[str]) -> dict[str, SigningKey]:
         keys[name] = SigningKey(Ed25519PrivateKey.from_private_bytes(secret))
         path = node_home(config, name) / "node.key"
         if not path.exists():
-            keys[name].save(path)
-        trust.add(keys[name].public, name)
+            keys[name].save(path, durable=False)
+        trust.add(keys[name].public, name, durable=False)
     return keys

@@ -228,3 +228,25 @@ def test_a_name_is_never_a_path(tmp_path: Path, name: str) -> None:
     with pytest.raises(FedmergeError):
         TrustStore(tmp_path / "trusted").add(KEY.public, name)
     assert not (tmp_path / "trusted").exists()
+
+
+def test_a_key_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a power cut, or whoever reads it at once, finds half of it."""
+    path, synced, sync, link = tmp_path / "new" / "node.key", list[tuple[int, bool]](), os.fsync, os.link
+    held: list[int] = []
+
+    def spy_on_sync(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append((os.fstat(descriptor).st_ino, path.exists()))
+
+    def spy_on_link(source: Path, target: Path) -> None:
+        held.append(len(source.read_bytes()))
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_on_sync)
+    monkeypatch.setattr(os, "link", spy_on_link)
+    SigningKey.generate().save(path)
+    assert held == [path.stat().st_size]
+    assert synced == [(path.stat().st_ino, False), (path.parent.stat().st_ino, True)]
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [each.name for each in path.parent.iterdir()] == ["node.key"]
