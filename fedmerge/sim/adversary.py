@@ -105,7 +105,7 @@ class Adversary:
         self._accomplices = {name: trainers[name] for name in self.names[:MOST_ACCOMPLICES]} if colludes else {}
         self._engine = engine
         self._folder = config.federation.state.parent / "accomplices"
-        self._round = 0
+        self._round = self._num_conspiracies = 0
         self._waiting: list[Waiting] = []
 
     def submit(self, trainer: Trainer, method: str, *arguments: Any) -> Waiting:
@@ -125,11 +125,12 @@ class Adversary:
         """Have accomplices train for a round, unless they do; the same, whoever of them is asked first."""
         if not self._waiting or self._round != task.round:
             self.close()
+            self._num_conspiracies += 1  # of the last one, somebody may still write into its folder
             self._round, self._waiting = task.round, []
             for name, trainer in self._accomplices.items():
-                workspace = self._folder / name
+                workspace = self._folder / str(self._num_conspiracies) / name
                 with reporting_os_errors(workspace):
-                    workspace.mkdir(parents=True)
+                    workspace.mkdir(parents=True, exist_ok=True)
                 seed = derive_seed("simulate.accomplice", self._seed, task.round, name)
                 own = replace(task, workspace=workspace, seed=seed, previous_state=None, progress=None)
                 self._waiting.append(self._engine.submit(trainer, "train", own))
