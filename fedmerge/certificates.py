@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedmerge.errors import InputError, Refused, reporting_os_errors
-from fedmerge.files import write_new
+from fedmerge.files import replace_file, write_new
 from fedmerge.sign import NEVER_OVERWRITTEN, SigningKey
 
 CA_KEY, CA_CERTIFICATE = "ca.key", "ca.crt"
@@ -32,6 +32,7 @@ NODE_URI = "spiffe://fedmerge/node/"
 TICKET_URI = "spiffe://fedmerge/ticket"
 # Clocks differ; a certificate is good from a little before it was made.
 SKEW = dt.timedelta(hours=1)
+KEY_ENDS = b"-----END PRIVATE KEY-----\n"
 
 _NODE_URI = re.compile(re.escape(NODE_URI) + r"([0-9a-f]{64})")
 
@@ -210,6 +211,33 @@ def read_pair(key_path: Path, certificate_path: Path) -> Pair:
         certificate = certificate_path.read_bytes()
     with reporting_os_errors(key_path):
         return Pair(key_path.read_bytes(), certificate)
+
+
+def keep_pair(key_path: Path, certificate_path: Path, pair: Pair) -> None:
+    """Write a pair for `kept_pair`, in place of the one that may be there. Raises `ResourceError`."""
+    replace_file(_renewed(key_path), pair.key + pair.certificate, mode=0o600)
+    kept_pair(key_path, certificate_path)
+
+
+def kept_pair(key_path: Path, certificate_path: Path) -> Pair | None:
+    """Return the pair that was kept, None when there is none. Raises `ResourceError`.
+
+    The two files fit each other whenever it was that somebody was killed who wrote them: then they are written again.
+    """
+    renewed = _renewed(key_path)
+    with reporting_os_errors(renewed):
+        if renewed.exists():
+            key, end, certificate = renewed.read_bytes().partition(KEY_ENDS)
+            replace_file(key_path, key + end, mode=0o600)
+            replace_file(certificate_path, certificate)
+            renewed.unlink()
+    if not (key_path.exists() and certificate_path.exists()):
+        return None
+    return read_pair(key_path, certificate_path)
+
+
+def _renewed(key_path: Path) -> Path:
+    return key_path.with_suffix(".renewed")
 
 
 def _builder(

@@ -16,11 +16,12 @@ from fedmerge.certificates import (
     certificate_request,
     half_life,
     is_issued_by,
+    keep_pair,
+    kept_pair,
     lifetime,
     read_pair,
 )
 from fedmerge.errors import CertificateExpired, InputError
-from fedmerge.files import replace_file
 from fedmerge.sign import PublicKey, read_text
 
 EXPECTED_BUNDLE = "expected the coordinator.pem that `fedmerge serve` writes"
@@ -77,11 +78,8 @@ class Credentials:
     def keep(self, pair: Pair) -> None:
         """Show this key and certificate from the next connection on."""
         self._issued = pair
-        if self._files is None:
-            return
-        key_path, certificate_path = self._files
-        replace_file(key_path, pair.key, mode=0o600)
-        replace_file(certificate_path, pair.certificate)
+        if self._files is not None:
+            keep_pair(*self._files, pair)
 
     def _shown(self, now: dt.datetime) -> Pair | None:
         if self._own is not None:
@@ -94,9 +92,9 @@ class Credentials:
         return self._ticket
 
     def _load_issued(self) -> Pair | None:
-        if self._ticket is None or self._files is None or not all(path.exists() for path in self._files):
+        pair = kept_pair(*self._files) if self._ticket is not None and self._files is not None else None
+        if pair is None:
             return None
-        pair = read_pair(*self._files)
         is_own = is_issued_by(pair.certificate, self._anchors) and Peer.parse(pair.certificate).key_id == self._key_id
         return pair if is_own else None
 

@@ -15,7 +15,18 @@ from pathlib import Path
 
 import grpc
 
-from fedmerge.certificates import TLS_NAME, Authority, Pair, half_life, is_issued_by, lifetime, read_pair, self_signed
+from fedmerge.certificates import (
+    TLS_NAME,
+    Authority,
+    Pair,
+    half_life,
+    is_issued_by,
+    keep_pair,
+    kept_pair,
+    lifetime,
+    read_pair,
+    self_signed,
+)
 from fedmerge.config import Config
 from fedmerge.errors import FedmergeError, InputError, Refused, reporting_os_errors
 from fedmerge.files import replace_file
@@ -110,7 +121,7 @@ class Certificates:
         """Return the pair in the state folder, or make it where there is none, or none that is still good."""
         state = self._config.federation.state
         key_path, cert_path = state / "tls.key", state / "tls.crt"
-        if cert_path.exists() and key_path.exists() and not renew:
+        if not renew and kept_pair(key_path, cert_path) is not None:
             pair = _load_pair(key_path, cert_path)
             issuer = self.authority.pem if self.authority else pair.certificate
             if now < lifetime(pair.certificate, where=cert_path)[1] and is_issued_by(pair.certificate, issuer):
@@ -121,21 +132,19 @@ class Certificates:
             pair = self.authority.server(names, now, SERVER_VALID)
         else:
             pair = self_signed(names, now, SELF_SIGNED_VALID)
-        replace_file(key_path, pair.key, mode=0o600)
-        replace_file(cert_path, pair.certificate)
+        keep_pair(key_path, cert_path, pair)
         return pair
 
     def _load_ticket(self, now: dt.datetime) -> Pair:
         assert self.authority is not None
         state = self._config.federation.state
         key_path, cert_path = state / "ticket.key", state / "ticket.crt"
-        if key_path.exists() and cert_path.exists():
+        if kept_pair(key_path, cert_path) is not None:
             pair = _load_pair(key_path, cert_path)
             if is_issued_by(pair.certificate, self.authority.pem):
                 return pair
         pair = self.authority.ticket(now, TICKET_VALID)
-        replace_file(key_path, pair.key, mode=0o600)
-        replace_file(cert_path, pair.certificate)
+        keep_pair(key_path, cert_path, pair)
         return pair
 
     def _write_bundle(self, pair: Pair) -> None:

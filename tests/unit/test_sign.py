@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import datetime as dt
 import hashlib
 import json
 import os
@@ -15,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmerge.certificates import keep_pair, kept_pair, self_signed
 from fedmerge.errors import BadSignature, FedmergeError, InputError, ResourceError, UntrustedKey, WrongPassphrase
 from fedmerge.passphrase import PASSPHRASE, PASSPHRASE_FILE, find_passphrase
 from fedmerge.sign import ALGORITHMS, Algorithm, PublicKey, SigningKey, open_envelope
@@ -250,3 +253,31 @@ def test_a_key_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch
     assert synced == [(path.stat().st_ino, False), (path.parent.stat().st_ino, True)]
     assert path.stat().st_mode & 0o777 == 0o600
     assert [each.name for each in path.parent.iterdir()] == ["node.key"]
+
+
+@pytest.mark.parametrize("num_done", range(4))
+def test_a_certificate_and_its_key_fit_whenever_their_renewal_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_done: int
+) -> None:
+    now = dt.datetime.now(dt.UTC)
+    old, new = (self_signed(["localhost"], now, dt.timedelta(days=1)) for _ in range(2))
+    files = tmp_path / "tls.key", tmp_path / "tls.crt"
+    keep_pair(*files, old)
+    assert kept_pair(*files) == old
+    replace, done = Path.replace, list[Path]()
+
+    def stop_after_some(self: Path, target: Path) -> Path:
+        if len(done) == num_done:
+            raise KeyboardInterrupt
+        done.append(target)
+        return replace(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", stop_after_some)
+        with pytest.raises(KeyboardInterrupt) if num_done < 3 else contextlib.nullcontext():
+            keep_pair(*files, new)
+    expected = old if num_done == 0 else new
+    assert kept_pair(*files) == expected
+    assert [file.read_bytes() for file in files] == [expected.key, expected.certificate]
+    assert files[0].stat().st_mode & 0o777 == 0o600
+    assert kept_pair(tmp_path / "a", tmp_path / "b") is None
