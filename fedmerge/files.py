@@ -28,7 +28,7 @@ def write_new(path: Path, data: bytes, *, if_exists: str, mode: int = 0o666, dur
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())
-            os.link(partial, path)  # which does not replace what somebody else has just made
+            _name(partial, path)
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
@@ -38,6 +38,15 @@ def write_new(path: Path, data: bytes, *, if_exists: str, mode: int = 0o666, dur
         raise ResourceError(f"{path}: already exists", hint=if_exists) from err
     except OSError as err:
         raise ResourceError(f"{path}: could not be written ({err.strerror})") from err
+
+
+def _name(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)  # which does not replace what somebody else has just made
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        partial.rename(path)
 
 
 def replace_file(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o666) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime as dt
+import errno
 import hashlib
 import json
 import os
@@ -253,6 +254,19 @@ def test_a_key_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch
     assert synced == [(path.stat().st_ino, False), (path.parent.stat().st_ino, True)]
     assert path.stat().st_mode & 0o777 == 0o600
     assert [each.name for each in path.parent.iterdir()] == ["node.key"]
+
+
+def test_a_key_is_written_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    key = SigningKey.generate()
+    key.save(tmp_path / "node.key")
+    assert SigningKey.load(tmp_path / "node.key").public == key.public
+    with pytest.raises(ResourceError, match="already exists"):
+        key.save(tmp_path / "node.key")
+    assert [each.name for each in tmp_path.iterdir()] == ["node.key"]
 
 
 @pytest.mark.parametrize("num_done", range(4))
