@@ -7,6 +7,7 @@ of its own yet gets through the door, and may ask for one.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import ipaddress
 import re
@@ -215,25 +216,34 @@ def read_pair(key_path: Path, certificate_path: Path) -> Pair:
 
 def keep_pair(key_path: Path, certificate_path: Path, pair: Pair) -> None:
     """Write a pair for `kept_pair`, in place of the one that may be there. Raises `ResourceError`."""
-    replace_file(_renewed(key_path), pair.key + pair.certificate, mode=0o600)
-    kept_pair(key_path, certificate_path)
+    renewed = _renewed(key_path)
+    replace_file(renewed, pair.key + pair.certificate, mode=0o600)
+    replace_file(key_path, pair.key, mode=0o600)
+    replace_file(certificate_path, pair.certificate)
+    with reporting_os_errors(renewed):
+        renewed.unlink()
 
 
 def kept_pair(key_path: Path, certificate_path: Path) -> Pair | None:
     """Return the pair that was kept, None when there is none. Raises `ResourceError`.
 
-    The two files fit each other whenever it was that somebody was killed who wrote them: then they are written again.
+    Key and certificate fit each other whenever it was that somebody was killed who wrote them.
     """
     renewed = _renewed(key_path)
-    with reporting_os_errors(renewed):
-        if renewed.exists():
-            key, end, certificate = renewed.read_bytes().partition(KEY_ENDS)
-            replace_file(key_path, key + end, mode=0o600)
-            replace_file(certificate_path, certificate)
-            renewed.unlink()
+    with reporting_os_errors(renewed), contextlib.suppress(FileNotFoundError):
+        key, end, certificate = renewed.read_bytes().partition(KEY_ENDS)
+        return Pair(key + end, certificate)
     if not (key_path.exists() and certificate_path.exists()):
         return None
     return read_pair(key_path, certificate_path)
+
+
+def settle_pair(key_path: Path, certificate_path: Path) -> Pair | None:
+    """Do as `kept_pair`, and put what it returns into the two files, for whoever reads these. Nobody else may write."""
+    pair = kept_pair(key_path, certificate_path)
+    if pair is not None and _renewed(key_path).exists():
+        keep_pair(key_path, certificate_path, pair)
+    return pair
 
 
 def _renewed(key_path: Path) -> Path:

@@ -17,6 +17,7 @@ def write_new(path: Path, data: bytes, *, if_exists: str, mode: int = 0o666, dur
     it exists, with the hint `if_exists`, or can't be written.
     """
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         if path.exists():
             raise FileExistsError
@@ -32,8 +33,8 @@ def write_new(path: Path, data: bytes, *, if_exists: str, mode: int = 0o666, dur
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
-        if durable:
-            sync_directory(path.parent)
+        for folder in (path.parent, *(made.parent for made in missing)) if durable else ():
+            sync_directory(folder)
     except FileExistsError as err:
         raise ResourceError(f"{path}: already exists", hint=if_exists) from err
     except OSError as err:

@@ -109,11 +109,12 @@ def _grid_table(rows: Sequence[Mapping[str, object]], grid: Mapping[str, list[st
     for column in shown:
         heading = column.removeprefix("simulate.").removesuffix("_bytes")
         table.add_column(printable(heading), justify="left" if column in {*grid, "version"} else "right")
+    some_failed = any("failure" in row for row in rows)
+    if some_failed:
+        table.add_column("outcome")
     for row in rows:
-        cells = [_cell(column, row.get(column)) for column in shown]
-        if "failure" in row:
-            cells[-1] = "failed"
-        table.add_row(*map(escape, cells))
+        outcome = ["failed" if "failure" in row else ""] if some_failed else []
+        table.add_row(*(escape(_cell(column, row.get(column))) for column in shown), *outcome)
     return table
 
 

@@ -97,8 +97,7 @@ class Adversary:
         settings = config.simulate
         self.names = bad_nodes(settings, trainers)
         self._attack = ATTACKS.get(settings.attack) if self.names else None
-        if self.names:
-            _require_feasible(config, self.names, self._attack)
+        require_feasible(config, trainers)
         self._strength = settings.attack_strength
         self._seed = settings.seed
         colludes = self._attack is not None and self._attack.colludes
@@ -173,6 +172,8 @@ def with_flipped_labels(config: Config) -> Config:
     if settings.attack != "label_flip" or not settings.bad_nodes:
         return config
     bad = set(bad_nodes(settings, [node.name for node in config.nodes]))
+    if any(node.data == node_home(config, node.name) / FLIPPED for node in config.nodes):
+        return config  # they are
     sources = [settings.data] if settings.nodes else [node.data for node in config.nodes]
     labels = sorted({label for source in sources if source for label in _labels(source, settings.by)}, key=_order)
     if len(labels) < 2:
@@ -181,7 +182,7 @@ def with_flipped_labels(config: Config) -> Config:
 
     def turned(node: SimulatedNode) -> SimulatedNode:
         path = node_home(config, node.name) / FLIPPED
-        if node.name not in bad or node.data in {None, path}:
+        if node.name not in bad or node.data is None:
             return node
         rows = [{**row, settings.by: flipped[row[settings.by]]} for row in read_records(node.data)]
         with reporting_os_errors(path):
@@ -192,7 +193,11 @@ def with_flipped_labels(config: Config) -> Config:
     return config.model_copy(update={"nodes": tuple(turned(node) for node in config.nodes)})
 
 
-def _require_feasible(config: Config, bad: list[str], attack: Attack | None) -> None:
+def require_feasible(config: Config, names: Iterable[str]) -> None:
+    """Raise `ConfigError` where bad nodes, of those called `names`, could not do what the configuration says."""
+    bad, attack = bad_nodes(config.simulate, names), ATTACKS.get(config.simulate.attack)
+    if not bad:
+        return
     data = {node.name: node.data for node in config.nodes}
     for name in bad if attack is None else ():
         if data.get(name) != node_home(config, name) / FLIPPED:
@@ -205,9 +210,11 @@ def _require_feasible(config: Config, bad: list[str], attack: Attack | None) -> 
             'simulate.attack = "little" needs two bad nodes at least, to see how far updates are apart',
             hint="bad_nodes = 2, or another attack",
         )
-    if attack is not None and attack.colludes and config.streaming.overlap_steps:
+    # There each node goes on from a model of its own, or takes steps of its own number.
+    unlike = "[streaming]" if config.streaming.fragments > 1 else "rounds.dynamic_steps"
+    if attack is not None and attack.colludes and (config.streaming.fragments > 1 or config.rounds.dynamic_steps < 1):
         raise ConfigError(
-            f"simulate.attack = {config.simulate.attack!r} does not go together with streaming.overlap_steps",
+            f"simulate.attack = {config.simulate.attack!r} does not go together with {unlike}",
             hint=f"one of {', '.join(name for name, each in ATTACKS.items() if not each.colludes)}",
         )
 

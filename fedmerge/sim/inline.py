@@ -105,8 +105,8 @@ class Simulation:
 
     def run(self) -> None:
         """Play to the end of the last round."""
-        # One that was stopped was ahead of the clock on the wall, as waiting takes no time.
-        self.world.skip_to(self.coordinator.journal.ledger.entries[-1].at_s)
+        # One that was stopped goes on when it was, whatever the time is now.
+        self.world.begin_at(self.coordinator.journal.ledger.entries[-1].at_s)
         self.coordinator.retry_failed()
         self.world.spawn(self._coordinate)
         self.world.run()

@@ -7,6 +7,7 @@ row is somebody's and nobody is without any.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,9 +95,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as err:
         raise InputError(f"{path}: can't be read ({getattr(err, 'strerror', None) or 'not text'})") from err
     if path.suffix.lower() == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
+        return list(csv.DictReader(io.StringIO(text, newline="")))
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
             record = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError) as err:

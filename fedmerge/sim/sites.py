@@ -29,8 +29,8 @@ class Site:
     """One partner's machine and line. A rate of 0 bytes per second stands for one without limit.
 
     `train_s` is how long a fine-tune takes, `online` the share of hours in which the site is there, `dropout` the share
-    of rounds that it begins and never delivers in. `seed` is its own. Where there is an `availability`, which counts
-    from `began_s` on, that says when it is there.
+    of rounds that it begins and never delivers in. `seed` is its own. Where there is an `availability`, that says when
+    it is there. Hours, and that, count from `began_s` on.
     """
 
     up_bytes_per_s: float = 0.0
@@ -60,14 +60,15 @@ class Site:
 
         Without an `availability` it is, or is not, for an hour at a time.
         """
+        since_s = now_s - self.began_s
         if self.availability is not None:
-            return self.availability.away_s(now_s - self.began_s)
+            return self.availability.away_s(since_s)
         if self.online >= 1:
             return 0.0
-        first = int(now_s // SLOT_S)
+        first = int(since_s // SLOT_S)
         for slot in range(first, first + NUM_SLOTS):
             if fraction(self.seed, "online", slot) < self.online:
-                return max(0.0, slot * SLOT_S - now_s)
+                return max(0.0, slot * SLOT_S - since_s)
         return NUM_SLOTS * SLOT_S
 
 

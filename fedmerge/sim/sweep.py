@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fedmerge.config import Config, load_config
 from fedmerge.errors import ConfigError, MissingExtra, RoundFailed, reporting_os_errors
 from fedmerge.files import replace_file
+from fedmerge.sim.adversary import require_feasible
 from fedmerge.sim.results import FederationResult
 from fedmerge.sim.run import simulate
 from fedmerge.sim.virtual import partition_of, with_virtual_nodes
@@ -109,6 +110,8 @@ def _point(settings: dict[str, str], config: Config, root: Path) -> Point:
     )
     shared = hashlib.sha256(partition_of(config).encode()).hexdigest()[:12]
     config = with_virtual_nodes(config.model_copy(update={"federation": federation}), root / f"data-{shared}")
+    if config.nodes:
+        require_feasible(config, [node.name for node in config.nodes])
     return Point(settings, config, directory)
 
 

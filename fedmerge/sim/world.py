@@ -36,9 +36,10 @@ class World:
         """Return the time, as a function."""
         return self.now_s
 
-    def skip_to(self, at_s: float) -> None:
-        """Begin at `at_s`, if that is later."""
-        self._now_s = max(self._now_s, at_s)
+    def begin_at(self, at_s: float) -> None:
+        """Set the clock, before there are tasks."""
+        assert not self._waits
+        self._now_s = at_s
 
     def spawn(self, run: Callable[[], None], *, after_s: float = 0.0) -> None:
         """Begin a task once `after_s` have passed."""

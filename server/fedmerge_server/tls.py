@@ -22,10 +22,10 @@ from fedmerge.certificates import (
     half_life,
     is_issued_by,
     keep_pair,
-    kept_pair,
     lifetime,
     read_pair,
     self_signed,
+    settle_pair,
 )
 from fedmerge.config import Config
 from fedmerge.errors import FedmergeError, InputError, Refused, reporting_os_errors
@@ -121,7 +121,7 @@ class Certificates:
         """Return the pair in the state folder, or make it where there is none, or none that is still good."""
         state = self._config.federation.state
         key_path, cert_path = state / "tls.key", state / "tls.crt"
-        if not renew and kept_pair(key_path, cert_path) is not None:
+        if not renew and settle_pair(key_path, cert_path) is not None:
             pair = _load_pair(key_path, cert_path)
             issuer = self.authority.pem if self.authority else pair.certificate
             if now < lifetime(pair.certificate, where=cert_path)[1] and is_issued_by(pair.certificate, issuer):
@@ -139,7 +139,7 @@ class Certificates:
         assert self.authority is not None
         state = self._config.federation.state
         key_path, cert_path = state / "ticket.key", state / "ticket.crt"
-        if kept_pair(key_path, cert_path) is not None:
+        if settle_pair(key_path, cert_path) is not None:
             pair = _load_pair(key_path, cert_path)
             if is_issued_by(pair.certificate, self.authority.pem):
                 return pair

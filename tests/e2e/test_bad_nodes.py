@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmerge.config import Config
 from fedmerge.errors import ConfigError, InputError
-from fedmerge.sim import FederationResult, outcome_of, simulate, simulate_processes, with_virtual_nodes
+from fedmerge.sim import FederationResult, outcome_of, simulate, simulate_processes, sweep, with_virtual_nodes
 from fedmerge.sim.page import page
 from fedmerge.tensors import Checkpoint
 from tests.conftest import StepTrainer, make_config
@@ -22,6 +22,7 @@ from tests.conftest import StepTrainer, make_config
 NODES = {f"node-{number}": StepTrainer(number) for number in range(10)}
 # So that the models are what was trained, to a few bits of fp32.
 EXACT = "[delta]\nvalues = 'fp32'\ndownlink = 'fp32'\n[merge]\nmethod = 'fedavg'\n[screen]\nmax_norm_ratio = 1e6\n"
+NORTH_AND_SOUTH = "[[nodes]]\nname = 'north'\n[[nodes]]\nname = 'south'\n"
 
 
 def run(folder: Path, simulated: str, settings: str = EXACT, **more: object) -> tuple[FederationResult, Config]:
@@ -131,7 +132,7 @@ def with_data(folder: Path, simulated: str) -> Config:
 
 def rows_of(path: Path | None) -> Iterator[dict[str, str]]:
     assert path is not None
-    return map(json.loads, path.read_text().splitlines())
+    return map(json.loads, path.read_text().strip().split("\n"))
 
 
 def test_flipped_labels_are_others_one_to_one(tmp_path: Path) -> None:
@@ -144,12 +145,15 @@ def test_flipped_labels_are_others_one_to_one(tmp_path: Path) -> None:
         assert old["text"] == new["text"]
         pairs.add((old["label"], new["label"]))
     # Sorted, v w x y z: two further on.
+    assert with_virtual_nodes(after) == after
     assert pairs == {("v", "x"), ("w", "y"), ("x", "z"), ("y", "v"), ("z", "w")}
     assert next(rows_of(before.nodes[0].data))["label"] == "x"
 
 
 def test_flipped_labels_of_made_up_nodes(tmp_path: Path) -> None:
-    (tmp_path / "all.csv").write_text("text,label\n" + "".join(f"{number},{number % 2}\n" for number in range(40)))
+    # With what only looks like the end of a line.
+    rows = "".join(f"{number} \u2028,{number % 2}\n" for number in range(40))
+    (tmp_path / "all.csv").write_text(f"text,label\n{rows}")
     simulated = "nodes = 4\ndata = 'all.csv'\nbad_nodes = 2\nattack = 'label_flip'"
     config = with_virtual_nodes(make_config(tmp_path, extra=f"[simulate]\n{simulated}\n")[0])
     flipped = 0
@@ -170,12 +174,15 @@ def test_what_can_not_be_simulated_is_said_before_it_begins(tmp_path: Path) -> N
         with pytest.raises(ConfigError, match=said):
             run(tmp_path / str(number), simulated)
         assert not (tmp_path / str(number) / "state").exists()
-    config, _ = make_config(tmp_path / "s", extra="[simulate]\nbad_nodes = 2\nattack = 'little'\n")
-    overlapping = config.model_copy(
-        update={"streaming": config.streaming.model_copy(update={"fragments": 2, "overlap_steps": 1})}
-    )
-    with pytest.raises(ConfigError, match="overlap_steps"):
-        simulate(overlapping, tmp_path / "s" / "base", NODES)
+    for number, (section, said) in enumerate(
+        [("[streaming]\nfragments = 2\n", r"\[streaming\]"), ("", "rounds.dynamic_steps")]
+    ):
+        rounds = "grace_s = 60" if section else "async_buffer = 2\nmax_staleness = 3\ndynamic_steps = 0.5"
+        with pytest.raises(ConfigError, match=said):
+            run(tmp_path / f"s{number}", "bad_nodes = 2\nattack = 'little'", f"steps = 8\n{section}", rounds=rounds)
+    swept = make_config(tmp_path / "swept", extra=f"[simulate]\nattack = 'little'\n{NORTH_AND_SOUTH}")[1]
+    with pytest.raises(ConfigError, match="needs two bad nodes"):
+        sweep(swept, {"simulate.bad_nodes": [0, 1]}, pytest.fail)
     config = with_data(tmp_path / "p", "bad_nodes = 1")
     with pytest.raises(ConfigError, match="processes of their own"):
         simulate_processes(config, tmp_path / "p" / "fedmerge.toml")

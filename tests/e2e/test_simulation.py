@@ -152,6 +152,31 @@ def test_a_round_that_failed_is_tried_again_when_it_failed_and_not_before(tmp_pa
     assert result.rounds[2].opened_s == pytest.approx(200.0 + 500.0)
 
 
+def test_a_simulation_goes_on_when_it_was_stopped_whatever_the_time_is(tmp_path: Path) -> None:
+    """Killed in round 2, and started again a year later, or on a clock that is a year behind: nobody is missed."""
+    settings = "train_s = 50.0\nspread = 1.0\nonline = 0.5"
+    for folder in ("plain", "later", "earlier"):
+        extra = f"[simulate]\n{settings}\n"
+        make_config(tmp_path / folder, num_rounds=2, min_nodes=6, rounds="deadline_s = 90000", extra=extra)
+    versions = set()
+    for folder, end_s in (("plain", 0.0), ("later", 8e7), ("earlier", 3e7)):
+        config = load_config(tmp_path / folder / "fedmerge.toml")
+
+        def stop(name: str, event: NodeEvent) -> None:
+            if (event.kind, event.round) == ("upload", 2):
+                raise KeyboardInterrupt
+
+        start, base = (World(5e7) for _ in range(2)), tmp_path / folder / "base"
+        if end_s:
+            with pytest.raises(KeyboardInterrupt):
+                simulate(config, base, NODES, world=next(start), on_event=stop)
+        result = simulate(config, base, NODES, world=World(end_s) if end_s else next(start))
+        assert [each.num_deltas for each in result.rounds] == [6, 6]
+        assert result.rounds[-1].published_s < 30 * DAY_S
+        versions.add(result.version)
+    assert len(versions) == 1
+
+
 def test_a_sample_is_asked_and_nobody_else_trains(tmp_path: Path) -> None:
     result, config = run(tmp_path, "train_s = 5.0", num_rounds=4, rounds="sample = 2")
     asked = [{name for other, name in arrivals(config) if other == number} for number in (1, 2, 3, 4)]

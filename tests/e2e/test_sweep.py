@@ -58,6 +58,17 @@ def test_a_point_is_what_its_settings_give_and_is_simulated_once(tmp_path: Path)
     assert list(result.to_frame()["norm"]) == [row["norm"] for row in result.rows]
 
 
+def test_failures_stand_below_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is nothing to put into it where one point is all, and it failed."""
+    make_base(tmp_path / "base")
+    path = tmp_path / "fedmerge.toml"
+    path.write_text(FINISHED.replace("tuned", str(tmp_path / "base")))
+    simulate_command(path, sweep=("screen.max_unchanged=0.5",))
+    said = capsys.readouterr().out
+    assert "failed" in said
+    assert "screen.max_unchanged = 0.5: round 1 failed" in said
+
+
 def test_a_point_whose_round_fails_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
     _, path = make_config(tmp_path, rounds="deadline_s = 10.0")
     runs = Runs(tmp_path / "base")

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmerge.certificates import keep_pair, kept_pair, self_signed
+from fedmerge.certificates import keep_pair, kept_pair, self_signed, settle_pair
 from fedmerge.errors import BadSignature, FedmergeError, InputError, ResourceError, UntrustedKey, WrongPassphrase
 from fedmerge.passphrase import PASSPHRASE, PASSPHRASE_FILE, find_passphrase
 from fedmerge.sign import ALGORITHMS, Algorithm, PublicKey, SigningKey, open_envelope
@@ -251,7 +251,8 @@ def test_a_key_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "link", spy_on_link)
     SigningKey.generate().save(path)
     assert held == [path.stat().st_size]
-    assert synced == [(path.stat().st_ino, False), (path.parent.stat().st_ino, True)]
+    folders = [(folder.stat().st_ino, True) for folder in (path.parent, tmp_path)]
+    assert synced == [(path.stat().st_ino, False), *folders]
     assert path.stat().st_mode & 0o777 == 0o600
     assert [each.name for each in path.parent.iterdir()] == ["node.key"]
 
@@ -292,6 +293,8 @@ def test_a_certificate_and_its_key_fit_whenever_their_renewal_is_stopped(
             keep_pair(*files, new)
     expected = old if num_done == 0 else new
     assert kept_pair(*files) == expected
+    assert settle_pair(*files) == expected
     assert [file.read_bytes() for file in files] == [expected.key, expected.certificate]
+    assert [each.name for each in sorted(tmp_path.iterdir()) if "partial" not in each.name] == ["tls.crt", "tls.key"]
     assert files[0].stat().st_mode & 0o777 == 0o600
     assert kept_pair(tmp_path / "a", tmp_path / "b") is None
