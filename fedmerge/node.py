@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -105,7 +106,8 @@ class Node:
         self._meanwhile = meanwhile
         self._witness = witness
         self._on_event = on_event
-        self._taken: set[str] = set()
+        # The newest views that it acted on, by what they show: a view comes again, but none of long ago.
+        self._taken: deque[str] = deque(maxlen=256)
         self._num_done = 0
 
     def run(self) -> Path:
@@ -145,7 +147,7 @@ class Node:
         # First: nothing more is given to a coordinator whose log is not in order.
         self._observe(view, spec, spec_digest)
         if view.phase == "open" and spec_digest not in self._taken:
-            self._taken.add(spec_digest)
+            self._taken.append(spec_digest)
             if spec.asks(self.node_id):
                 self._take_part(spec, spec_digest)
             else:
@@ -160,7 +162,7 @@ class Node:
         moment = f"{spec_digest} {view.phase}" if view.phase == "publishing" else record_digest
         if moment in self._taken or not (view.record_envelope or view.phase == "publishing"):
             return
-        self._taken.add(moment)
+        self._taken.append(moment)
         checkpoint = self._witness.observe(spec.federation, spec.run) if self._witness else None
         if view.record_envelope:
             record, _ = MergeRecord.open(view.record_envelope, self._said_by, where="merge record")
@@ -267,7 +269,7 @@ class Node:
             raise DigestMismatch("the candidates are for another round than the one under way")
         if digest in self._taken or self.node_id not in proposal.judges:
             return
-        self._taken.add(digest)
+        self._taken.append(digest)
         scratch = self.home / "candidates"
         try:
             for candidate in proposal.candidates:

@@ -6,6 +6,7 @@ one that was left half-written is made again together with the delta.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,9 @@ def previous_folder(outbox: Path, name: str, spec: RoundSpec, own: Mapping[str, 
     coordinator gave up, whose delta was never merged. Raises `ResourceError`.
     """
     newest_round, newest = 0, None
-    folders = [folder for folder in outbox.parent.glob(f"*/{name}") if folder.parent != outbox]
+    with os.scandir(outbox.parent) as rounds:  # there may be thousands: `Path.glob` takes three times as long
+        earlier = [each.path for each in rounds if each.name != outbox.name]
+    folders = [Path(path, name) for path in earlier if os.access(f"{path}/{name}", os.F_OK)]
     for folder in folders:
         round_number = round_of(folder.with_name(STATEMENT), spec, own)
         if newest_round < round_number < spec.round:

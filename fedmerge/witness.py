@@ -78,8 +78,15 @@ class Witness:
         self._listed: set[Path] = set()
 
     def keep(self, path: Path, receipt: Receipt) -> None:
-        """Be told of a receipt that this node has verified and put at `path`, in a round's folder."""
-        self._all_receipts()[path] = receipt
+        """Be told of a receipt that this node has verified and put at `path`, in a round's folder.
+
+        Those of earlier rounds that the log was seen to have are done with: a log that grows from there has them still.
+        """
+        receipts = self._all_receipts()
+        for done in [each for each in self._listed if receipts[each].round < receipt.round]:
+            self._listed.remove(done)
+            del receipts[done]
+        receipts[path] = receipt
 
     def observe(self, federation: str, run: str) -> LogCheckpoint:
         """Check the log as it is now against all that this node knows, keep its checkpoint, and cosign it.
