@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -353,9 +353,8 @@ class Run:
 
     def entries(self) -> list[LedgerEntry]:
         """The ledger's events."""
-        ledger = Ledger(Database(self.config().database_url()))
-        ledger.close()
-        return ledger.entries
+        with closing(Ledger(Database(self.config().database_url()))) as ledger:
+            return list(ledger.entries)
 
     def receipts(self) -> dict[Path, bytes]:
         """What the nodes hold of the coordinator's signed word that it has a delta."""

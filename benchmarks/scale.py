@@ -8,9 +8,10 @@ them stands the limit: importing torch, and of each node's round only signatures
 Each case runs in a process of its own. CPU seconds and memory (the sum of proportional set sizes) are those of that
 process and all that it starts, Ray's included, sampled ten times a second; wall seconds are what a user waits for. A
 round is the mean of the later ones, of five and with 1,000 nodes of three; start-up is what comes before the second,
-less one round. --quick leaves 1,000 nodes out. Then 10,000 nodes, of which 100 are asked in each round, and Flower's
-digits app with its own FedAvg and with our strategy and mod. --parts takes some of overhead,many,digits. A case that
-fails, or has not ended after --limit seconds, is left out, and why is said.
+less one round. --quick leaves 1,000 nodes out. Then 10,000 nodes, of which 100 are asked in each round; what late
+rounds of a long federation cost beside early ones; and Flower's digits app with its own FedAvg and with our strategy
+and mod. --parts takes some of overhead,many,long,digits. A case that fails, or has not ended after --limit seconds, is
+left out, and why is said.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def ours(folder: Path, engine: str, num_nodes: int, num_rounds: int, sample: int
     trainers = {f"node-{number:05}": StepTrainer(number) for number in range(num_nodes)}
     with closing(open_engine(config.simulate)) as opened:
         simulate(config, folder / "base", trainers, engine=opened, on_event=on_event)
-    return {"marks": marks.at_s}
+    disk_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {"marks": marks.at_s, "disk_bytes": disk_bytes}
 
 
 def limit(folder: Path, num_nodes: int, num_rounds: int) -> dict[str, Any]:
@@ -258,7 +260,7 @@ CODECS: dict[str, dict[str, Any]] = {
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "ours": ours, "limit": limit, "flower": flower, "digits": digits
 }  # fmt: skip
-PARTS = ("overhead", "many", "digits")
+PARTS = ("overhead", "many", "long", "digits")
 DIGITS = {
     "Flower's FedAvg": ("flower", "none"), "ours": ("fedavg", "none"), "ours, int8": ("fedavg", "int8"),
     "ours, topk 10 %, int4": ("fedavg", "topk"),
@@ -322,8 +324,10 @@ def measure(case: str, *arguments: str | int, num_rounds: int, limit_s: float) -
         return {"start_up": start_up, "round": per_round, "whole": whole}
 
     growth = float(np.interp(marks[num_rounds], times, memory) - np.interp(marks[2], times, memory)) / (num_rounds - 2)
+    spent = np.interp([marks[number] for number in sorted(marks)], times, cpu)
     return {
         **found,
+        "cpu_s_by_round": np.diff(spent).tolist(),
         "cpu_s": split(lambda at_s: float(np.interp(at_s, times, cpu)), float(cpu[-1])),
         "wall_s": split(lambda at_s: at_s - began_s, ended_s - began_s),
         "peak_bytes": int(memory.max()),
@@ -401,6 +405,25 @@ def overhead_targets(found: dict[str, dict[int, dict[str, Any]]], growth: dict[s
     return targets
 
 
+def measure_long(cases: Cases, num_rounds: int) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Run a hundred nodes for so many rounds; print what the last rounds cost beside those at a tenth of it."""
+    found = cases.run("long inline", "ours", "inline", 100, num_rounds, 0, num_rounds=num_rounds)
+    if found is None:
+        return None, []
+    by_round, tenth = found["cpu_s_by_round"], num_rounds // 10
+    early, late = (float(np.median(by_round[begin:][:tenth])) for begin in (tenth, -tenth))
+    disk = found["disk_bytes"] / num_rounds
+    print(f"\n100 nodes, {num_rounds} rounds:")
+    print_table(
+        ["CPU s of a round: early", "late", "grows a round by: MB of memory", "MB of disk"],
+        [[f"{early:.3f}", f"{late:.3f}", f"{found['grown_bytes_per_round'] / 1e6:.2f}", f"{disk / 1e6:.1f}"]],
+    )
+    return found, [
+        at_most(1.5, "100 nodes, many rounds: CPU s of a late round, of an early one", late / early),
+        at_most(0.5e6, "100 nodes, many rounds: bytes of memory that a round adds", found["grown_bytes_per_round"]),
+    ]
+
+
 def measure_digits(cases: Cases) -> dict[str, dict[str, Any]]:
     """Run Flower's digits app with its own FedAvg and with ours, and print."""
     found = {
@@ -461,6 +484,9 @@ def main() -> None:
             print(f"memory grows by {many['grown_bytes_per_round'] / 1e6:.1f} MB in a round")
             targets.append(at_most(1e9, "10,000 nodes: peak bytes", many["peak_bytes"]))
             figures["many"] = many
+    if "long" in parts:
+        figures["long"], more = measure_long(cases, 40 if arguments.quick else 200)
+        targets += more
     if "digits" in parts:
         figures["digits"] = measure_digits(cases)
         targets += digits_targets(figures["digits"])

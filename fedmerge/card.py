@@ -47,7 +47,7 @@ Version `{record.model.digest}`, made from base `{record.model.base_digest[:12]}
 ## How to check it
 
 `lineage.json` names every file here by SHA-256 and is signed by the coordinator (`lineage.sig.json`);
-`provenance.jsonl` holds what each party signed on the way. With the coordinator's public key:
+`provenance.jsonl.zst` holds what each party signed on the way. With the coordinator's public key:
 
 ```
 fedmerge verify . --key coordinator.pem

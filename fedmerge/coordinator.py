@@ -16,7 +16,6 @@ from fedmerge.config import Config
 from fedmerge.errors import BadSignature, InputError, InvalidDelta, RoundFailed, UnknownVersion
 from fedmerge.events import (
     CandidatesScored,
-    DeltaAccepted,
     MergeFinished,
     MergeStarted,
     MetricsReported,
@@ -36,7 +35,7 @@ from fedmerge.operator import Operator
 from fedmerge.ownership import create_or_check, open_seat
 from fedmerge.planner import Planner
 from fedmerge.policy import Action, Standing, next_action, next_due_s, standing
-from fedmerge.provenance import provenance_of
+from fedmerge.provenance_file import PROVENANCE, ProvenanceFile
 from fedmerge.publish import publish, thin_out
 from fedmerge.rounds import Phase
 from fedmerge.screen import INVALID_DELTA, Inspection
@@ -100,6 +99,7 @@ class Coordinator:
             self.blobs = config.open_blobs(durable=seat.durable)
             self.running_sum = RunningSum(config.federation.state / "sum")
             self.running_sum.clear()  # it was never synced: what a power cut left of it can't be told
+            self._provenance = ProvenanceFile(config.federation.state / PROVENANCE)
             self._inspected: dict[Inspected, Inspection] = {}  # what is known of deltas that are not merged yet
             create_or_check(self.journal, config, self.base)
             self.members = Members(self.journal, self.trust)
@@ -127,7 +127,7 @@ class Coordinator:
     def record_envelope(self) -> bytes:
         """The signed merge record of the published version that counts; empty for the base."""
         published = self.journal.state.published
-        return self.journal.as_now(MergeRecord, published.record_envelope) if published else b""
+        return self.journal.as_now(MergeRecord, self.journal.record_envelope(published)) if published else b""
 
     def finished(self) -> bool:
         """Whether no further round will open."""
@@ -150,8 +150,7 @@ class Coordinator:
             if ref.root == root:
                 return self.base.directory / ref.name
         state = self.journal.state
-        published = any(root in (merge.update_root, *merge.step_roots) for merge in state.merges)
-        if published or any(root in generation.roots for generation in state.generations()):
+        if root in self.journal.index.published or any(root in generation.roots for generation in state.generations()):
             return self.blobs.path(root)
         raise UnknownVersion("no file with that root is served")
 
@@ -317,8 +316,8 @@ class Coordinator:
     def _publish(self) -> None:
         record = self.journal.record()
         assert record is not None
-        target, node_keys = self.published_dir(record.round), self._node_keys()
-        named = node_keys.keys() | self.journal.state.cosigned.keys()
+        target = self.published_dir(record.round)
+        entries, merge_event = self.journal.ledger.entries, self.journal.state.merge_event
         publish(
             open_model(record.model, self.base, self._find_update, self.running_sum),
             self.base,
@@ -327,8 +326,8 @@ class Coordinator:
             base_name=self.config.model.name or self.config.model.base.name,
             key=self.key,
             model_key=self._model_key(),
-            provenance=[(each.kind, each.envelope) for each in provenance_of(self.journal.ledger.entries, named)],
-            node_keys=node_keys,
+            write_provenance=lambda path: self._provenance.write(entries, merge_event, path),
+            node_keys=self.journal.index.node_keys,
             adapter_rank=self.config.publish.adapter_rank,
             durable=self._durable,
         )
@@ -347,10 +346,6 @@ class Coordinator:
         if self.key.public.algorithm == "p256":
             return self.key
         return SigningKey.load_or_create(self.config.federation.state / "model-signing.key", "p256")
-
-    def _node_keys(self) -> dict[str, str]:
-        facts = [entry.event for entry in self.journal.ledger.entries]
-        return {fact.node_id: fact.node_key for fact in facts if isinstance(fact, DeltaAccepted)}
 
     # Helpers
 

@@ -169,11 +169,12 @@ class Intake:
 
     def _accepted(self, node_id: str, statement_digest: str) -> tuple[LedgerEntry, DeltaAccepted] | None:
         """Return what the node delivered under a statement, be it merged by now or not."""
-        for entry in reversed(self._journal.ledger.entries):
-            fact = entry.event
-            if isinstance(fact, DeltaAccepted) and (fact.node_id, fact.statement_digest) == (node_id, statement_digest):
-                return entry, fact
-        return None
+        number = self._journal.index.deltas.get(statement_digest)
+        if number is None:
+            return None
+        entry = self._journal.ledger.entries[number]
+        assert isinstance(entry.event, DeltaAccepted)
+        return (entry, entry.event) if entry.event.node_id == node_id else None
 
     def forget_node(self, node_id: str) -> None:
         """Drop the uploads of a node that is trusted no more."""

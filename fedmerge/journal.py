@@ -1,15 +1,16 @@
-"""The federation's memory while it runs: the ledger, the state it adds up to, and a lock around both."""
+"""The federation's memory while it runs: the ledger, the state it adds up to, an index, and a lock around all three."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from fedmerge.events import DeltaAccepted, Event, FederationCreated, MergeFinished, RoundOpened
+from fedmerge.events import DeltaAccepted, Event, FederationCreated, MemberAdmitted, MergeFinished, RoundOpened
 from fedmerge.handover import follow_line
-from fedmerge.rounds import FederationState, after, replay
+from fedmerge.rounds import FederationState, Merge, after, replay
 from fedmerge.sign import PublicKey, SigningKey, claimed_signer
 from fedmerge.statements import MergeRecord, ModelRef, Receipt, RoundSpec, Statement
 from fedmerge.store.entries import LedgerEntry
@@ -18,8 +19,35 @@ if TYPE_CHECKING:
     from fedmerge.store.ledger import Ledger  # needs a database's library, which who only verifies may not have
 
 
+@dataclass
+class Index:
+    """What is asked about old events again and again, so that they need not be read for it.
+
+    Of everybody who was ever admitted the organisation, and of everybody who delivered the public key (PEM), by key id;
+    of deltas the event that they were accepted by, by statement digest; and the roots of what was published.
+    """
+
+    organisations: dict[str, str] = field(default_factory=dict)
+    node_keys: dict[str, str] = field(default_factory=dict)
+    deltas: dict[str, int] = field(default_factory=dict)
+    published: set[str] = field(default_factory=set)
+
+    def add(self, entry: LedgerEntry) -> None:
+        """Take up an event."""
+        match entry.event:
+            case MemberAdmitted(node_id=node_id, organisation=organisation):
+                self.organisations[node_id] = organisation
+            case DeltaAccepted(node_id=node_id, node_key=node_key, statement_digest=digest):
+                self.node_keys[node_id] = node_key
+                self.deltas[digest] = entry.number
+            case MergeFinished(update_root=root, step_roots=step_roots):
+                self.published |= {root, *step_roots}
+            case _:
+                pass
+
+
 class Journal:
-    """Appends events and keeps `state` in step with them.
+    """Appends events and keeps `state` and `index` in step with them.
 
     `key` is the coordinator's; what the ledger holds under its signature, or that of one of `own_keys` that handed over
     to it, is verified again when it is read.
@@ -29,20 +57,28 @@ class Journal:
         self.key = key
         self.lock = threading.RLock()
         self.ledger = ledger
-        self.state: FederationState = replay(self.ledger.entries)
+        self.state, self.index = FederationState(), Index()
+        for entry in ledger.entries:
+            self._follow(entry)
         self.on_change: list[Callable[[], None]] = []
         self.clock = clock
         # A key is handed over while no coordinator runs, so these stay.
         self.own_keys = own_keys(self.state) or {key.public.key_id: key.public}
-        self.as_now = lru_cache(maxsize=4)(self._as_now)  # a record has a line for each node, and each node asks for it
+        # A record has a line for each node, and each node asks for it.
+        self.as_now = lru_cache(maxsize=4)(self._as_now)
+        self.record_envelope = lru_cache(maxsize=2)(self._record_envelope)
 
     def append(self, *events: Event, ends_upload: str | None = None) -> None:
         """Commit events, one at least, all or none of them, and let the listeners know."""
         with self.lock:
             for entry in self.ledger.append(*events, at_s=self.clock(), ends_upload=ends_upload):
-                self.state = after(self.state, entry)
+                self._follow(entry)
         for notify in list(self.on_change):
             notify()
+
+    def _follow(self, entry: LedgerEntry) -> None:
+        self.state = after(self.state, entry)
+        self.index.add(entry)
 
     @property
     def created(self) -> FederationCreated:
@@ -73,8 +109,11 @@ class Journal:
         """The record of the merge that made the present version; None for the base."""
         return None if self.state.current is None else self._record_in(self.state.current)
 
-    def _record_in(self, merge: MergeFinished) -> MergeRecord:
-        return MergeRecord.open(merge.record_envelope.encode(), self.own_keys, where="merge record")[0]
+    def _record_in(self, merge: Merge) -> MergeRecord:
+        return MergeRecord.open(self.record_envelope(merge).encode(), self.own_keys, where="merge record")[0]
+
+    def _record_envelope(self, merge: Merge) -> str:
+        return merge.record_envelope(self.ledger.entries)
 
     def model(self) -> ModelRef:
         """The model version to go on from."""
@@ -116,11 +155,12 @@ def own_keys(state: FederationState) -> dict[str, PublicKey]:
     return {key.key_id: key for key in line}
 
 
-def merged_rounds(state: FederationState, node_id: str) -> list[int]:
-    """Return the rounds whose model has a delta that a key signed, or one that it replaced."""
-    own, found = own_keys(state), list[int]()
+def merged_rounds(entries: Sequence[LedgerEntry], node_id: str) -> list[int]:
+    """Return the rounds of a ledger whose model has a delta that a key signed, or one that it replaced."""
+    state, found = replay(entries), list[int]()
+    own = own_keys(state)
     for merge in state.merges:
-        record, _ = MergeRecord.open(merge.record_envelope.encode(), own, where="merge record")
+        record, _ = MergeRecord.open(merge.record_envelope(entries).encode(), own, where="merge record")
         accepted = {contribution.node_id for contribution in record.contributions if contribution.accepted}
         if accepted & state.keys_of(node_id):
             found.append(record.round)

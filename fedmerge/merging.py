@@ -36,7 +36,6 @@ from fedmerge.events import (
     DeltaAccepted,
     DeltasScreened,
     DeltaVerdict,
-    MemberAdmitted,
     MergeFinished,
 )
 from fedmerge.journal import Journal
@@ -169,8 +168,7 @@ class RoundMerge:
 
     def _owners(self) -> dict[str, Owner]:
         """Return whose each delta is, by the newest word of whose key signed it."""
-        admitted = [entry.event for entry in self._journal.ledger.entries if isinstance(entry.event, MemberAdmitted)]
-        organisations = {event.node_id: event.organisation for event in admitted}
+        organisations = self._journal.index.organisations
         return {
             key: Owner(fact.node_id, organisations.get(fact.node_id, fact.node_id)) for key, fact in self._facts.items()
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from fedmerge.events import (
@@ -43,39 +43,47 @@ class Signed(NamedTuple):
     envelope: str
 
 
-def provenance_of(entries: Iterable[LedgerEntry], members: Collection[str] | None = None) -> list[Signed]:
-    """Return all that was signed, in order; of enrolments and revocations those of `members`, if they are given."""
-    kept: list[Signed] = []
-    state = FederationState()
-    for entry in entries:
+class Signings:
+    """Picks what was signed out of the events of a ledger, one after the other."""
+
+    def __init__(self) -> None:
+        self._state = FederationState()
+
+    def of(self, entry: LedgerEntry) -> list[Signed]:
+        """Return what an event brought."""
         number = entry.number
         # There are thousands of these, and nothing below asks about them.
         if not isinstance(entry.event, (MemberAdmitted, DeltaAccepted, CheckpointCosigned)):
-            state = after(state, entry)
+            self._state = after(self._state, entry)
         match entry.event:
             case RoundOpened(spec_envelope=envelope):
-                kept.append(Signed(number, RoundSpec.kind, envelope))
+                return [Signed(number, RoundSpec.kind, envelope)]
             case CheckpointCosigned(note=note, cosignature=cosignature):
-                kept.append(Signed(number, COSIGNATURE, note + cosignature))
-            case MemberAdmitted(node_id=node_id, envelope=envelope) if members is None or node_id in members:
-                kept.append(Signed(number, Enrolment.kind, envelope))
-            case MemberRevoked(node_id=node_id, envelope=envelope) if members is None or node_id in members:
-                kept.append(Signed(number, Revocation.kind, envelope))
+                return [Signed(number, COSIGNATURE, note + cosignature)]
+            case MemberAdmitted(envelope=envelope):
+                return [Signed(number, Enrolment.kind, envelope)]
+            case MemberRevoked(envelope=envelope):
+                return [Signed(number, Revocation.kind, envelope)]
             case DeltaAccepted(statement_envelope=envelope):
-                kept.append(Signed(number, DeltaStatement.kind, envelope))
+                return [Signed(number, DeltaStatement.kind, envelope)]
             case DeltaRejected(envelope=envelope):
-                kept.append(Signed(number, Rejection.kind, envelope))
+                return [Signed(number, Rejection.kind, envelope)]
             case MergeStarted():
                 # Only now: a search that failed led nowhere, and of what nodes reported not all counted.
-                proposals = [proposal.proposal_envelope for proposal in state.generations()]
-                kept += [Signed(number, Candidates.kind, envelope) for envelope in proposals]
-                kept += [Signed(number, MetricsStatement.kind, envelope) for envelope in state.answers.values()]
+                proposals = [proposal.proposal_envelope for proposal in self._state.generations()]
+                answers = [Signed(number, MetricsStatement.kind, each) for each in self._state.answers.values()]
+                return [Signed(number, Candidates.kind, each) for each in proposals] + answers
             case MergeFinished(record_envelope=envelope):
-                kept.append(Signed(number, MergeRecord.kind, envelope))
+                return [Signed(number, MergeRecord.kind, envelope)]
             case HandedOver(handover=handover):
-                kept.append(Signed(number, Handover.kind, handover))
+                return [Signed(number, Handover.kind, handover)]
             case RolledBack(envelope=envelope):
-                kept.append(Signed(number, Rollback.kind, envelope))
+                return [Signed(number, Rollback.kind, envelope)]
             case _:
-                pass
-    return kept
+                return []
+
+
+def provenance_of(entries: Iterable[LedgerEntry]) -> list[Signed]:
+    """Return all that was signed, in order."""
+    signings = Signings()
+    return [signed for entry in entries for signed in signings.of(entry)]

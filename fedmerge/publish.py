@@ -1,7 +1,7 @@
 """Step 12, publish: a directory that transformers opens, and that anybody who has the coordinator's key can check.
 
-Beside the weights, config and tokenizer stand README.md (a model card), provenance.jsonl (every signed round spec,
-delta statement and merge record on the way to this version, as they travelled), what other tools check it by (see
+Beside the weights, config and tokenizer stand README.md (a model card), provenance.jsonl.zst (every signed round
+spec, delta statement and merge record on the way to this version, as they travelled), what other tools check it by (see
 `attest`), lineage.json (a statement that names every file by SHA-256) and lineage.sig.json (its envelope). The folder
 adapter/ holds the change of the base as a LoRA adapter, if one is asked for. The directory appears whole or not at all.
 """
@@ -9,10 +9,9 @@ adapter/ holds the change of the base as a LoRA adapter, if one is asked for. Th
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +24,7 @@ from fedmerge.delta import UpdatedModel, delta_schema
 from fedmerge.errors import reporting_os_errors
 from fedmerge.files import sync_directory, sync_tree
 from fedmerge.merge import Write
+from fedmerge.provenance_file import PROVENANCE
 from fedmerge.sign import SigningKey
 from fedmerge.statements import Lineage, LocalMerge, MergeRecord
 from fedmerge.tensors import Checkpoint, Computed, model_digest
@@ -33,7 +33,6 @@ from fedmerge.weights import writing_weights
 
 LINEAGE = "lineage.json"
 SIGNATURE = "lineage.sig.json"
-PROVENANCE = "provenance.jsonl"
 CARD = "README.md"
 ADAPTER = "adapter"
 
@@ -47,7 +46,7 @@ def publish(
     base_name: str,
     key: SigningKey,
     model_key: SigningKey,
-    provenance: Sequence[tuple[str, str]],
+    write_provenance: Callable[[Path], None],
     node_keys: Mapping[str, str],
     adapter_rank: int = 0,
     durable: bool = True,
@@ -55,14 +54,13 @@ def publish(
     """Write and sign the published directory of a model version at `target`.
 
     `base_name` is what the card calls the base model. `adapter_rank` is the largest rank of the adapter beside the
-    model; 0 is for none. `model_key` is a P-256 key, for other tools. `provenance` holds (statement kind, envelope)
-    pairs in order, `node_keys` the PEM public key by key id of each node that signed one of them. Repeating it replaces
-    the directory by an equal one; it waits for the disk if it is to be `durable`. Raises `ResourceError`.
+    model; 0 is for none. `model_key` is a P-256 key, for other tools. `write_provenance` writes a provenance file,
+    and `node_keys` has the PEM public key by key id of each node that signed something in it. Repeating it replaces the
+    directory by an equal one; it waits for the disk if it is to be `durable`. Raises `ResourceError`.
     """
     with appearing_whole(target, durable=durable) as partial:
         write_model(model, base, partial)
-        lines = [json.dumps({"kind": kind, "envelope": envelope}) for kind, envelope in provenance]
-        (partial / PROVENANCE).write_text("\n".join(lines) + "\n")
+        write_provenance(partial / PROVENANCE)
         adapter = None
         if adapter_rank:
             change = Computed(delta_schema(base.schema), model.change)

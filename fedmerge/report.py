@@ -78,7 +78,7 @@ def _interference(
 ) -> Interference:
     """Return how the deltas that the newest merge took in stand to each other."""
     own, blobs = own_keys(state), BlobStore(config.federation.state / "blobs")
-    record, _ = MergeRecord.open(state.merges[-1].record_envelope.encode(), own, where="merge record")
+    record, _ = MergeRecord.open(state.merges[-1].record_envelope(entries).encode(), own, where="merge record")
     opened = next(
         entry.event
         for entry in reversed(entries)

@@ -12,7 +12,7 @@ Nothing here reads a clock or touches a disk: times come in with the ledger's en
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -60,10 +60,26 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True)
+class Merge:
+    """A merge: its round, the version that it made, and the number of its event, which has the signed record."""
+
+    round: int
+    version: str
+    event: int
+
+    def record_envelope(self, entries: Sequence[LedgerEntry]) -> str:
+        """Return the merge record's envelope, out of the ledger's events."""
+        event = entries[self.event].event
+        assert isinstance(event, MergeFinished)
+        return event.record_envelope
+
+
+@dataclass(frozen=True)
 class FederationState:
     """All that the ledger says, in the form that the coordinator uses it.
 
-    `attempt` counts how often the current round was opened. `plans` are the rounds so far, but for failed attempts.
+    `attempt` counts how often the current round was opened. `plans` are the rounds that deltas may still come for, but
+    for failed attempts.
     `carried` are late deltas by statement digest, of which those in `carried_in` are part of the sealed round and the
     others wait for the next; `delivered` has round and node of all that may still be sent twice, and `rejected`, by
     statement digest, what could not be decoded. `screened` are the verdicts on the sealed round's deltas.
@@ -97,9 +113,9 @@ class FederationState:
     screened: DeltasScreened | None = None
     proposals: tuple[LedgerEntry, ...] = ()
     answers: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    merges: tuple[MergeFinished, ...] = ()
-    current: MergeFinished | None = None
-    published: MergeFinished | None = None
+    merges: tuple[Merge, ...] = ()
+    current: Merge | None = None
+    published: Merge | None = None
     failure: str = ""
     members: Mapping[str, MemberAdmitted] = field(default_factory=dict)
     predecessors: Mapping[str, str] = field(default_factory=dict)
@@ -201,7 +217,7 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
                 state,
                 round=event.round,
                 attempt=state.attempt + 1 if event.round == state.round else 1,
-                plans={**state.plans, event.round: event},
+                plans={number: plan for number, plan in state.plans.items() if number in taken} | {event.round: event},
                 phase=Phase.OPEN,
                 opened=event,
                 opened_at_s=entry.at_s,
@@ -253,11 +269,12 @@ def after(state: FederationState, entry: LedgerEntry) -> FederationState:
         case MergeStarted():
             return replace(state, phase=Phase.MERGING)
         case MergeFinished():
+            merge = Merge(event.round, event.version, entry.number)
             return replace(
                 state,
                 phase=Phase.PUBLISHING,
-                merges=(*state.merges, event),
-                current=event,
+                merges=(*state.merges, merge),
+                current=merge,
                 merge_event=entry.number,
             )
         case RoundPublished():

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedmerge.cli.output import JsonFlag, format_bytes, print_json, printable, stdout
-from fedmerge.errors import ConfigError, InputError, InvalidDelta
+from fedmerge.errors import BadSignature, ConfigError, InputError, InvalidDelta
 
 HEADINGS = {"coded_bytes": "bytes", "bits_per_parameter": "bits/param", "relative_error": "rel. error"}
 JSON_ALONE = {"raw_bytes"}
@@ -42,12 +42,12 @@ def inspect(
         raise InputError(f"{path}: no such file")
     elif path.suffix == ".json":
         found = _statement(path)
-    elif path.suffix == ".jsonl":
+    elif path.suffix in {".jsonl", ".zst"}:
         found = _provenance(path)
     else:
         found = _delta(path)
     if base is not None and tuned is not None:
-        if path.suffix in {".json", ".jsonl"} or path.is_dir():
+        if path.suffix in {".json", ".jsonl", ".zst"} or path.is_dir():
             raise ConfigError(f"{path}: --base and --tuned are for delta files")
         _add_errors(found, path, base, tuned, seed)
     with _reporting(f"{path}: can't be shown"):
@@ -133,11 +133,16 @@ def _statement(path: Path) -> dict[str, Any]:
 
 
 def _provenance(path: Path) -> dict[str, Any]:
-    """Read what a published directory keeps in provenance.jsonl: an envelope, or a cosigned note, on each line."""
+    """Read a published directory's provenance, also once unpacked: an envelope, or a cosigned note, on each line."""
     from fedmerge.provenance import COSIGNATURE
+    from fedmerge.provenance_file import read_lines
 
     statements = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        lines = list(read_lines(path)) if path.suffix == ".zst" else path.read_text(errors="replace").splitlines()
+    except BadSignature as err:
+        raise InputError(f"{path}: no provenance, or a damaged one") from err
+    for number, line in enumerate(lines, start=1):
         with _reporting(f"{path}:{number}: not a provenance entry"):
             entry = json_module.loads(line)
             if entry["kind"] == COSIGNATURE:  # a note of C2SP's, which is text

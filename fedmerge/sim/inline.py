@@ -18,7 +18,6 @@ from fedmerge.chain import Announce, Fetch, ModelChain
 from fedmerge.config import Config
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import ConfigError
-from fedmerge.events import DeltaAccepted
 from fedmerge.node import Node
 from fedmerge.node_events import NodeEvent
 from fedmerge.ownership import open_seat
@@ -141,8 +140,7 @@ class Simulation:
         if state.phase == Phase.SEARCHING:
             asked = state.generations()[-1].judges
         elif self.coordinator.finished() and self.coordinator.policy.sample is not None:
-            facts = [entry.event for entry in self.coordinator.journal.ledger.entries]
-            asked = [fact.node_id for fact in facts if isinstance(fact, DeltaAccepted)]
+            asked = list(self.coordinator.journal.index.node_keys)
         elif state.opened is not None and state.opened.sample:
             asked = state.opened.sample
         if asked is None:

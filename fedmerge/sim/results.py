@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -13,13 +11,21 @@ from typing import TYPE_CHECKING, Any
 from fedmerge.config import Config, Simulate
 from fedmerge.delta import delta_schema
 from fedmerge.errors import MissingExtra, RoundFailed
-from fedmerge.events import CandidatesProposed, DeltaAccepted, MetricsReported, RoundOpened, RoundPublished
+from fedmerge.events import (
+    CandidatesProposed,
+    DeltaAccepted,
+    MergeFinished,
+    MetricsReported,
+    RoundOpened,
+    RoundPublished,
+)
 from fedmerge.journal import Journal
 from fedmerge.rounds import Phase
 from fedmerge.sign import SigningKey
 from fedmerge.sim.adversary import bad_nodes
 from fedmerge.statements import MergeRecord, MetricsStatement
 from fedmerge.store.database import Database
+from fedmerge.store.entries import LedgerEntry
 from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
 from fedmerge.trust import TrustStore
@@ -106,89 +112,91 @@ def result_of(config: Config) -> FederationResult:
             raise RoundFailed(f"round {state.round} failed: {state.failure or state.phase}")
         model_dir = state_dir / "models" / f"round-{record.round:04d}"
         schema = delta_schema(Checkpoint(model_dir).schema)
+        tally = _Tally(journal, trust, config.simulate)
+        for entry in journal.ledger.entries:
+            tally.add(entry)
         return FederationResult(
             model_dir=model_dir,
             version=record.model.digest,
             num_rounds=record.round,
-            rounds=_rounds(journal, trust),
-            nodes=_nodes(journal, trust, config.simulate),
-            fetched_bytes=_fetched_bytes(journal) + _candidate_bytes(journal),
+            rounds=tally.all_rounds(),
+            nodes=[node for node in tally.nodes.values() if node.num_examples],
+            fetched_bytes=sum(tally.fetched.values()) + tally.candidate_bytes,
             dense_bytes=4 * sum(spec.num_elements for spec in schema.values()),
         )
     finally:
         journal.ledger.close()
 
 
-def _candidate_bytes(journal: Journal) -> int:
-    events = [entry.event for entry in journal.ledger.entries]
-    return sum(event.num_bytes for event in events if isinstance(event, CandidatesProposed))
+class _Tally:
+    """What the events of a federation add up to."""
 
+    def __init__(self, journal: Journal, trust: TrustStore, simulated: Simulate) -> None:
+        self._keys, self._own = trust.keys(), journal.own_keys
+        self._began_s = journal.ledger.entries[0].at_s
+        self._last_round = journal.state.merges[-1].round
+        self._rounds: dict[int, RoundResult] = {}
+        self._reports: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+        names = trust.names()
+        bad = set(bad_nodes(simulated, names.values()))
+        self.nodes = {
+            key_id: NodeResult(name, key_id, is_bad=name in bad)
+            for key_id, name in sorted(names.items(), key=lambda item: item[1])
+        }
+        # The bytes of all files that a node fetches on the way from the base to each version in turn, by root.
+        self.fetched: dict[str, int] = {}
+        self.candidate_bytes = 0
 
-def _records(journal: Journal) -> Iterator[MergeRecord]:
-    for merge in journal.state.merges:
-        yield MergeRecord.open(merge.record_envelope.encode(), journal.own_keys, where="merge record")[0]
-
-
-def _fetched_bytes(journal: Journal) -> int:
-    """Return the bytes of all files that a node fetches on the way from the base to each version in turn."""
-    fetched: dict[str, int] = {}
-    for record in _records(journal):
-        steps = cheapest_route(record.model, {record.before.digest}, fetched)
-        fetched |= {file.root: file.num_bytes for file in steps or record.model.updates}
-    return sum(fetched.values())
-
-
-def _rounds(journal: Journal, trust: TrustStore) -> list[RoundResult]:
-    keys, began_s = trust.keys(), journal.ledger.entries[0].at_s
-    rounds: dict[int, RoundResult] = {}
-    reports: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
-    for entry in journal.ledger.entries:
+    def add(self, entry: LedgerEntry) -> None:
+        """Take up an event."""
         match entry.event:
             case RoundOpened(round=number):  # again, after a failure
-                rounds[number] = RoundResult(number, entry.at_s - began_s)
-            case DeltaAccepted(round=number, payload_bytes=num_bytes):
-                rounds[number].num_deltas += 1
-                rounds[number].sent_bytes += num_bytes
+                self._rounds[number] = RoundResult(number, entry.at_s - self._began_s)
+            case DeltaAccepted() as event:
+                self._rounds[event.round].num_deltas += 1
+                self._rounds[event.round].sent_bytes += event.payload_bytes
+                if (node := self.nodes.get(event.node_id)) is not None:
+                    node.num_deltas += 1
+                    node.sent_bytes += event.payload_bytes
+                    node.num_examples = event.num_examples
+            case CandidatesProposed(num_bytes=num_bytes):
+                self.candidate_bytes += num_bytes
+            case MergeFinished(record_envelope=envelope):
+                self._add_merge(MergeRecord.open(envelope.encode(), self._own, where="merge record")[0])
             case RoundPublished(round=number):
-                rounds[number].published_s = entry.at_s - began_s
+                self._rounds[number].published_s = entry.at_s - self._began_s
             case MetricsReported(envelope=envelope):
-                statement, _ = MetricsStatement.open(envelope.encode(), keys, where="metrics")
-                if statement.model == "global":
-                    for name, value in statement.values.items():
-                        reports[statement.round, name].append(value)
+                self._add_metrics(MetricsStatement.open(envelope.encode(), self._keys, where="metrics")[0])
             case _:
                 pass
-    for (number, name), values in reports.items():
-        if number in rounds:
-            rounds[number].metrics[name] = fmean(values)
-    for record in _records(journal):
-        rounds[record.round].num_merged = sum(each.accepted for each in record.contributions)
-    return list(rounds.values())
 
+    def _add_merge(self, record: MergeRecord) -> None:
+        steps = cheapest_route(record.model, {record.before.digest}, self.fetched)
+        self.fetched |= {file.root: file.num_bytes for file in steps or record.model.updates}
+        accepted = [each.node_id for each in record.contributions if each.accepted]
+        self._rounds[record.round].num_merged = len(accepted)
+        for node_id in accepted:
+            if (node := self.nodes.get(node_id)) is not None:
+                node.num_merged += 1
 
-def _nodes(journal: Journal, trust: TrustStore, simulated: Simulate) -> list[NodeResult]:
-    names, keys = trust.names(), trust.keys()
-    records = list(_records(journal))
-    nodes = {key_id: NodeResult(name, key_id) for key_id, name in sorted(names.items(), key=lambda item: item[1])}
-    for entry in journal.ledger.entries:
-        fact = entry.event
-        if isinstance(fact, DeltaAccepted) and fact.node_id in nodes:
-            nodes[fact.node_id].num_deltas += 1
-            nodes[fact.node_id].sent_bytes += fact.payload_bytes
-            nodes[fact.node_id].num_examples = fact.num_examples
-        elif isinstance(fact, MetricsReported) and fact.node_id in nodes:
-            statement, _ = MetricsStatement.open(fact.envelope.encode(), keys, where="metrics")
-            match statement.model, statement.round:
-                case "global", 0:
-                    nodes[fact.node_id].base = statement.values
-                case "own", 1:
-                    nodes[fact.node_id].own = statement.values
-                case "global", number if number == records[-1].round:
-                    nodes[fact.node_id].merged = statement.values
-    for contribution in itertools.chain.from_iterable(record.contributions for record in records):
-        if contribution.node_id in nodes:
-            nodes[contribution.node_id].num_merged += contribution.accepted
-    bad = set(bad_nodes(simulated, names.values()))
-    for node in nodes.values():
-        node.is_bad = node.name in bad
-    return [node for node in nodes.values() if node.num_examples]
+    def _add_metrics(self, statement: MetricsStatement) -> None:
+        node = self.nodes.get(statement.node_id)
+        if statement.model == "global":
+            for name, value in statement.values.items():
+                self._reports[statement.round, name].append(value)
+        if node is None:
+            return
+        match statement.model, statement.round:
+            case "global", 0:
+                node.base = statement.values
+            case "own", 1:
+                node.own = statement.values
+            case "global", self._last_round:
+                node.merged = statement.values
+
+    def all_rounds(self) -> list[RoundResult]:
+        """Return the rounds, each metric the mean of what nodes reported."""
+        for (number, name), values in self._reports.items():
+            if number in self._rounds:
+                self._rounds[number].metrics[name] = fmean(values)
+        return list(self._rounds.values())

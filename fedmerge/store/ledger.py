@@ -1,18 +1,21 @@
 """The ledger: an append-only, hash-chained list of events in a database, through SQLAlchemy Core.
 
-The chain makes a changed, dropped or reordered event visible at the next start. Uploads under way are kept beside it,
-because an interrupted one must survive a restart, but they are not facts and not part of the chain.
+The chain makes a changed, dropped or reordered event visible at the next start, and where old events are read again: in
+memory are only the newest. Uploads under way are kept beside it, because an interrupted one must survive a restart, but
+they are not facts and not part of the chain.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, overload
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, bindparam, delete, insert, select
+from sqlalchemy import Connection, Row, bindparam, delete, insert, select
 
 from fedmerge.errors import DigestMismatch
 from fedmerge.events import Event, from_json, to_json
@@ -26,6 +29,9 @@ from fedmerge.store.lease import Lease
 _INSERT = insert(_events)
 _BEGIN = insert(_uploads)
 _END = delete(_uploads).where(_uploads.c.upload_id == bindparam("ended"))
+_SELECT = select(_events).where(_events.c.number >= bindparam("begin")).order_by(_events.c.number)
+# Events that are read at once, and of the newest those that stay in memory: some rounds of a hundred nodes.
+BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Ledger:
         """
         self._database = database if isinstance(database, Database) else Database(sqlite_url(database))
         self._lease = lease
-        self._entries = list(self._replay())
+        self._entries = _Entries(self._database)
 
     def close(self) -> None:
         """Close the database."""
@@ -61,11 +67,15 @@ class Ledger:
     @property
     def head(self) -> str:
         """The hash of the last event, which stands for the whole history."""
-        return self._entries[-1].hash if self._entries else GENESIS
+        return self._entries.head
 
     @property
-    def entries(self) -> list[LedgerEntry]:
-        """All events, in order."""
+    def entries(self) -> Sequence[LedgerEntry]:
+        """All events, in order; old ones are read when they are asked for.
+
+        Then it raises `DigestMismatch` for those that were altered since the ledger was opened, or that are not ones
+        that this version knows, and `ResourceError`.
+        """
         return self._entries
 
     def bodies(self) -> list[bytes]:
@@ -94,7 +104,7 @@ class Ledger:
                 connection.execute(_END, {"ended": ends_upload})
 
         self._write(write)
-        self._entries += entries
+        self._entries.extend(entries)
         return entries
 
     def begin_upload(self, row: UploadRow) -> None:
@@ -128,24 +138,93 @@ class Ledger:
 
         self._database.run(fenced)
 
-    def _replay(self) -> Iterator[LedgerEntry]:
-        head, name = GENESIS, self._database.name
-        rows = self._database.run(
-            lambda connection: connection.execute(select(_events).order_by(_events.c.number)).all()
-        )
-        for expected, row in enumerate(rows):
+
+class _Entries(Sequence[LedgerEntry]):
+    """The events of a ledger. Checks them all once, and again those that are read again; raises `DigestMismatch`.
+
+    `head` is the last one's hash.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._newest: deque[LedgerEntry] = deque(maxlen=BATCH)
+        self._size, self.head = 0, GENESIS
+        self._heads = [GENESIS]  # the hash before each batch
+        while True:
+            rows = self._rows(self._size, BATCH)
+            self._take(row.hash for row in rows)
+            if len(rows) < BATCH:
+                break
+
+    def extend(self, entries: Sequence[LedgerEntry]) -> None:
+        """Take up what was appended."""
+        self._newest.extend(entries)
+        self._take([entry.hash for entry in entries])
+
+    def _take(self, hashes: Iterable[str]) -> None:
+        for self.head in hashes:
+            self._size += 1
+            if self._size % BATCH == 0:
+                self._heads.append(self.head)
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> LedgerEntry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LedgerEntry]: ...
+    def __getitem__(self, index: int | slice) -> LedgerEntry | list[LedgerEntry]:
+        numbers = range(self._size)[index]
+        if isinstance(numbers, int):
+            return self._read(numbers, numbers + 1)[0]
+        found = self._read(min(numbers), max(numbers) + 1) if numbers else []
+        return found[:: numbers.step]
+
+    def __iter__(self) -> Iterator[LedgerEntry]:
+        begin = 0
+        while begin < self._size:
+            entries = self._read(begin, min(begin + BATCH, self._size))
+            yield from entries
+            begin += len(entries)
+
+    def __reversed__(self) -> Iterator[LedgerEntry]:
+        for batch in reversed(range(0, self._size, BATCH)):
+            yield from reversed(self._read(batch, min(batch + BATCH, self._size)))
+
+    def _read(self, begin: int, end: int) -> list[LedgerEntry]:
+        newest = list(self._newest)
+        if newest and newest[0].number <= begin:
+            return newest[begin - newest[0].number : end - newest[0].number]
+        found: list[LedgerEntry] = []
+        for batch in range(begin - begin % BATCH, end, BATCH):
+            rows = self._rows(batch, min(end - batch, BATCH))
+            found += [self._entry(row) for row in rows if row.number >= begin]
+        return found
+
+    def _rows(self, begin: int, num: int) -> Sequence[Row[Any]]:
+        """Return so many rows from the beginning of a batch on."""
+        rows = self._database.run(lambda connection: connection.execute(_SELECT.limit(num), {"begin": begin}).all())
+        head = self._heads[begin // BATCH]
+        for expected, row in enumerate(rows, start=begin):
             # SQLite columns hold whatever type was written, so an altered row may hold anything.
             well_formed = row.number == expected and isinstance(row.at_s, float) and isinstance(row.body, bytes)
             head = chain_hash(head, expected, row.at_s, row.body) if well_formed else ""
             if row.hash != head:
-                raise DigestMismatch(
-                    f"{name}: event {expected} does not continue the hash chain; the ledger was altered", hint=RESTORE
-                )
-            try:
-                fact = from_json(row.body)
-            except ValidationError as err:
-                raise DigestMismatch(f"{name}: event {expected} is not one this version knows") from err
-            yield LedgerEntry(row.number, row.at_s, fact, row.hash)
+                raise self._altered(expected)
+        if begin + len(rows) < min(begin + num, self._size):
+            raise self._altered(begin + len(rows))
+        return rows
+
+    def _altered(self, number: int) -> DigestMismatch:
+        problem = f"event {number} does not continue the hash chain; the ledger was altered"
+        return DigestMismatch(f"{self._database.name}: {problem}", hint=RESTORE)
+
+    def _entry(self, row: Row[Any]) -> LedgerEntry:
+        try:
+            return LedgerEntry(row.number, row.at_s, from_json(row.body), row.hash)
+        except ValidationError as err:
+            raise DigestMismatch(f"{self._database.name}: event {row.number} is not one this version knows") from err
 
 
 def _hash_of(connection: Connection, number: int) -> str | None:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from fedmerge.attest import MODEL_KEY, MODEL_SIGNATURE, check_model_signature
 from fedmerge.errors import BadSignature, DigestMismatch, VerificationError
-from fedmerge.publish import ADAPTER, LINEAGE, PROVENANCE, SIGNATURE, file_digests
+from fedmerge.provenance_file import PROVENANCE
+from fedmerge.publish import ADAPTER, LINEAGE, SIGNATURE, file_digests
 from fedmerge.sign import PublicKey
 from fedmerge.statements import PREDICATE_ROOT, Handover, Lineage, LocalMerge
 from fedmerge.tensors import Checkpoint, model_digest
 from fedmerge.verify.checks import Check, Checklist
 from fedmerge.verify.history import Entry, History, Origin, read_history
 from fedmerge.verify.keys import KeyLine
-from fedmerge.verify.plain import MAX_TEXT_BYTES, PLAIN_FILES, open_manifest, read_plain
+from fedmerge.verify.plain import PLAIN_FILES, open_manifest, provenance_lines, read_plain
 
 
 def verify_directory(directory: Path, trusted: Mapping[str, PublicKey]) -> tuple[Lineage, History, list[Check]]:
@@ -36,7 +37,7 @@ def examine_directory(
     to check against. Raises `InputError` when the directory is not a published model.
     """
     lineage_file, signature_file = directory / LINEAGE, directory / SIGNATURE
-    handovers = KeyLine.read(directory / PROVENANCE, "kind", Handover.kind, "envelope")
+    handovers = KeyLine.read(provenance_lines(directory / PROVENANCE), "kind", Handover.kind, "envelope")
     opened = open_manifest(lineage_file, signature_file, Lineage, handovers.trusted(trusted), checks)
     if opened is None:
         handovers.note(checks)
@@ -121,14 +122,11 @@ def _check_version(directory: Path, expected: str, checks: Checklist) -> None:
 
 
 def _entries(path: Path, checks: Checklist) -> Iterator[Entry]:
-    """Yield the lines of provenance.jsonl."""
-    data = b""
+    """Yield what a provenance file has."""
     with checks.attempt("statements"):
-        data = read_plain(path, MAX_TEXT_BYTES)
-    for number, line in enumerate(data.splitlines(), start=1):
-        where = f"{path}:{number}"
-        try:
-            entry = json.loads(line)
-            yield Entry(where, str(entry["kind"]), entry["envelope"].encode())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            checks.fail("statements", BadSignature(f"{where}: not a provenance entry"))
+        for where, line in provenance_lines(path):
+            try:
+                entry = json.loads(line)
+                yield Entry(where, str(entry["kind"]), entry["envelope"].encode())
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                checks.fail("statements", BadSignature(f"{where}: not a provenance entry"))

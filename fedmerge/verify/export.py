@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def examine_export(
     `trusted` are the coordinators' keys by key id. Returns None when no trusted key signed it. Raises `InputError` when
     it is not an export.
     """
-    handovers = KeyLine.read(directory / LOG, "kind", "handed_over", "handover")
+    handovers = KeyLine.read(_log_lines(directory / LOG), "kind", "handed_over", "handover")
     known = handovers.trusted(trusted)
     opened = open_manifest(directory / MANIFEST, directory / MANIFEST_SIGNATURE, Export, known, checks)
     if opened is None:
@@ -110,6 +110,13 @@ def examine_export(
     _check_publications(export, history, checks)
     _check_blobs(export, checks)
     return manifest, history
+
+
+def _log_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield places and lines before anything is checked; none where there is no such file."""
+    if path.is_file() and not path.is_symlink():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from ((f"{path.name}:{number}", line) for number, line in enumerate(file, start=1))
 
 
 def _check_files(directory: Path, manifest: Export, checks: Checklist) -> None:
@@ -302,7 +309,7 @@ def _check_history(entries: Sequence[LedgerEntry], origin: Origin, checks: Check
         return History()
     with checks.attempt("history"):
         own = {key.key_id: key for key in origin.line}
-        record, _ = MergeRecord.open(state.current.record_envelope.encode(), own, where=LOG)
+        record, _ = MergeRecord.open(state.current.record_envelope(entries).encode(), own, where=LOG)
         return read_history(told, origin, record.model, checks)
     return History()
 

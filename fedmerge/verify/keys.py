@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from fedmerge.errors import InvalidHandover, VerificationError
+from fedmerge.errors import InputError, InvalidHandover, VerificationError
 from fedmerge.handover import follow_line
 from fedmerge.sign import PublicKey
 from fedmerge.verify.checks import Checklist
@@ -24,10 +24,10 @@ class KeyLine:
     problem: VerificationError | None = None
 
     @classmethod
-    def read(cls, path: Path, key: str, kind: str, text: str) -> KeyLine:
-        """Read the hand-overs among a file's lines of JSON: those whose `key` is `kind` have one as `text`."""
+    def read(cls, lines: Iterable[tuple[str, str]], key: str, kind: str, text: str) -> KeyLine:
+        """Read the hand-overs among places and lines of JSON: those whose `key` is `kind` have one as `text`."""
         try:
-            return cls(follow_line(None, _found(path, key, kind, text)))
+            return cls(follow_line(None, _found(lines, key, kind, text)))
         except InvalidHandover as err:
             return cls((), err)
 
@@ -50,18 +50,16 @@ class KeyLine:
             checks.fail("keys", self.problem)
 
 
-def _found(path: Path, key: str, kind: str, text: str) -> Iterator[tuple[str, str]]:
-    """Yield places and hand-overs; lines that are anything else, or nothing, are for others to look at."""
-    if path.is_symlink() or not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if kind.encode() not in line:
+def _found(lines: Iterable[tuple[str, str]], key: str, kind: str, text: str) -> Iterator[tuple[str, str]]:
+    """Yield places and hand-overs; lines that are anything else, or can't be read, are for others to look at."""
+    with suppress(VerificationError, InputError):
+        for place, line in lines:
+            if kind not in line:
                 continue
             try:
                 fields = json.loads(line)
                 fields = json.loads(fields["event"]) if "event" in fields else fields
                 if fields[key] == kind:
-                    yield f"{path.name}:{number}", str(fields[text])
+                    yield place, str(fields[text])
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue

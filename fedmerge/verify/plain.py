@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from fedmerge.errors import BadSignature, DigestMismatch, InputError, VerificationError
+from fedmerge.provenance_file import read_lines
 from fedmerge.sign import MAX_ENVELOPE_BYTES, PublicKey
 from fedmerge.statements import Export, Lineage, LocalMerge
 from fedmerge.verify.checks import Checklist
@@ -20,11 +22,23 @@ Manifest = TypeVar("Manifest", Lineage, LocalMerge, Export)
 
 def read_plain(path: Path, max_bytes: int = MAX_ENVELOPE_BYTES) -> bytes:
     """Read a file, and no more of it than `max_bytes` and one. Raises `VerificationError` or `InputError`."""
+    with _plain(path), path.open("rb") as file:
+        return file.read(max_bytes + 1)
+
+
+def provenance_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield places and lines of a provenance file. Raises `VerificationError` or `InputError`."""
+    with _plain(path):
+        for number, line in enumerate(read_lines(path), start=1):
+            yield f"{path}:{number}", line
+
+
+@contextmanager
+def _plain(path: Path) -> Iterator[None]:
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise VerificationError(f"{path}: {PLAIN_FILES}")
     try:
-        with path.open("rb") as file:
-            return file.read(max_bytes + 1)
+        yield
     except OSError as err:
         raise InputError(
             f"{path}: can't be read ({err.strerror})", hint="is this a directory that fedmerge published?"

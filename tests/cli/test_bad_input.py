@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 import pytest
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 
 from fedmerge.sign import SigningKey
@@ -181,6 +182,8 @@ def test_inspect(folder: Path, clean_environment: dict[str, str]) -> None:
     (folder / "number.json").write_text('{"payload": 3}')
     (folder / "infinite.json").write_text('{"a": 1e999}')
     shutil.copy(folder / "latin1", folder / "latin1.json")
+    (folder / "text.zst").write_text("no frame")
+    (folder / "numbers.zst").write_bytes(zstandard.compress(b"1\n2\n"))
     (folder / "cut.safetensors").write_bytes((folder / "a" / "model.safetensors").read_bytes()[:100])
     no_delta = "of a model, give the directory"
     cases: list[Case] = [
@@ -202,6 +205,8 @@ def test_inspect(folder: Path, clean_environment: dict[str, str]) -> None:
         ("inspect latin1.json", 2, "latin1.json: neither a statement nor an envelope", None),
         ("inspect infinite.json --json", 2, "infinite.json: can't be shown", None),
         ("inspect north.jsonl", 2, "north.jsonl:1: not a provenance entry", None),
+        ("inspect text.zst", 2, "text.zst: no provenance, or a damaged one", None),
+        ("inspect numbers.zst", 2, "numbers.zst:1: not a provenance entry", None),
     ]
     assert not any(outcome.left for outcome in require_all_clear(folder, clean_environment, cases))
 
@@ -444,8 +449,8 @@ FORGERIES: list[tuple[Change, str, str | None]] = [
     (cut("lineage.sig.json", 99), "lineage.sig.json: not a DSSE envelope", None),
     (lambda m: (m / "lineage.sig.json").write_text("null"), "lineage.sig.json: not a DSSE envelope", None),
     (lambda m: (m / "lineage.sig.json").unlink(), " not signed, has no lineage.sig.json", "to sign a merge: fedmerge"),
-    (lambda m: (m / "provenance.jsonl").unlink(), "provenance.jsonl: is missing", None),
-    (cut("provenance.jsonl", 99), "provenance.jsonl: was changed after it was signed", "fetch the model again"),
+    (lambda m: (m / "provenance.jsonl.zst").unlink(), "provenance.jsonl.zst: is missing", None),
+    (cut("provenance.jsonl.zst", 99), "provenance.jsonl.zst: was changed after it was signed", "fetch the model again"),
     (cut("model.safetensors", 99), "model.safetensors: was changed after it was signed", "fetch the model again"),
     (lambda m: (m / "more").touch(), "more: ", None),
     (lambda m: (m / "more").mkdir(), "more: only plain files belong there", None),

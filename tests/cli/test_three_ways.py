@@ -141,7 +141,7 @@ def test_inspect_reads_every_kind_of_artefact(deployed: tuple[Path, dict[str, Pa
         outbox / "receipt.json": "application/vnd.fedmerge.receipt.v1+json",
         published / "lineage.json": "statement",
         published / "lineage.sig.json": "application/vnd.fedmerge.lineage.v1+json",
-        published / "provenance.jsonl": "provenance",
+        published / "provenance.jsonl.zst": "provenance",
     }
     outputs = run_all(folder, environ, *(f"inspect {path} --json" for path in artefacts))
     assert [json.loads(output)["kind"] for output in outputs] == list(artefacts.values())

@@ -24,6 +24,7 @@ from fedmerge.statistics import packed
 from fedmerge.tensors import Checkpoint, model_digest
 from fedmerge.training import TrainResult, TrainTask
 from tests.conftest import make_config
+from tests.provenance import read_provenance
 
 SHAPES = {"model.layers.0.mlp.weight": (12, 8), "model.layers.1.mlp.weight": (8, 12), "model.norm.bias": (12,)}
 LOSSLESS = "[delta]\nvalues = 'fp32'\ndownlink = 'fp32'\n[merge]\nmethod = '{method}'\nseed = 7\n"
@@ -72,8 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def merge_record(path: Path) -> dict[str, Any]:
     """Return what the coordinator signed of the last merge."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    envelopes = [json.loads(line["envelope"]) for line in lines if line["kind"] == "mergerecord"]
+    envelopes = [json.loads(each["envelope"]) for each in read_provenance(path) if each["kind"] == "mergerecord"]
     record: dict[str, Any] = json.loads(base64.b64decode(envelopes[-1]["payload"]))["predicate"]
     return record
 
@@ -84,7 +84,7 @@ def test_all_three_give_the_same_bits(method: str, folder: Path, tmp_path: Path)
     (tmp_path / "base").symlink_to(folder / "base")
     config, _ = make_config(tmp_path, extra=LOSSLESS.format(method=method))
     result = simulate(config, folder / "base", nodes)
-    record = merge_record(result.model_dir / "provenance.jsonl")
+    record = merge_record(result.model_dir / "provenance.jsonl.zst")
     order = [{10: "north", 30: "south"}[one["num_examples"]] for one in record["contributions"]]
     weights = [one["weight"] for one in record["contributions"]]
     assert sorted(order) == sorted(nodes)

@@ -16,7 +16,8 @@ from fedmerge.errors import ConfigError, RevokedKey
 from fedmerge.export import LOG
 from fedmerge.handover import Pin, sign_handover
 from fedmerge.node import Node
-from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
+from fedmerge.provenance_file import PROVENANCE
+from fedmerge.publish import LINEAGE, SIGNATURE, file_digests
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim.sites import LocalLink
 from fedmerge.statements import Handover, Lineage, MergeRecord
@@ -24,6 +25,7 @@ from fedmerge.verify import Checklist, examine_directory
 from fedmerge.witness import Witness
 from tests.conftest import Federation, StepTrainer, make_federation
 from tests.e2e.test_verify import failures
+from tests.provenance import read_provenance, write_provenance
 
 
 @dataclass
@@ -115,13 +117,13 @@ class Forgery:
     def __init__(self, rotated: Rotated, directory: Path) -> None:
         shutil.copytree(rotated.published, directory)
         self.rotated, self.directory = rotated, directory
-        self.entries = [json.loads(line) for line in (directory / PROVENANCE).read_text().splitlines()]
+        self.entries = read_provenance(directory / PROVENANCE)
 
     def place(self, kind: str, number: int = 0) -> int:
         return [place for place, entry in enumerate(self.entries) if entry["kind"] == kind][number]
 
     def seal(self, key: SigningKey) -> Path:
-        (self.directory / PROVENANCE).write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+        write_provenance(self.directory / PROVENANCE, self.entries)
         (self.directory / "model.sig").unlink()
         lineage = Lineage.from_payload((self.directory / LINEAGE).read_bytes(), where="lineage")
         lineage = lineage.model_copy(update={"files": file_digests(self.directory)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import stat
@@ -19,7 +20,8 @@ from fedmerge.cli import main
 from fedmerge.coordinator import Coordinator
 from fedmerge.errors import FedmergeError, Unreachable, VerificationError, WrongPhase
 from fedmerge.node import Node
-from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
+from fedmerge.provenance_file import PROVENANCE
+from fedmerge.publish import LINEAGE, SIGNATURE, file_digests
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim import LocalLink, node_home, prepare_nodes
 from fedmerge.statements import Lineage, MergeRecord, Rollback
@@ -29,6 +31,7 @@ from fedmerge.verify import replay, verify_directory
 from fedmerge_client.link import GrpcLink
 from fedmerge_server.admin import SOCKET, commanding
 from tests.conftest import ServerProcess, StepTrainer, make_config
+from tests.provenance import read_provenance, write_provenance
 
 TRAINERS = {"north": StepTrainer(1), "south": StepTrainer(2)}
 OUTER = (
@@ -196,13 +199,13 @@ def test_a_rollback_that_nobody_signed_and_a_delta_merged_twice_do_not_verify(tm
     table.operator.roll_back(1, "why not")
     table.run_rounds(2)
     published, key = table.coordinator.published_dir(4), SigningKey.load(tmp_path / "coordinator.key")
-    lines = (published / PROVENANCE).read_text().splitlines()
+    told = read_provenance(published / PROVENANCE)
 
     def forged(change: Callable[[list[dict[str, str]]], None]) -> None:
         """Have the coordinator sign a history that did not happen."""
-        entries = [json.loads(line) for line in lines]
+        entries = copy.deepcopy(told)
         change(entries)
-        (published / PROVENANCE).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        write_provenance(published / PROVENANCE, entries)
         trusted = coordinator_key(tmp_path)
         lineage, _ = Lineage.open((published / SIGNATURE).read_bytes(), trusted, where="lineage")
         (published / MODEL_SIGNATURE).unlink(missing_ok=True)

@@ -19,7 +19,8 @@ from fedmerge.attest import MODEL_SIGNATURE
 from fedmerge.config import Config
 from fedmerge.errors import FedmergeError, RoundFailed, VerificationError
 from fedmerge.node import Node
-from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
+from fedmerge.provenance_file import PROVENANCE
+from fedmerge.publish import LINEAGE, SIGNATURE, file_digests
 from fedmerge.sign import SigningKey
 from fedmerge.sim import FederationResult, World, node_home, prepare_nodes, result_of, simulate
 from fedmerge.statements import Candidates, Lineage, MergeRecord, MetricsStatement, digest_of
@@ -29,6 +30,7 @@ from fedmerge.tensors import Checkpoint
 from fedmerge.verify import History, replay, verify_directory
 from fedmerge_client.link import GrpcLink
 from tests.conftest import ServerProcess, StepTrainer, make_config
+from tests.provenance import read_provenance, write_provenance
 
 NAMES = ("east", "north", "south")
 OPTIMUM = {"east": 0.8, "north": 0.1, "south": 0.4}  # coefficients of the nodes' steps in the model that scores best
@@ -320,20 +322,23 @@ class Forgery:
         self.key = SigningKey.load(folder / "coordinator.key")
         self.own = {self.key.public.key_id: self.key.public}
         self.directory = directory
-        lines = (directory / PROVENANCE).read_text().splitlines()
-        self.entries = [(entry["kind"], entry["envelope"].encode()) for entry in map(json.loads, lines)]
+        found = read_provenance(directory / PROVENANCE)
+        self.entries = [(entry["kind"], entry["envelope"].encode()) for entry in found]
 
     def record(self) -> MergeRecord:
-        return MergeRecord.open(self.entries[-1][1], self.own, where="record")[0]
+        return MergeRecord.open(self.entries[self.last(MergeRecord.kind)][1], self.own, where="record")[0]
+
+    def last(self, kind: str) -> int:
+        return max(number for number, entry in enumerate(self.entries) if entry[0] == kind)
 
     def first(self, kind: str) -> int:
         return next(number for number, entry in enumerate(self.entries) if entry[0] == kind)
 
     def write(self, **changes: object) -> None:
         record = self.record().model_copy(update=changes)
-        self.entries[-1] = (MergeRecord.kind, record.sign(self.key))
-        lines = [json.dumps({"kind": kind, "envelope": envelope.decode()}) for kind, envelope in self.entries]
-        (self.directory / PROVENANCE).write_text("\n".join(lines) + "\n")
+        self.entries[self.last(MergeRecord.kind)] = (MergeRecord.kind, record.sign(self.key))
+        entries = [{"kind": kind, "envelope": envelope.decode()} for kind, envelope in self.entries]
+        write_provenance(self.directory / PROVENANCE, entries)
         (self.directory / MODEL_SIGNATURE).unlink(missing_ok=True)
         lineage = Lineage.from_payload((self.directory / LINEAGE).read_bytes(), where="lineage")
         lineage = lineage.model_copy(update={"files": file_digests(self.directory)})

@@ -46,7 +46,7 @@ def run(
 
 def ledger(config: Config) -> list[LedgerEntry]:
     with closing(Database(config.database_url())) as database:
-        return Ledger(database).entries
+        return list(Ledger(database).entries)
 
 
 def kinds(config: Config) -> list[str]:

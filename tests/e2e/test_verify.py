@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from safetensors.torch import save_file
 
 from fedmerge.attest import MODEL_SIGNATURE
 from fedmerge.cli.app import main
-from fedmerge.publish import LINEAGE, PROVENANCE, SIGNATURE, file_digests
+from fedmerge.events import MergeFinished, RoundPublished
+from fedmerge.provenance import COSIGNATURE, provenance_of
+from fedmerge.provenance_file import PROVENANCE, ProvenanceFile
+from fedmerge.publish import LINEAGE, SIGNATURE, file_digests
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim import simulate
 from fedmerge.statements import (
@@ -28,9 +32,11 @@ from fedmerge.statements import (
     digest_of,
 )
 from fedmerge.store.blobs import BlobStore
+from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
 from fedmerge.verify import Check, Checklist, examine_directory, replay_rounds
 from tests.conftest import StepTrainer, make_config
+from tests.provenance import read_provenance, write_provenance
 
 NUM_ROUNDS = 3
 TRAINERS = {"north": StepTrainer(1, 10), "south": StepTrainer(2, 20), "west": StepTrainer(3, 30)}
@@ -84,8 +90,8 @@ class Forgery:
     def __init__(self, published: Published, directory: Path) -> None:
         shutil.copytree(published.model_dir, directory)
         self.key, self.own, self.directory = published.key, published.trusted, directory
-        lines = (directory / PROVENANCE).read_text().splitlines()
-        self.entries = [(entry["kind"], entry["envelope"].encode()) for entry in map(json.loads, lines)]
+        found = read_provenance(directory / PROVENANCE)
+        self.entries = [(entry["kind"], entry["envelope"].encode()) for entry in found]
 
     def places(self, kind: str) -> list[int]:
         return [number for number, entry in enumerate(self.entries) if entry[0] == kind]
@@ -99,8 +105,8 @@ class Forgery:
         self.entries[place] = (MergeRecord.kind, record.model_copy(update=changes).sign(self.key))
 
     def seal(self) -> None:
-        lines = [json.dumps({"kind": kind, "envelope": envelope.decode()}) for kind, envelope in self.entries]
-        (self.directory / PROVENANCE).write_text("\n".join(lines) + "\n")
+        entries = [{"kind": kind, "envelope": envelope.decode()} for kind, envelope in self.entries]
+        write_provenance(self.directory / PROVENANCE, entries)
         (self.directory / MODEL_SIGNATURE).unlink()
         lineage = Lineage.from_payload((self.directory / LINEAGE).read_bytes(), where="lineage")
         lineage = lineage.model_copy(update={"files": file_digests(self.directory)})
@@ -186,8 +192,7 @@ def statements_of(published: Published) -> dict[str, DeltaStatement]:
     lineage = Lineage.from_payload((published.model_dir / LINEAGE).read_bytes(), where="lineage")
     keys = {key_id: PublicKey.from_pem(pem, where=key_id) for key_id, pem in lineage.node_keys.items()}
     found = {}
-    for line in (published.model_dir / PROVENANCE).read_text().splitlines():
-        entry = json.loads(line)
+    for entry in read_provenance(published.model_dir / PROVENANCE):
         if entry["kind"] == DeltaStatement.kind:
             statement, signed = DeltaStatement.open(entry["envelope"].encode(), keys, where="delta")
             found[digest_of(signed.payload)] = statement
@@ -303,6 +308,37 @@ def test_a_history_that_the_coordinator_signed_again_is_found_out(
     found = failures(examined(forgery.directory, published.trusted, state, base))
     assert found[0][0] == name, found
     assert re.search(reason, found[0][2]), found
+
+
+def test_provenance_that_grew_is_that_of_the_whole_ledger_but_for_cosignatures_that_others_replaced(
+    published: Published, tmp_path: Path
+) -> None:
+    entries = list(Ledger(published.folder / "state" / "ledger.sqlite").entries)
+    merges = [entry.number for entry in entries if isinstance(entry.event, MergeFinished)]
+    ends = [entry.number for entry in entries if isinstance(entry.event, RoundPublished)]
+    assert len(merges) == len(ends) == NUM_ROUNDS
+    for number, (merge, end) in enumerate(zip(merges, ends, strict=True), start=1):
+        # As a coordinator does it that was started again just now.
+        ProvenanceFile(tmp_path / "state").write(entries[:end], merge, tmp_path / "whole")
+        found = published.model_dir.with_name(f"round-{number:04d}") / PROVENANCE
+        assert found.read_bytes() == (tmp_path / "whole").read_bytes()
+        told = [(each.kind, each.envelope) for each in provenance_of(entries[:end])]
+        last = {text.split()[-2]: text for kind, text in told if kind == COSIGNATURE}
+        expected = [each for each in told if each[0] != COSIGNATURE] + [(COSIGNATURE, text) for text in last.values()]
+        assert Counter((each["kind"], each["envelope"]) for each in read_provenance(found)) == Counter(expected)
+        assert last or number == 1
+
+
+def test_provenance_that_the_disk_took_half_of_is_written_whole_later(published: Published, tmp_path: Path) -> None:
+    entries = list(Ledger(published.folder / "state" / "ledger.sqlite").entries)
+    merges = [entry.number for entry in entries if isinstance(entry.event, MergeFinished)]
+    file = ProvenanceFile(tmp_path / "state")
+    file.write(entries[: merges[0] + 1], merges[0], tmp_path / "first")
+    with (tmp_path / "state").open("ab") as half:
+        half.write(b"half of a frame")
+    file.write(entries, merges[-1], tmp_path / "last")
+    ProvenanceFile(tmp_path / "other").write(entries, merges[-1], tmp_path / "whole")
+    assert (tmp_path / "last").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_another_coordinators_federation_is_nobodys(published: Published, foreign: Published) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from fedmerge.errors import BadOffset, DigestMismatch, ResourceError, UnknownVersion
-from fedmerge.events import MergeStarted, RoundFailed, RoundPublished, RoundSealed
+from fedmerge.events import MergeStarted, RoundCutShort, RoundFailed, RoundPublished, RoundSealed
 from fedmerge.merkle import LEAF_BYTES, leaf_hash, merkle_root
 from fedmerge.store.blobs import BlobStore, split_leaf_hashes
 from fedmerge.store.database import REVISION, Database, metadata
-from fedmerge.store.ledger import Ledger, UploadRow
+from fedmerge.store.ledger import BATCH, Ledger, UploadRow
 from fedmerge.store.migrations import scripts
 from fedmerge.store.shelves import FolderShelf
 from tests.databases import PostgresServer
@@ -76,6 +77,61 @@ def test_an_altered_ledger_is_not_opened(database_url: str, tampering: str) -> N
     with pytest.raises(DigestMismatch, match="event"):
         Ledger(database)
     database.close()
+
+
+def long_ledger(path: Path, num_events: int) -> Ledger:
+    """Return a ledger with more events than it holds in memory, appended in groups of many sizes."""
+    ledger, rng = Ledger(path), random.Random(num_events)
+    while (begin := len(ledger.entries)) < num_events:
+        facts = [MergeStarted(round=number) for number in range(begin, min(begin + rng.randint(1, 90), num_events))]
+        ledger.append(*facts, at_s=float(begin))
+    return ledger
+
+
+@pytest.mark.parametrize("num_events", [BATCH - 1, BATCH, BATCH + 1, 2 * BATCH, 3 * BATCH + 100])
+def test_a_long_ledger_is_read_like_a_list_also_after_a_restart(tmp_path: Path, num_events: int) -> None:
+    ledger = long_ledger(tmp_path / "ledger.sqlite", num_events)
+    entries = list(ledger.entries)
+    assert [entry.number for entry in entries] == list(range(num_events))
+    assert [entry.event for entry in entries] == [MergeStarted(round=number) for number in range(num_events)]
+    rng = random.Random(0)
+    bounds = [None, 0, BATCH, num_events, *(rng.randint(-num_events - 9, num_events + 9) for _ in range(30))]
+    slices = [slice(rng.choice(bounds), rng.choice(bounds), rng.choice([None, 1, 7, -1, -3])) for _ in range(200)]
+    indices = [0, -1, *(rng.randrange(-num_events, num_events) for _ in range(30))]
+    again = Ledger(tmp_path / "ledger.sqlite")
+    for found in (ledger, again):
+        assert (len(found.entries), found.head) == (num_events, entries[-1].hash)
+        assert list(reversed(found.entries)) == entries[::-1]
+        assert [found.entries[each] for each in slices] == [entries[each] for each in slices]
+        assert [found.entries[each] for each in indices] == [entries[each] for each in indices]
+        with pytest.raises(IndexError):
+            found.entries[num_events]
+    again.append(RoundCutShort(round=1, reason="enough"), at_s=1.0)
+    assert [entry.number for entry in again.entries] == list(range(num_events + 1))
+    ledger.close()
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "tampering",
+    [
+        "UPDATE events SET body = (SELECT body FROM events WHERE number = 2) WHERE number = 3",
+        "UPDATE events SET number = -1 WHERE number = 3",
+        "DELETE FROM events WHERE number = 3",
+        "DELETE FROM events WHERE number > 2",
+    ],
+)
+def test_what_is_altered_while_a_ledger_is_open_is_noticed_when_it_is_read(tmp_path: Path, tampering: str) -> None:
+    ledger = long_ledger(tmp_path / "ledger.sqlite", 2 * BATCH)
+    newest = ledger.entries[-1]
+    database = Database(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql(tampering)
+    with pytest.raises(DigestMismatch, match="event 3 does not continue the hash chain"):
+        list(ledger.entries)
+    assert ledger.entries[-1] == newest
+    database.close()
+    ledger.close()
 
 
 def test_a_file_that_is_no_database_is_one_clear_error(tmp_path: Path) -> None:
