@@ -36,6 +36,9 @@ class ProvenanceFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._begin()
+
+    def _begin(self) -> None:
         self._teller = _Teller()
         self._num_read = self._num_bytes = 0
 
@@ -51,9 +54,11 @@ class ProvenanceFile:
                 _write_frame(file, [*after, *teller.cosignatures()])
 
     def _grow(self, entries: Sequence[LedgerEntry], end: int) -> None:
+        self._path.touch()
+        if self._path.stat().st_size < self._num_bytes:
+            self._begin()  # somebody deleted it
         teller = self._teller.copy()
         found: list[Signed] = []
-        self._path.touch()
         with self._path.open("r+b") as file:
             # After what counts may be what was written when the disk was full.
             file.truncate(self._num_bytes)

@@ -329,13 +329,19 @@ def test_provenance_that_grew_is_that_of_the_whole_ledger_but_for_cosignatures_t
         assert last or number == 1
 
 
-def test_provenance_that_the_disk_took_half_of_is_written_whole_later(published: Published, tmp_path: Path) -> None:
+@pytest.mark.parametrize("happens", ["cut", "gone"])
+def test_provenance_that_was_half_written_or_deleted_is_written_whole_later(
+    published: Published, tmp_path: Path, happens: str
+) -> None:
     entries = list(Ledger(published.folder / "state" / "ledger.sqlite").entries)
     merges = [entry.number for entry in entries if isinstance(entry.event, MergeFinished)]
     file = ProvenanceFile(tmp_path / "state")
     file.write(entries[: merges[0] + 1], merges[0], tmp_path / "first")
-    with (tmp_path / "state").open("ab") as half:
-        half.write(b"half of a frame")
+    if happens == "gone":
+        (tmp_path / "state").unlink()
+    else:
+        with (tmp_path / "state").open("ab") as half:
+            half.write(b"half of a frame")
     file.write(entries, merges[-1], tmp_path / "last")
     ProvenanceFile(tmp_path / "other").write(entries, merges[-1], tmp_path / "whole")
     assert (tmp_path / "last").read_bytes() == (tmp_path / "whole").read_bytes()
