@@ -27,8 +27,8 @@ PROVENANCE = "provenance.jsonl.zst"
 _LEVEL = 3
 _BATCH = 1024
 MAX_WINDOW_BYTES = 1 << 23
-# A merge record has a line for each node, and one for each round before.
-MAX_LINE_CHARACTERS = 1 << 28
+# Statements come to about a tenth. What unpacks to far more was made to fill somebody's memory, or time.
+MAX_RATIO = 256
 
 
 class ProvenanceFile:
@@ -120,12 +120,16 @@ def _write_frame(file: BinaryIO, found: Iterable[Signed]) -> None:
 
 def read_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a provenance file; raise `BadSignature` where it is none, and `OSError`."""
+    left = MAX_RATIO * path.stat().st_size
     with path.open("rb") as file:
         decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
         reader = decompressor.stream_reader(file, read_across_frames=True, closefd=False)
         try:
             with io.TextIOWrapper(reader, encoding="utf-8", newline="\n") as text:
-                while line := text.readline(MAX_LINE_CHARACTERS):
+                while line := text.readline(left + 1):
+                    left -= len(line)
+                    if left < 0:
+                        raise BadSignature(f"{path}: unpacks to over {MAX_RATIO} times its size")
                     yield line
         except (zstandard.ZstdError, UnicodeDecodeError) as err:
             raise BadSignature(f"{path}: is not what fedmerge compressed") from err

@@ -184,6 +184,7 @@ def test_inspect(folder: Path, clean_environment: dict[str, str]) -> None:
     shutil.copy(folder / "latin1", folder / "latin1.json")
     (folder / "text.zst").write_text("no frame")
     (folder / "numbers.zst").write_bytes(zstandard.compress(b"1\n2\n"))
+    (folder / "bomb.zst").write_bytes(zstandard.compress(b"{}\n" * 10_000_000))
     (folder / "cut.safetensors").write_bytes((folder / "a" / "model.safetensors").read_bytes()[:100])
     no_delta = "of a model, give the directory"
     cases: list[Case] = [
@@ -207,6 +208,7 @@ def test_inspect(folder: Path, clean_environment: dict[str, str]) -> None:
         ("inspect north.jsonl", 2, "north.jsonl:1: not a provenance entry", None),
         ("inspect text.zst", 2, "text.zst: no provenance, or a damaged one", None),
         ("inspect numbers.zst", 2, "numbers.zst:1: not a provenance entry", None),
+        ("inspect bomb.zst", 2, "bomb.zst: no provenance, or a damaged one", None),
     ]
     assert not any(outcome.left for outcome in require_all_clear(folder, clean_environment, cases))
 

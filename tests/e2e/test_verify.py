@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 from safetensors.torch import save_file
 
 from fedmerge.attest import MODEL_SIGNATURE
@@ -345,6 +346,18 @@ def test_provenance_that_was_half_written_or_deleted_is_written_whole_later(
     file.write(entries, merges[-1], tmp_path / "last")
     ProvenanceFile(tmp_path / "other").write(entries, merges[-1], tmp_path / "whole")
     assert (tmp_path / "last").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"\n" * 30_000_000, b"x" * 30_000_000, b"\xff\n"])
+def test_provenance_that_fills_the_memory_or_is_no_text_is_refused_whoever_signed_it(
+    published: Published, tmp_path: Path, content: bytes
+) -> None:
+    forgery = Forgery(published, tmp_path / "forged")
+    forgery.seal()
+    (forgery.directory / PROVENANCE).write_bytes(zstandard.compress(content))
+    found = failures(examined(forgery.directory, published.trusted))
+    assert ("statements", "BAD_SIGNATURE") in {(name, reason) for name, reason, _ in found}
+    assert ("files", "DIGEST_MISMATCH") in {(name, reason) for name, reason, _ in found}
 
 
 def test_another_coordinators_federation_is_nobodys(published: Published, foreign: Published) -> None:
