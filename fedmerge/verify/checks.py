@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -86,3 +86,9 @@ class Checklist:
         """Raise the first error, if there is one."""
         if self.errors:
             raise self.errors[0]
+
+
+def shortened(names: Sequence[str], most: int = 12) -> str:
+    """Return names in a row, and of many only the first and how many more there are."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])

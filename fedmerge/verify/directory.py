@@ -13,7 +13,7 @@ from fedmerge.publish import ADAPTER, LINEAGE, SIGNATURE, file_digests
 from fedmerge.sign import PublicKey
 from fedmerge.statements import PREDICATE_ROOT, Handover, Lineage, LocalMerge
 from fedmerge.tensors import Checkpoint, model_digest
-from fedmerge.verify.checks import Check, Checklist
+from fedmerge.verify.checks import Check, Checklist, shortened
 from fedmerge.verify.history import Entry, History, Origin, read_history
 from fedmerge.verify.keys import KeyLine
 from fedmerge.verify.plain import PLAIN_FILES, open_manifest, provenance_lines, read_plain
@@ -55,7 +55,7 @@ def examine_directory(
     history = read_history(_entries(directory / PROVENANCE, checks), origin, lineage.model, checks)
     strangers = sorted(key_id for key_id in lineage.node_keys if key_id not in trusted)
     if strangers:
-        shown = ", ".join(key_id[:12] for key_id in strangers)
+        shown = shortened([key_id[:12] for key_id in strangers])
         checks.skip("node keys", f"the coordinator vouches for the node keys {shown}; you do not know them")
     return lineage, history
 

@@ -28,7 +28,7 @@ from fedmerge.statements import (
     digest_of,
 )
 from fedmerge.translog import MEMBER_NAME, LogCheckpoint, check_cosignature, log_origin, open_by_any
-from fedmerge.verify.checks import Checklist
+from fedmerge.verify.checks import Checklist, shortened
 
 Told: TypeAlias = MergeRecord | Rollback
 
@@ -122,7 +122,7 @@ def _report_members(history: History, checks: Checklist) -> None:
     if missing:
         checks.skip("members", f"nothing says whose key {missing[0][:12]} is")
     else:
-        checks.ok("members", f"the deltas are of {len(known)} organisations: {', '.join(sorted(known))}")
+        checks.ok("members", f"the deltas are of {len(known)} organisations: {shortened(sorted(known))}")
     if history.witnesses:
         size = max(checkpoint.size for checkpoint in history.witnesses.values())
         # A member that replaced its key is one still: its name stays.

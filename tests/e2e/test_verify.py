@@ -36,7 +36,7 @@ from fedmerge.store.blobs import BlobStore
 from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
 from fedmerge.verify import Check, Checklist, examine_directory, replay_rounds
-from tests.conftest import StepTrainer, make_config
+from tests.conftest import StepTrainer, make_base, make_config
 from tests.provenance import read_provenance, write_provenance
 
 NUM_ROUNDS = 3
@@ -358,6 +358,17 @@ def test_provenance_that_fills_the_memory_or_is_no_text_is_refused_whoever_signe
     found = failures(examined(forgery.directory, published.trusted))
     assert ("statements", "BAD_SIGNATURE") in {(name, reason) for name, reason, _ in found}
     assert ("files", "DIGEST_MISMATCH") in {(name, reason) for name, reason, _ in found}
+
+
+def test_of_many_nodes_a_report_names_the_first(tmp_path: Path) -> None:
+    make_base(tmp_path / "base")
+    config, _ = make_config(tmp_path, min_nodes=20)
+    trainers = {f"node-{number:02}": StepTrainer(number) for number in range(20)}
+    model_dir = simulate(config, tmp_path / "base", trainers).model_dir
+    key = SigningKey.load(tmp_path / "coordinator.key").public
+    (members,) = [check.detail for check in examined(model_dir, {key.key_id: key}) if check.name == "members"]
+    named = ", ".join(f"node-{number:02}" for number in range(12))
+    assert members == f"the deltas are of 20 organisations: {named}, and 8 more"
 
 
 def test_another_coordinators_federation_is_nobodys(published: Published, foreign: Published) -> None:
