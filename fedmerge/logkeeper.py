@@ -8,6 +8,7 @@ from fedmerge.errors import BadSignature, InvalidProof
 from fedmerge.events import CheckpointCosigned
 from fedmerge.journal import Journal
 from fedmerge.merkle import MerkleTree
+from fedmerge.store.entries import entries_from
 from fedmerge.translog import (
     Growth,
     LogCheckpoint,
@@ -77,7 +78,8 @@ class LogKeeper:
     def _size(self) -> int:
         """Take up what the ledger has new, and return the number of events."""
         with self._journal.lock:
-            for entry in self._journal.ledger.entries[len(self._tree) :]:
+            entries = self._journal.ledger.entries
+            for entry in entries_from(entries, len(self._tree), len(entries)):
                 self._tree.append(log_leaf(entry.hash))
                 if not isinstance(entry.event, CheckpointCosigned):
                     self._told_size = len(self._tree)

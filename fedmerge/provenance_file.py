@@ -21,11 +21,10 @@ import zstandard
 from fedmerge.errors import BadSignature, reporting_os_errors
 from fedmerge.events import CheckpointCosigned, DeltaAccepted, MemberAdmitted, MemberRevoked, MergeFinished
 from fedmerge.provenance import Signed, Signings
-from fedmerge.store.entries import LedgerEntry
+from fedmerge.store.entries import LedgerEntry, entries_from
 
 PROVENANCE = "provenance.jsonl.zst"
 _LEVEL = 3
-_BATCH = 1024
 MAX_WINDOW_BYTES = 1 << 23
 # Statements come to about a tenth. What unpacks to far more was made to fill somebody's memory, or time.
 MAX_RATIO = 256
@@ -63,12 +62,11 @@ class ProvenanceFile:
             # After what counts may be what was written when the disk was full.
             file.truncate(self._num_bytes)
             file.seek(self._num_bytes)
-            for begin in range(self._num_read, end, _BATCH):
-                for entry in entries[begin : min(begin + _BATCH, end)]:
-                    found += teller.tell(entry)
-                    if isinstance(entry.event, MergeFinished):
-                        _write_frame(file, found)
-                        found = []
+            for entry in entries_from(entries, self._num_read, end):
+                found += teller.tell(entry)
+                if isinstance(entry.event, MergeFinished):
+                    _write_frame(file, found)
+                    found = []
             num_bytes = file.tell()
         self._teller, self._num_read, self._num_bytes = teller, end, num_bytes
 

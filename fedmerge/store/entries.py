@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedmerge.events import Event
 
+# Events that are read at once, and of the newest those that stay in memory: some rounds of a hundred nodes.
+BATCH = 1024
 GENESIS = hashlib.sha256(b"fedmerge.ledger.v1").hexdigest()
 
 
@@ -25,3 +28,9 @@ def chain_hash(head: str, number: int, at_s: float, body: bytes) -> str:
     digest = hashlib.sha256(bytes.fromhex(head))
     digest.update(number.to_bytes(8, "big") + at_s.hex().encode() + b"\n" + body)
     return digest.hexdigest()
+
+
+def entries_from(entries: Sequence[LedgerEntry], begin: int, end: int) -> Iterator[LedgerEntry]:
+    """Yield events `begin` to `end - 1`; of a ledger's never more than `BATCH` are in memory."""
+    for at in range(begin, end, BATCH):
+        yield from entries[at : min(at + BATCH, end)]

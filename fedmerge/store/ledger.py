@@ -22,7 +22,7 @@ from fedmerge.events import Event, from_json, to_json
 from fedmerge.store.database import RESTORE, Database, sqlite_url
 from fedmerge.store.database import events as _events
 from fedmerge.store.database import uploads as _uploads
-from fedmerge.store.entries import GENESIS, LedgerEntry, chain_hash
+from fedmerge.store.entries import BATCH, GENESIS, LedgerEntry, chain_hash
 from fedmerge.store.lease import Lease
 
 # Made once: they are part of every round.
@@ -30,8 +30,6 @@ _INSERT = insert(_events)
 _BEGIN = insert(_uploads)
 _END = delete(_uploads).where(_uploads.c.upload_id == bindparam("ended"))
 _SELECT = select(_events).where(_events.c.number >= bindparam("begin")).order_by(_events.c.number)
-# Events that are read at once, and of the newest those that stay in memory: some rounds of a hundred nodes.
-BATCH = 1024
 
 
 @dataclass(frozen=True)

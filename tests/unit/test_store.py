@@ -17,7 +17,8 @@ from fedmerge.events import MergeStarted, RoundCutShort, RoundFailed, RoundPubli
 from fedmerge.merkle import LEAF_BYTES, leaf_hash, merkle_root
 from fedmerge.store.blobs import BlobStore, split_leaf_hashes
 from fedmerge.store.database import REVISION, Database, metadata
-from fedmerge.store.ledger import BATCH, Ledger, UploadRow
+from fedmerge.store.entries import BATCH
+from fedmerge.store.ledger import Ledger, UploadRow
 from fedmerge.store.migrations import scripts
 from fedmerge.store.shelves import FolderShelf
 from tests.databases import PostgresServer
