@@ -120,7 +120,7 @@ def test_a_nodes_newest_stream_takes_the_place_of_its_earlier_one(tmp_path: Path
 
 
 def test_a_node_that_is_too_fast_is_slowed_down_and_nothing_piles_up(tmp_path: Path) -> None:
-    total, rate = 48 << 20, 4 << 20
+    total, rate = 128 << 20, 4 << 20
     with serving(tmp_path, f"max_bytes_per_s = {rate}\n") as (federation, server):
         north, south = (site_of(federation, server, federation.keys[name]) for name in ("north", "south"))
         payload = tmp_path / "large"
@@ -141,8 +141,9 @@ def test_a_node_that_is_too_fast_is_slowed_down_and_nothing_piles_up(tmp_path: P
         wait_until(lambda: north.committed(upload.upload_id) >= 2 * rate)
         stored, took_s = north.committed(upload.upload_id), time.monotonic() - began_s
         assert stored <= rate * took_s + 2 * LEAF_BYTES
-        # What is in flight is in HTTP/2's windows and the sockets, of both ends; the rest waits in the sender's file.
-        assert pulled[0] - stored < 16 << 20
+        # What is in flight is in HTTP/2's windows and in sockets' buffers, which the kernel lets grow to tens of MiB;
+        # the rest waits in the sender's file, and what the coordinator itself holds is smaller still.
+        assert pulled[0] - stored < 64 << 20
         assert process.memory_info().rss - before < 48 << 20
         # The limit is each node's own.
         del answer
