@@ -25,7 +25,7 @@ from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.merge import Recipe
 from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.node_events import Emit
-from fedmerge.outbox import STATEMENT
+from fedmerge.outbox import PAYLOAD, STATEMENT
 from fedmerge.sign import SigningKey
 from fedmerge.statements import DeltaStatement, RoundSpec
 from fedmerge.statistics import side_tensors, statistics_schema
@@ -35,9 +35,6 @@ from fedmerge.training import STATE, Trainer, TrainResult, TrainTask, require_st
 from fedmerge.versions import write_model
 
 log = logging.getLogger(__name__)
-
-# The file in a round's outbox that is uploaded.
-PAYLOAD = "delta.safetensors"
 
 
 class DeltaMaker:

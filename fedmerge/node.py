@@ -17,7 +17,7 @@ from threading import Thread
 from typing import Any
 
 from fedmerge.chain import ChainMaker, ModelChain
-from fedmerge.deltamaker import PAYLOAD, DeltaMaker
+from fedmerge.deltamaker import DeltaMaker
 from fedmerge.errors import (
     ConflictingSubmission,
     DigestMismatch,
@@ -35,7 +35,7 @@ from fedmerge.files import replace_file
 from fedmerge.handover import Pin, pinned
 from fedmerge.link import Link, RoundView
 from fedmerge.node_events import NodeEvent
-from fedmerge.outbox import STATEMENT
+from fedmerge.outbox import PAYLOAD, STATEMENT, forget_deltas
 from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import Candidates, DeltaStatement, MergeRecord, Receipt, Rejection, RoundSpec, digest_of
 from fedmerge.streaming import Fragments
@@ -68,7 +68,8 @@ class Node:
 
     `home` is the node's folder, `base` a directory with the base model (fetched from the coordinator when None),
     `coordinator` the key that round specs must be signed with, or the pin that says which it is by now. A round's own
-    fine-tune is deleted once its delta is signed, unless `keep_tuned`. With a `witness` the node checks and cosigns the
+    fine-tune is deleted once its delta is signed, unless `keep_tuned`. The deltas of the last `keep_rounds` rounds are
+    kept, or all where that is 0, and always what was signed for them. With a `witness` the node checks and cosigns the
     coordinator's log. `make_chain` makes the node's models where they are not copies of its own. What it keeps is
     `durable` unless it is only simulated. `meanwhile` begins some work and returns a function that waits for it.
     """
@@ -83,6 +84,7 @@ class Node:
         *,
         base: Path | None = None,
         keep_tuned: bool = False,
+        keep_rounds: int = 0,
         witness: Witness | None = None,
         on_event: Callable[[NodeEvent], None] = lambda event: None,
         make_chain: ChainMaker = ModelChain,
@@ -102,6 +104,7 @@ class Node:
         self._maker = DeltaMaker(
             trainer, key, self._chain, self._evaluator, self._emit, keep_tuned=keep_tuned, durable=durable
         )
+        self._keep_rounds = keep_rounds
         self._durable = durable
         self._meanwhile = meanwhile
         self._witness = witness
@@ -217,6 +220,8 @@ class Node:
             # The round went on without this delta; the next one is another chance.
             log.warning("round %d: %s", spec.round, err.message)
             self._emit("missed", spec.round, reason=err.message)
+        if self._keep_rounds:
+            forget_deltas(self.home / "rounds", spec.round - self._keep_rounds + 1)
 
     def contribute(self, spec: RoundSpec, spec_digest: str) -> None:
         """Do steps 0 to 6 for one round, or what is left of them after a restart."""

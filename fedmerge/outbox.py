@@ -17,6 +17,20 @@ from fedmerge.statements import DeltaStatement, RoundSpec
 from fedmerge.tensors import TensorMap, write_weights
 
 STATEMENT = "statement.json"
+# What is uploaded.
+PAYLOAD = "delta.safetensors"
+
+
+def forget_deltas(rounds: Path, before: int) -> None:
+    """Delete the deltas of rounds `before` one from the outboxes in `rounds`, and keep what was signed for them.
+
+    Raises `ResourceError`.
+    """
+    with reporting_os_errors(rounds), os.scandir(rounds) as outboxes:
+        for outbox in outboxes:
+            number = outbox.name.partition("-")[0]
+            if number.isdecimal() and int(number) < before and os.access(f"{outbox.path}/{PAYLOAD}", os.F_OK):
+                Path(outbox.path, PAYLOAD).unlink()
 
 
 def previous_folder(outbox: Path, name: str, spec: RoundSpec, own: Mapping[str, PublicKey]) -> Path | None:

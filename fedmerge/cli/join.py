@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from fedmerge.cli.output import JsonFlag, print_json, stderr
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import parse_address
 from fedmerge.errors import ConfigError, PendingKey, RevokedKey, UntrustedKey, reporting_os_errors
+from fedmerge.lock import FolderLock
 from fedmerge.node import Node
 from fedmerge.passphrase import find_passphrase
 from fedmerge.sign import PublicKey, SigningKey
@@ -60,6 +63,13 @@ def join(
         Parameter(help="A setting of the trainer, KEY=VALUE or TABLE.KEY=VALUE, such as text_column=body. Repeatable."),
     ] = (),
     keep_tuned: Annotated[bool, Parameter(negative=(), help="Keep each round's own fine-tune in HOME/rounds.")] = False,
+    keep_rounds: Annotated[
+        int,
+        Parameter(
+            validator=Number(gte=0),
+            help="Keep the deltas of so many rounds in HOME/rounds, the last ones; 0 keeps all.",
+        ),
+    ] = 0,
     once: Annotated[
         bool, Parameter(negative=(), help="Do what is due now and end, for batch schedulers; 9 if nothing was due.")
     ] = False,
@@ -87,11 +97,13 @@ def join(
     own = (certificate_key, certificate) if certificate_key and certificate else None
     link = GrpcLink(coordinator, trust, signing_key, home=home, own_certificate=own)
     shown_as = name or signing_key.public.short
-    try:
+    with closing(link):
         if token is not None:
             link.enrol(token)
         _connect(link, coordinator, signing_key.public, key_path)
-        with node_progress() as show:
+        # A trainer's own processes may outlive a node that was killed by some seconds.
+        lock = FolderLock(home, who="node", hint="stop it first, or choose another --home", patience_s=10.0)
+        with closing(lock), node_progress() as show:
             node = Node(
                 link,
                 node_trainer,
@@ -100,12 +112,11 @@ def join(
                 home,
                 base=base,
                 keep_tuned=keep_tuned,
+                keep_rounds=keep_rounds,
                 witness=Witness(home, link, signing_key, link.pin, time.time),
                 on_event=lambda event: show(shown_as, event),
             )
             model_dir = node.run_once() if once else node.run()
-    finally:
-        link.close()
     if json:
         print_json({"model_dir": str(model_dir) if model_dir else None, "key_id": signing_key.public.key_id})
     elif model_dir is None:

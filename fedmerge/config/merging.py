@@ -197,4 +197,5 @@ class Publish(Section):
     """Largest rank of a LoRA adapter that holds the model's change of the base; 0 publishes none. From the sum of the
     ranks that nodes trained, over all nodes and rounds, it is the same model; below that its card says what is kept."""
     keep_rounds: int = Field(default=0, ge=0, le=1_000_000)
-    """Keeps the models of so many rounds, the last ones, and of those before only the signed lineage; 0 keeps all."""
+    """Keeps the models of so many rounds, the last ones, and of those before only the signed lineage; 0 keeps all.
+    Simulated nodes keep their deltas as long."""

@@ -203,6 +203,7 @@ class Simulation:
                 self.coordinator.key.public,
                 home,
                 base=self.coordinator.base.directory,
+                keep_rounds=self.config.publish.keep_rounds,
                 witness=Witness(home, link, key, self.coordinator.key.public, self.world.clock, durable=False),
                 on_event=on_event,
                 make_chain=make_chain,

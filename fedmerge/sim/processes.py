@@ -71,6 +71,7 @@ def simulate_processes(
             arguments = ["join", "--coordinator", ready["address"], "--trust", ready["bundle"], "--name", node.name]
             arguments += ["--home", str(home), "--key", str(home / "node.key")]
             arguments += ["--trainer", config.train.trainer, "--json"]
+            arguments += ["--keep-rounds", str(config.publish.keep_rounds)]
             if keep_tuned:
                 arguments.append("--keep-tuned")
             for name, path in (("--data", node.data), ("--test", node.test)):

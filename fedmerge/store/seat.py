@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from fedmerge.errors import ResourceError
+from fedmerge.lock import FolderLock
 from fedmerge.store.database import Database
 from fedmerge.store.lease import Lease
 from fedmerge.store.ledger import Ledger
-from fedmerge.store.lock import FolderLock
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ class Seat:
         self, state_dir: Path, url: str, *, lease_s: float, clock: Callable[[], float], durable: bool = True
     ) -> None:
         with ExitStack() as opened:
-            opened.callback(FolderLock(state_dir).release)
+            lock = FolderLock(state_dir, who="coordinator", hint="stop it first, or choose another federation.state")
+            opened.callback(lock.close)
             self.durable = durable
             self.database = Database(url, durable=durable)
             opened.callback(self.database.close)

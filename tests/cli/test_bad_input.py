@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from fedmerge.sign import SigningKey
 from fedmerge.trust import TrustStore
+from tests import warm
 from tests.cli.commands import (
     NO_ROOM,
     Outcome,
@@ -33,6 +34,7 @@ from tests.cli.commands import (
     write_data,
 )
 from tests.conftest import ServerProcess
+from tests.wire.test_limits import wait_until
 
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 # A command line, its exit code, how its error line begins, and how its hint does (None: there is no hint).
@@ -646,6 +648,24 @@ def test_a_second_coordinator_is_kept_off_the_state_folder(
         folder, clean_environment, [("serve", 8, "state: another coordinator is running on this folder", hint)]
     )
     assert (state / "coordinator.pem").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_second_node_is_kept_off_a_home_until_the_first_has_ended(
+    coordinator: ServerProcess, folder: Path, clean_environment: dict[str, str]
+) -> None:
+    words = {"coordinator": coordinator.address, "trust": "state/coordinator.pem", "key": "north.key", "home": "n"}
+    log = folder / "first.log"
+    first = warm.fedmerge(*shlex.split(join(**words)), folder=folder, environ=clean_environment, stdout=log, stderr=log)
+    try:
+        # It has sent its delta, and waits for another node's.
+        wait_until(lambda: any((folder / "n").glob("rounds/*/receipt.json")), timeout_s=60)
+        error, hint = "n: another node is running on this folder", "stop it first, or choose another --home"
+        require_all_clear(folder, clean_environment, [(join(**words), 8, error, hint)])
+    finally:
+        first.kill()
+    due = "nothing is due of this node: round 1 is open"
+    require_all_clear(folder, clean_environment, [(f"{join(**words)} --once", 9, due, "run it again later")])
 
 
 def test_a_simulation_does_not_mix_with_real_nodes(folder: Path, clean_environment: dict[str, str]) -> None:

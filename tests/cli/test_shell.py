@@ -65,7 +65,7 @@ OPTIONS: dict[str, list[str]] = {
     "join": [
         "--coordinator", "--trust", "--token", "--data", "--test", "--key", "--passphrase-file",
         "--certificate", "--certificate-key", "--home", "--base", "--name", "--trainer", "--option",
-        "--keep-tuned", "--once", "--json",
+        "--keep-tuned", "--keep-rounds", "--once", "--json",
     ],
     "report": ["CONFIG", "--metric", "--json"],
     "export": [

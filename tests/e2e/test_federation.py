@@ -100,7 +100,7 @@ def test_a_simulation_replays_to_the_same_version(tmp_path: Path) -> None:
     assert first.version == second.version != other_seed.version
 
 
-def test_only_the_last_models_are_kept_and_the_lineage_of_all(tmp_path: Path) -> None:
+def test_only_the_last_models_and_deltas_are_kept_and_what_was_signed_of_all(tmp_path: Path) -> None:
     every = run_simulated(tmp_path / "all", num_rounds=4, extra=LOSSLESS)
     last = run_simulated(
         tmp_path / "last", num_rounds=4, extra=LOSSLESS + "[publish]\nkeep_rounds = 2\nadapter_rank = 2\n"
@@ -115,6 +115,14 @@ def test_only_the_last_models_are_kept_and_the_lineage_of_all(tmp_path: Path) ->
         assert model_digest(Checkpoint(model_dir)) == model_digest(Checkpoint(every.model_dir.parent / model_dir.name))
     with pytest.raises(VerificationError):
         verify_directory(models / "round-0002", coordinator_key(tmp_path / "last"))
+    nodes = tmp_path / "last" / "nodes"
+    for file, rounds in {
+        "delta.safetensors": {3, 4},
+        "statement.json": {1, 2, 3, 4},
+        "receipt.json": {1, 2, 3, 4},
+    }.items():
+        for name in TRAINERS:
+            assert {int(path.parent.name[:4]) for path in nodes.glob(f"{name}/rounds/*/{file}")} == rounds
     assert main(["export", str(tmp_path / "last" / "fedmerge.toml"), "--out", str(tmp_path / "export")]) == 0
     assert len(list((tmp_path / "export" / "publications").iterdir())) == 4
 

@@ -47,8 +47,8 @@ def first_chunk_then_silence(data: bytes, end: threading.Event) -> Iterator[tupl
     end.wait(30)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    give_up_s = time.monotonic() + 20
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    give_up_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < give_up_s
         time.sleep(0.02)
