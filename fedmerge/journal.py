@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedmerge.events import DeltaAccepted, Event, FederationCreated, MemberAdmitted, MergeFinished, RoundOpened
 from fedmerge.handover import follow_line
-from fedmerge.rounds import FederationState, Merge, after, replay
+from fedmerge.rounds import FederationState, Merge, after
 from fedmerge.sign import PublicKey, SigningKey, claimed_signer
 from fedmerge.statements import MergeRecord, ModelRef, Receipt, RoundSpec, Statement
 from fedmerge.store.entries import LedgerEntry
@@ -155,10 +155,9 @@ def own_keys(state: FederationState) -> dict[str, PublicKey]:
     return {key.key_id: key for key in line}
 
 
-def merged_rounds(entries: Sequence[LedgerEntry], node_id: str) -> list[int]:
-    """Return the rounds of a ledger whose model has a delta that a key signed, or one that it replaced."""
-    state, found = replay(entries), list[int]()
-    own = own_keys(state)
+def merged_rounds(state: FederationState, entries: Sequence[LedgerEntry], node_id: str) -> list[int]:
+    """Return the rounds whose model has a delta that a key signed, or one that it replaced; `state` is of `entries`."""
+    own, found = own_keys(state), list[int]()
     for merge in state.merges:
         record, _ = MergeRecord.open(merge.record_envelope(entries).encode(), own, where="merge record")
         accepted = {contribution.node_id for contribution in record.contributions if contribution.accepted}

@@ -142,7 +142,7 @@ class Members:
             organisation=known.organisation,
             node_id=known.node_id,
             reason=reasons.get(known.node_id, "its key was taken out of the folder of trusted keys"),
-            rounds=merged_rounds(self._journal.ledger.entries, known.node_id),
+            rounds=merged_rounds(self._journal.state, self._journal.ledger.entries, known.node_id),
         )
         return MemberRevoked(node_id=known.node_id, envelope=revocation.sign(self._journal.key).decode())
 

@@ -109,11 +109,12 @@ def _merged_rounds(config: Config, member: Member) -> list[int]:
     if not config.federation.state.exists():
         return []
     from fedmerge.journal import merged_rounds
+    from fedmerge.rounds import replay
     from fedmerge.store.database import Database
     from fedmerge.store.ledger import Ledger
 
     with closing(Ledger(Database(config.database_url()))) as ledger:
-        return merged_rounds(ledger.entries, member.key.key_id)
+        return merged_rounds(replay(ledger.entries), ledger.entries, member.key.key_id)
 
 
 def _duration_s(text: str) -> float:
