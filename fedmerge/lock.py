@@ -12,7 +12,7 @@ _POLL_S = 0.2
 
 
 class FolderLock:
-    """Holds `directory`, made if there is none, until it is released.
+    """Holds `directory`, made if there is none, until it is closed.
 
     Raises `ResourceError`, which says `who` else runs there, with a `hint`, when another has held it for `patience_s`.
     """

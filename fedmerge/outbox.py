@@ -22,15 +22,15 @@ PAYLOAD = "delta.safetensors"
 
 
 def forget_deltas(rounds: Path, before: int) -> None:
-    """Delete the deltas of rounds `before` one from the outboxes in `rounds`, and keep what was signed for them.
+    """Delete the deltas of all rounds before the round `before`, but not what was signed for them.
 
-    Raises `ResourceError`.
+    `rounds` is the folder of a node's outboxes, each named by its round first. Raises `ResourceError`.
     """
     with reporting_os_errors(rounds), os.scandir(rounds) as outboxes:
         for outbox in outboxes:
             number = outbox.name.partition("-")[0]
-            if number.isdecimal() and int(number) < before and os.access(f"{outbox.path}/{PAYLOAD}", os.F_OK):
-                Path(outbox.path, PAYLOAD).unlink()
+            if number.isdecimal() and int(number) < before:
+                Path(outbox.path, PAYLOAD).unlink(missing_ok=True)
 
 
 def previous_folder(outbox: Path, name: str, spec: RoundSpec, own: Mapping[str, PublicKey]) -> Path | None:

@@ -70,8 +70,7 @@ def simulate_processes(
             home = node_home(config, node.name)
             arguments = ["join", "--coordinator", ready["address"], "--trust", ready["bundle"], "--name", node.name]
             arguments += ["--home", str(home), "--key", str(home / "node.key")]
-            arguments += ["--trainer", config.train.trainer, "--json"]
-            arguments += ["--keep-rounds", str(config.publish.keep_rounds)]
+            arguments += ["--trainer", config.train.trainer, "--keep-rounds", str(config.publish.keep_rounds), "--json"]
             if keep_tuned:
                 arguments.append("--keep-tuned")
             for name, path in (("--data", node.data), ("--test", node.test)):
