@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from fedmerge.container import MAX_WINDOW_BYTES
 from fedmerge.errors import BadSignature, reporting_os_errors
 from fedmerge.events import CheckpointCosigned, DeltaAccepted, MemberAdmitted, MemberRevoked, MergeFinished
 from fedmerge.provenance import Signed, Signings
@@ -25,7 +26,6 @@ from fedmerge.store.entries import LedgerEntry, entries_from
 
 PROVENANCE = "provenance.jsonl.zst"
 _LEVEL = 3
-MAX_WINDOW_BYTES = 1 << 23
 # Statements come to about a tenth. What unpacks to far more was made to fill somebody's memory, or time.
 MAX_RATIO = 256
 
