@@ -120,8 +120,7 @@ def ours(folder: Path, engine: str, num_nodes: int, num_rounds: int, sample: int
     trainers = {f"node-{number:05}": StepTrainer(number) for number in range(num_nodes)}
     with closing(open_engine(config.simulate)) as opened:
         simulate(config, folder / "base", trainers, engine=opened, on_event=on_event)
-    disk_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {"marks": marks.at_s, "disk_bytes": disk_bytes}
+    return {"marks": marks.at_s}
 
 
 def limit(folder: Path, num_nodes: int, num_rounds: int) -> dict[str, Any]:
@@ -314,6 +313,7 @@ def measure(case: str, *arguments: str | int, num_rounds: int, limit_s: float) -
         ended_s = time.time()
         if child.returncode:
             raise Missing(f"ended with {child.returncode}: {problems.strip()[-1000:]}")
+        disk_bytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         found = json.loads(out.read_text())
     marks = {int(number): at_s for number, at_s in found.pop("marks").items()}
     times, cpu, memory = map(np.array, zip(*samples, strict=True))
@@ -331,6 +331,7 @@ def measure(case: str, *arguments: str | int, num_rounds: int, limit_s: float) -
         "cpu_s": split(lambda at_s: float(np.interp(at_s, times, cpu)), float(cpu[-1])),
         "wall_s": split(lambda at_s: at_s - began_s, ended_s - began_s),
         "peak_bytes": int(memory.max()),
+        "disk_bytes": disk_bytes,
         "grown_bytes_per_round": growth,
     }
 
