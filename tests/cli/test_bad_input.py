@@ -33,8 +33,7 @@ from tests.cli.commands import (
     write_config,
     write_data,
 )
-from tests.conftest import ServerProcess
-from tests.wire.test_limits import wait_until
+from tests.conftest import ServerProcess, wait_until
 
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 # A command line, its exit code, how its error line begins, and how its hint does (None: there is no hint).

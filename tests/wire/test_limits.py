@@ -19,7 +19,7 @@ from fedmerge.v1 import delta_pb2, model_pb2, model_pb2_grpc, round_pb2, round_p
 from fedmerge.wire import CHUNK_BYTES, error_of, status_of
 from fedmerge_client.backoff import Backoff
 from fedmerge_client.link import GrpcLink
-from tests.conftest import Federation, ServerProcess, make_base, make_federation
+from tests.conftest import Federation, ServerProcess, make_base, make_federation, wait_until
 from tests.wire.test_upload import Site, site_of, translated
 
 
@@ -45,13 +45,6 @@ def stream(site: Site, upload_id: str, chunks: Iterator[tuple[int, bytes]]) -> C
 def first_chunk_then_silence(data: bytes, end: threading.Event) -> Iterator[tuple[int, bytes]]:
     yield 0, data[:LEAF_BYTES]
     end.wait(30)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    give_up_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up_s
-        time.sleep(0.02)
 
 
 def test_a_silent_upload_loses_its_place_to_another_node_and_resumes_later(tmp_path: Path) -> None:
