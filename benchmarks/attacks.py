@@ -53,7 +53,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedmerge.merge import METHODS
-from fedmerge.robust import RULES, Inputs, harden
+from fedmerge.screening.robust import RULES, Inputs, harden
 from fedmerge.seeds import derive_seed
 from fedmerge_client.docstrings import build_corpus
 from fedmerge_client.train.huggingface import quiet_transformers

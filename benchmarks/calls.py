@@ -9,12 +9,12 @@ from typing import Protocol, TypeVar
 
 from machines import Machine, Network
 
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.errors import BadOffset, Busy, UnknownUpload, Unreachable
-from fedmerge.link import RoundView
-from fedmerge.merkle import leaves_of
+from fedmerge.node.link import RoundView
 from fedmerge.sim.sites import LocalLink
-from fedmerge.translog import Growth
+from fedmerge.transparency.log import Growth
+from fedmerge.transparency.merkle import leaves_of
 
 Answer = TypeVar("Answer")
 
@@ -41,7 +41,7 @@ class Observed:
 
 
 class Calls:
-    """A `fedmerge.link.Link` of single calls, each of which may fail, with the retries of the gRPC link."""
+    """A `fedmerge.node.link.Link` of single calls, each of which may fail, with the retries of the gRPC link."""
 
     def __init__(
         self, network: Network, servers: Sequence[Server], name: str, node_id: str, observed: Observed

@@ -40,19 +40,19 @@ import torch
 import zstandard
 from task_vectors import CACHE, fine_tuned, heavy_tailed, kurtosis
 
-from fedmerge.blocks import INT4, LLOYD2, LLOYD3, SIGN
-from fedmerge.codec import Codec
-from fedmerge.delta import subtract
+from fedmerge.delta.blocks import INT4, LLOYD2, LLOYD3, SIGN
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import DeltaFile, open_header, write_delta
+from fedmerge.delta.header import lay_out
+from fedmerge.delta.indices import CHUNK_ELEMENTS, kept_of_chunk
+from fedmerge.delta.layerwise import num_largest
+from fedmerge.delta.planes import unpack_codes
+from fedmerge.delta.quantize import QUANTIZERS
+from fedmerge.delta.regime import with_small_values
+from fedmerge.delta.sparsify import SPARSIFIERS
+from fedmerge.delta.task_vector import subtract
 from fedmerge.errors import FedmergeError
-from fedmerge.frame import DeltaFile, open_header, write_delta
-from fedmerge.header import lay_out
-from fedmerge.indices import CHUNK_ELEMENTS, kept_of_chunk
-from fedmerge.layerwise import num_largest
-from fedmerge.planes import unpack_codes
-from fedmerge.quantize import QUANTIZERS
-from fedmerge.regime import with_small_values
 from fedmerge.seeds import derive_seed
-from fedmerge.sparsify import SPARSIFIERS
 from fedmerge.tensors import Checkpoint, TensorMap, TensorSpec, schema_of, tensor_bytes
 
 SEED = 1

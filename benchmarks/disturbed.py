@@ -22,14 +22,16 @@ from drawn import LEASE_S, Schedule
 from machines import Machine, Network, Stage, green_threading, stages
 from safetensors.torch import save_file
 
-from fedmerge import intake, journal, merkle, publish
 from fedmerge.config import Config, parse_config
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator import intake
+from fedmerge.coordinator.coordinator import Coordinator
+from fedmerge.coordinator.ownership import open_seat
 from fedmerge.errors import Deposed, RoundFailed, Unreachable, WrongPhase
-from fedmerge.node import Node
-from fedmerge.ownership import open_seat
-from fedmerge.rounds import Phase
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.node.node import Node
+from fedmerge.node.witness import Witness
+from fedmerge.publishing import publish
+from fedmerge.rounds import journal
+from fedmerge.rounds.state import Phase
 from fedmerge.sim.world import World
 from fedmerge.statements import Statement
 from fedmerge.store import blobs
@@ -37,8 +39,9 @@ from fedmerge.store.database import Database, sqlite_url
 from fedmerge.store.seat import Seat
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
-from fedmerge.trust import Member, TrustStore
-from fedmerge.witness import Witness
+from fedmerge.transparency import merkle
+from fedmerge.trust.keys import Member, TrustStore
+from fedmerge.trust.sign import PublicKey, SigningKey
 
 
 def small_leaves(put: Callable[[Any, str, Any], None]) -> None:

@@ -30,9 +30,9 @@ import zstandard
 from codec import Target, cpu_seconds
 from torch import Tensor
 
-from fedmerge.delta import UpdatedModel, delta_schema, subtract
-from fedmerge.planes import join_planes, split_planes
-from fedmerge.steps import SteppedModel, write_steps
+from fedmerge.delta.planes import join_planes, split_planes
+from fedmerge.delta.task_vector import UpdatedModel, delta_schema, subtract
+from fedmerge.models.steps import SteppedModel, write_steps
 from fedmerge.tensors import (
     Checkpoint,
     Schema,

@@ -10,12 +10,12 @@ from typing import Any
 import fedmerge_server.run
 from fedmerge.errors import BadOffset, reporting_os_errors
 from fedmerge.events import DeltaAccepted, Event, MetricsReported
-from fedmerge.merkle import LEAF_BYTES, leaf_hash
 from fedmerge.store import shelves
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.entries import LedgerEntry
 from fedmerge.store.lease import Lease
 from fedmerge.store.ledger import Ledger
+from fedmerge.transparency.merkle import LEAF_BYTES, leaf_hash
 
 
 def acknowledge_before_writing() -> None:

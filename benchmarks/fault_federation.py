@@ -34,7 +34,6 @@ from safetensors.torch import save_file
 from fedmerge.cli import main
 from fedmerge.config import Config, load_config
 from fedmerge.events import DeltaAccepted, RoundPublished
-from fedmerge.sign import SigningKey
 from fedmerge.sim import prepare_nodes, simulate
 from fedmerge.statements import Receipt
 from fedmerge.store.database import Database
@@ -42,6 +41,7 @@ from fedmerge.store.entries import LedgerEntry
 from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint, model_digest
 from fedmerge.training import TRAINERS, TrainResult, TrainTask
+from fedmerge.trust.sign import SigningKey
 from fedmerge.verify import replay, verify_directory
 
 NODES = {"north": 1, "south": 3}  # and how many examples each has

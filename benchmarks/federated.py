@@ -31,13 +31,13 @@ import torch
 from shared import DOMAINS, Kept, at_least, at_most, print_table, report, walk, write_domains
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedmerge.codec import Codec
 from fedmerge.config import parse_config
-from fedmerge.coordinator import Coordinator
-from fedmerge.delta import delta_schema
+from fedmerge.coordinator.coordinator import Coordinator
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import DeltaFile
+from fedmerge.delta.task_vector import delta_schema
 from fedmerge.errors import RoundClosed
-from fedmerge.feedback import RESIDUAL, write_residual
-from fedmerge.frame import DeltaFile
+from fedmerge.node.feedback import RESIDUAL, write_residual
 from fedmerge.seeds import derive_seed
 from fedmerge.sim import LocalLink, simulate
 from fedmerge.tensors import Checkpoint

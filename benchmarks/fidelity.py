@@ -35,10 +35,10 @@ from safetensors.torch import load_file, save_file
 from shared import Kept, at_least, at_most, print_table, report
 from torch import Tensor
 
-from fedmerge.codec import Codec
-from fedmerge.frame import DeltaFile, write_delta
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import DeltaFile, write_delta
+from fedmerge.delta.regime import with_small_values
 from fedmerge.merge import Recipe, merge_deltas
-from fedmerge.regime import with_small_values
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import schema_of
 

@@ -45,11 +45,9 @@ from shared import at_least, at_most, print_table
 from fedmerge.config import parse_config
 from fedmerge.errors import VerificationError
 from fedmerge.events import DeltaAccepted, FederationCreated, from_json
-from fedmerge.export import BLOBS, CHECKPOINT, LOG, MANIFEST, MANIFEST_SIGNATURE, RECEIPTS, export
-from fedmerge.journal import receipt_of
-from fedmerge.merkle import merkle_root
-from fedmerge.publish import LINEAGE, SIGNATURE
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.publishing.export import BLOBS, CHECKPOINT, LOG, MANIFEST, MANIFEST_SIGNATURE, RECEIPTS, export
+from fedmerge.publishing.publish import LINEAGE, SIGNATURE
+from fedmerge.rounds.journal import receipt_of
 from fedmerge.sim import simulate
 from fedmerge.statements import Enrolment, Export, MergeRecord, RoundSpec, Statement
 from fedmerge.store.blobs import BlobStore
@@ -59,7 +57,9 @@ from fedmerge.store.ledger import Ledger
 from fedmerge.store.shelves import FolderShelf
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
-from fedmerge.translog import LogCheckpoint, log_leaf, log_origin, sign_checkpoint
+from fedmerge.transparency.log import LogCheckpoint, log_leaf, log_origin, sign_checkpoint
+from fedmerge.transparency.merkle import merkle_root
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.verify import Check, Checklist, directory, examine_directory, examine_export, replay_rounds
 
 TOML = """

@@ -41,15 +41,16 @@ import zstandard
 from mutations import FRAME_MUTATIONS, Section, mutate_json, repeat_a_key
 from safetensors.numpy import load_file
 
-from fedmerge import frame, header, indices, steps, ulp
-from fedmerge.codec import Codec
-from fedmerge.container import JSON_WORDS
+from fedmerge.delta import frame, header, indices
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.container import JSON_WORDS
+from fedmerge.delta.frame import DeltaFile, layout_of, open_header, write_delta
+from fedmerge.delta.header import to_json
+from fedmerge.delta.quantize import QUANTIZERS
+from fedmerge.delta.sparsify import SPARSIFIERS
 from fedmerge.errors import InputError, InvalidDelta
-from fedmerge.frame import DeltaFile, layout_of, open_header, write_delta
-from fedmerge.header import to_json
-from fedmerge.quantize import QUANTIZERS
-from fedmerge.sparsify import SPARSIFIERS
-from fedmerge.steps import SteppedModel, write_steps
+from fedmerge.models import steps, ulp
+from fedmerge.models.steps import SteppedModel, write_steps
 from fedmerge.tensors import DTYPES, schema_of
 
 PLAN_SEED = 2**40 + 7

@@ -45,13 +45,13 @@ from hostile_requests import Attack, Attacker, Known, raw_bytes
 from safetensors.torch import save_file
 from shared import at_least, at_most, print_table, report
 
-from fedmerge.certificates import TLS_NAME
 from fedmerge.config import load_config
-from fedmerge.node import Node
-from fedmerge.sign import SigningKey
+from fedmerge.node.node import Node
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
-from fedmerge.trust import TrustStore
+from fedmerge.trust.certificates import TLS_NAME
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.sign import SigningKey
 from fedmerge_client.link import GrpcLink
 
 HONEST = ("north", "south")
@@ -92,9 +92,9 @@ def _without(module: str, name: str, replacement: Callable[..., Any]) -> Callabl
 # A check that the server makes, and what stands in its place when it is taken out.
 HOLES: dict[str, Callable[[], None]] = {
     "used nonces open sessions": _without("fedmerge_server.sessions:Sessions", "use", lambda self, nonce: None),
-    "a statement may be of any round": _without("fedmerge.intake", "admit", lambda *args, **kwargs: None),
+    "a statement may be of any round": _without("fedmerge.coordinator.intake", "admit", lambda *args, **kwargs: None),
     "files are found by any path": _without(
-        "fedmerge.coordinator:Coordinator", "artifact", lambda self, root: self.base.directory / root
+        "fedmerge.coordinator.coordinator:Coordinator", "artifact", lambda self, root: self.base.directory / root
     ),
 }
 

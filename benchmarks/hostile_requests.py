@@ -14,8 +14,6 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmerge.merkle import leaf_hash
-from fedmerge.sign import SigningKey
 from fedmerge.statements import (
     DeltaStatement,
     EnrolmentRequest,
@@ -25,8 +23,10 @@ from fedmerge.statements import (
     SessionProof,
     digest_of,
 )
-from fedmerge.translog import cosign
-from fedmerge.trust import token_digest
+from fedmerge.transparency.log import cosign
+from fedmerge.transparency.merkle import leaf_hash
+from fedmerge.trust.keys import token_digest
+from fedmerge.trust.sign import SigningKey
 from fedmerge.v1 import delta_pb2, log_pb2, model_pb2, round_pb2, session_pb2
 
 MIB = 1 << 20

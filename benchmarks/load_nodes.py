@@ -17,10 +17,10 @@ import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from load_site import Payload, commit, upload
 
-from fedmerge.certificates import TLS_NAME, self_signed
-from fedmerge.merkle import LEAF_BYTES
-from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import SessionProof
+from fedmerge.transparency.merkle import LEAF_BYTES
+from fedmerge.trust.certificates import TLS_NAME, self_signed
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.v1 import delta_pb2, round_pb2, round_pb2_grpc, session_pb2, session_pb2_grpc
 from fedmerge.wire import SESSION_HEADER, Chunk
 from fedmerge_client.connection import CHANNEL_OPTIONS

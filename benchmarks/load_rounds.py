@@ -29,13 +29,13 @@ from load_step import SIZES, STEP_METRIC, first_model
 from processes import ONE_THREAD, Sampler, free_port, status_bytes
 from shared import at_most, print_table
 
-from fedmerge.certificates import self_signed
 from fedmerge.events import DeltaAccepted, RoundOpened, RoundPublished
-from fedmerge.sign import PublicKey
 from fedmerge.statements import DeltaStatement, RoundSpec
 from fedmerge.store.database import Database
 from fedmerge.store.ledger import Ledger
-from fedmerge.trust import TrustStore
+from fedmerge.trust.certificates import self_signed
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.sign import PublicKey
 
 NUM_ROUNDS = 4  # the first is not counted
 # What must be left of the machine's memory, and how long nothing may happen.

@@ -19,15 +19,15 @@ from processes import ONE_THREAD, status_bytes
 from safetensors.torch import save_file
 from shared import Sections, toml
 
-from fedmerge.codec import Codec
 from fedmerge.config import load_config
-from fedmerge.delta import delta_schema
-from fedmerge.frame import write_delta
-from fedmerge.merkle import LEAF_BYTES, leaf_hash, leaves_of, merkle_root
-from fedmerge.sign import SigningKey
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import write_delta
+from fedmerge.delta.task_vector import delta_schema
 from fedmerge.statements import DeltaStatement, RoundSpec, digest_of
 from fedmerge.tensors import Checkpoint
-from fedmerge.trust import TrustStore
+from fedmerge.transparency.merkle import LEAF_BYTES, leaf_hash, leaves_of, merkle_root
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.sign import SigningKey
 from fedmerge.v1 import delta_pb2
 from fedmerge.wire import Chunk
 from fedmerge_client.link import GrpcLink

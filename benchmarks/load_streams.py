@@ -21,11 +21,11 @@ import grpc
 from load_site import Site, Stopwatch, Usage, commit, payloads, signed, upload, zeros
 from shared import at_least, print_table
 
-from fedmerge.aggregate import open_delta
-from fedmerge.certificates import TLS_NAME, self_signed
-from fedmerge.delta import delta_schema
+from fedmerge.aggregation.aggregate import open_delta
+from fedmerge.delta.task_vector import delta_schema
 from fedmerge.files import sync_file
-from fedmerge.merkle import leaves_of, merkle_root
+from fedmerge.transparency.merkle import leaves_of, merkle_root
+from fedmerge.trust.certificates import TLS_NAME, self_signed
 from fedmerge.wire import CHUNK_BYTES
 from fedmerge_client.connection import CHANNEL_OPTIONS
 from fedmerge_client.link import GrpcLink

@@ -32,15 +32,15 @@ from shared import DOMAINS, Kept, at_least, print_table, report, write_domains
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedmerge.adapter import open_tuned
-from fedmerge.codec import Codec
-from fedmerge.delta import UpdatedModel, delta_schema
-from fedmerge.frame import DeltaFile, write_delta
-from fedmerge.lowrank import Factors, product
+from fedmerge.delta.adapter import open_tuned
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import DeltaFile, write_delta
+from fedmerge.delta.lowrank import Factors, product
+from fedmerge.delta.task_vector import UpdatedModel, delta_schema
 from fedmerge.merge.factors import factor_average, refactor, stack
+from fedmerge.models.versions import write_model
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainTask
-from fedmerge.versions import write_model
 from fedmerge_client.train.causal_lm import CausalLM
 from fedmerge_client.train.huggingface import save_model
 

@@ -37,12 +37,12 @@ from processes import ONE_THREAD, Cost, run_alone, status_bytes
 from safetensors.torch import save_file
 from shared import Kept, at_least, at_most, report
 
-from fedmerge.codec import Codec
-from fedmerge.delta import subtract
-from fedmerge.frame import DeltaFile, write_delta
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import DeltaFile, write_delta
+from fedmerge.delta.task_vector import subtract
 from fedmerge.merge import Recipe, merge_deltas, merge_models
+from fedmerge.models.weights import writing_weights
 from fedmerge.tensors import WEIGHTS, Checkpoint, TensorMap
-from fedmerge.weights import writing_weights
 
 NUM_NODES = 4
 METHOD_NAMES = (

@@ -27,13 +27,13 @@ import torch
 from codec import Target
 from safetensors.torch import save_file
 
-from fedmerge.certificates import TLS_NAME
 from fedmerge.config import load_config
-from fedmerge.node import Node
+from fedmerge.node.node import Node
 from fedmerge.sim.inline import prepare_nodes
 from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
+from fedmerge.trust.certificates import TLS_NAME
 from fedmerge.v1 import session_pb2, session_pb2_grpc
 from fedmerge_client.link import GrpcLink
 

@@ -201,7 +201,7 @@ def digits(folder: Path, method: str, codec: str, num_rounds: int) -> dict[str, 
     from flwr.clientapp import ClientApp
     from flwr.serverapp.strategy import FedAvg
 
-    from fedmerge.codec import Codec
+    from fedmerge.delta.codec import Codec
     from fedmerge.interop.flower import MergeStrategy, fedmerge_delta
 
     client_app, marks, num_sites = ClientApp(mods=[fedmerge_delta]), Marks(), 10

@@ -46,11 +46,11 @@ from machines import install, owners
 from promises import Broken, History, Promises
 from shared import at_least, at_most, print_table, report
 
-from fedmerge import rounds
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.events import RoundPublished
-from fedmerge.journal import Journal
-from fedmerge.rounds import FederationState, Phase, replay
+from fedmerge.rounds import state as rounds
+from fedmerge.rounds.journal import Journal
+from fedmerge.rounds.state import FederationState, Phase, replay
 from fedmerge.store import shelves
 from fedmerge.store.lease import Lease
 from fedmerge.store.ledger import Ledger

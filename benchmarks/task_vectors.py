@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedmerge.delta import subtract
+from fedmerge.delta.task_vector import subtract
 from fedmerge.errors import MissingExtra
 from fedmerge.tensors import Checkpoint, TensorMap
 from fedmerge.training import TrainTask, load_trainer

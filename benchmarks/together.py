@@ -18,10 +18,10 @@ from federated import CONTEXT, Texts
 from shared import DOMAINS, Runs, Sections, markdown, shown, toml, walk
 
 from fedmerge.config import parse_config
-from fedmerge.sign import SigningKey
 from fedmerge.sim import simulate
 from fedmerge.sim.partition import share_out
 from fedmerge.training import Trainer, TrainTask
+from fedmerge.trust.sign import SigningKey
 from fedmerge.verify import verify_directory
 from fedmerge_client.train.causal_lm import CausalLM
 

@@ -12,12 +12,12 @@ from peft import PeftModel
 from shared import DOMAINS, UNFINISHED, Runs, Sections, markdown, toml, write_domains
 from transformers import AutoModelForCausalLM
 
-from fedmerge.adapter import open_tuned
 from fedmerge.config import parse_config
+from fedmerge.delta.adapter import open_tuned
+from fedmerge.models.versions import write_model
 from fedmerge.sim import simulate
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainTask
-from fedmerge.versions import write_model
 from fedmerge_client.train.causal_lm import CausalLM
 from fedmerge_client.train.huggingface import quiet_transformers
 

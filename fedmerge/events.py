@@ -85,7 +85,7 @@ class RoundSealed(_Event):
 
 
 class DeltaVerdict(_Event):
-    """What screening says of one delta of a sealed round: see `fedmerge.screen.Verdict`."""
+    """What screening says of one delta of a sealed round: see `fedmerge.screening.verdicts.Verdict`."""
 
     node_id: Digest
     statement_digest: Digest
@@ -257,7 +257,7 @@ class KeyRotated(_Event):
 
 
 class HandedOver(_Event):
-    """The coordinator has another key from here on; `handover` is signed by both (`fedmerge.handover`)."""
+    """The coordinator has another key from here on; `handover` is signed by both (`fedmerge.statements.handover`)."""
 
     kind: Literal["handed_over"] = "handed_over"
     handover: str

@@ -91,7 +91,7 @@ class StatisticsTrainer(Trainer, Protocol):
     """A trainer that can also say how a model treats the node's data, for merge methods that weigh by that."""
 
     def statistics(self, model_dir: Path, kind: str) -> TensorMap:
-        """Return statistics of one `kind` (of `fedmerge.statistics`) of a model on the training data, by parameter.
+        """Return statistics of one `kind` (of `merge.statistics`) of a model on the training data, by parameter.
 
         Parameters that are left out have zeros. Same model and data, same statistics.
         """

@@ -16,10 +16,10 @@ from hypothesis import settings
 from safetensors.torch import save_file
 
 from fedmerge.config import Config, parse_config
-from fedmerge.sign import SigningKey
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
-from fedmerge.trust import TrustStore
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.sign import SigningKey
 from tests import warm
 from tests.buckets import BucketServer
 from tests.databases import PostgresServer

@@ -10,10 +10,10 @@ os.environ |= {"GRPC_VERBOSITY": "NONE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 import numba
 import torch
 
-import fedmerge.assemble
 import fedmerge.cli
-import fedmerge.coordinator
-import fedmerge.node
+import fedmerge.coordinator.coordinator
+import fedmerge.local.assemble
+import fedmerge.node.node
 import fedmerge_client.link
 import fedmerge_client.train.causal_lm
 import fedmerge_client.train.text_classification

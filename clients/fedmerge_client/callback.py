@@ -23,12 +23,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from fedmerge.errors import ConfigError, InputError
-from fedmerge.node import Node
+from fedmerge.node.node import Node
+from fedmerge.node.witness import Witness
 from fedmerge.seeds import derive_seed
-from fedmerge.sign import SigningKey
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
-from fedmerge.witness import Witness
+from fedmerge.trust.sign import SigningKey
 from fedmerge_client.link import GrpcLink
 
 Evaluate = Callable[[Path], dict[str, float]]

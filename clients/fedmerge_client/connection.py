@@ -14,7 +14,6 @@ from typing import TypeVar
 import grpc
 from grpc_status import rpc_status
 
-from fedmerge.certificates import Pair
 from fedmerge.errors import (
     Busy,
     CertificateExpired,
@@ -24,9 +23,10 @@ from fedmerge.errors import (
     Unreachable,
     UntrustedCertificate,
 )
-from fedmerge.handover import Pin
-from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import SessionProof
+from fedmerge.statements.handover import Pin
+from fedmerge.trust.certificates import Pair
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.v1 import (
     delta_pb2,
     delta_pb2_grpc,

@@ -9,7 +9,8 @@ from pathlib import Path
 import grpc
 from cryptography import x509
 
-from fedmerge.certificates import (
+from fedmerge.errors import CertificateExpired, InputError
+from fedmerge.trust.certificates import (
     TLS_NAME,
     Pair,
     Peer,
@@ -21,8 +22,7 @@ from fedmerge.certificates import (
     lifetime,
     read_pair,
 )
-from fedmerge.errors import CertificateExpired, InputError
-from fedmerge.sign import PublicKey, read_text
+from fedmerge.trust.sign import PublicKey, read_text
 
 EXPECTED_BUNDLE = "expected the coordinator.pem that `fedmerge serve` writes"
 BLOCK = re.compile(r"-----BEGIN ([A-Z ]+)-----.*?-----END \1-----\n?", re.DOTALL)

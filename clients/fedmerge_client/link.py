@@ -12,12 +12,12 @@ from pathlib import Path
 import grpc
 
 from fedmerge.errors import BadOffset, Busy, UnknownUpload, Unreachable, reporting_os_errors
-from fedmerge.link import RoundView
-from fedmerge.merkle import LeafHashes
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.node.link import RoundView
 from fedmerge.statements import EnrolmentRequest, KeyRotation
-from fedmerge.translog import Growth
-from fedmerge.trust import token_digest
+from fedmerge.transparency.log import Growth
+from fedmerge.transparency.merkle import LeafHashes
+from fedmerge.trust.keys import token_digest
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.v1 import delta_pb2, log_pb2, model_pb2, round_pb2, session_pb2
 from fedmerge.wire import CHUNK_BYTES, PHASE_NAMES, Chunk
 from fedmerge_client.connection import CALL_TIMEOUT_S, Connection
@@ -30,7 +30,7 @@ MIN_BYTES_PER_S = 256 * 1024
 
 
 class GrpcLink:
-    """A node's calls to a coordinator, over a `connection`; implements `fedmerge.link.Link`.
+    """A node's calls to a coordinator, over a `connection`; implements `fedmerge.node.link.Link`.
 
     `bundle` is the operator's coordinator.pem: the certificate to pin and the key that must sign round specs. Making
     the link checks the bundle only; the first call connects. The node's folder `home` keeps the hand-overs of the

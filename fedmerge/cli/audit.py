@@ -9,12 +9,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fedmerge.audit import read_checkpoints, require_continued, require_one_history
 from fedmerge.cli.output import JsonFlag, print_json, stdout
 from fedmerge.errors import ConfigError
-from fedmerge.handover import Pin, handovers_in
-from fedmerge.passphrase import find_passphrase
-from fedmerge.sign import PublicKey, SigningKey, read_text
+from fedmerge.statements.handover import Pin, handovers_in
+from fedmerge.transparency.audit import read_checkpoints, require_continued, require_one_history
+from fedmerge.trust.passphrase import find_passphrase
+from fedmerge.trust.sign import PublicKey, SigningKey, read_text
 
 
 def audit(

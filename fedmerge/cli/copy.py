@@ -29,7 +29,7 @@ def copy(
     wanted = {"FEDMERGE_STORE__DATABASE": database, "FEDMERGE_STORE__BLOBS": blobs}
     given = {variable: value for variable, value in wanted.items() if value is not None}
     source, target = load_config(config), load_config(config, environ={**os.environ, **given})
-    from fedmerge.ownership import open_seat
+    from fedmerge.coordinator.ownership import open_seat
     from fedmerge.store.copy import copy_blobs, copy_ledger
     from fedmerge.store.database import Database
 

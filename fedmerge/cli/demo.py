@@ -21,9 +21,9 @@ from rich.table import Table
 from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json, stderr, stdout
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import Config, load_config
-from fedmerge.delta import delta_schema
+from fedmerge.delta.task_vector import delta_schema
 from fedmerge.errors import MissingExtra, ResourceError
-from fedmerge.node_events import NodeEvent
+from fedmerge.node.events import NodeEvent
 from fedmerge.sim import FederationResult, node_home, simulate_processes
 from fedmerge.tensors import Checkpoint
 

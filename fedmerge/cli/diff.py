@@ -19,7 +19,7 @@ from fedmerge.cli.output import JsonFlag, print_json, print_problem, printable, 
 from fedmerge.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedmerge.measure import Agreement, Interference
+    from fedmerge.merge.measure import Agreement, Interference
     from fedmerge.tensors import Checkpoint, Schema, TensorMap
 
 
@@ -42,7 +42,7 @@ def diff(
     if plot is not None and plot.suffix not in {".svg", ".png"}:
         raise ConfigError(f"--plot {plot}: expected a name that ends in .svg or .png")
     from fedmerge.files import write_new
-    from fedmerge.measure import advice, measure
+    from fedmerge.merge.measure import advice, measure
     from fedmerge.tensors import Checkpoint
 
     origin = Checkpoint(base)
@@ -73,10 +73,10 @@ def _names(models: tuple[Path, ...]) -> list[str]:
 
 def _open(path: Path, base: Checkpoint, name: str, seed: int) -> TensorMap:
     """Return the task vector of a fine-tune or of a delta file, without the statistics that came with it."""
-    from fedmerge.adapter import open_tuned
     from fedmerge.cli.inspect import mask_seed
-    from fedmerge.frame import DeltaFile, open_header
-    from fedmerge.statistics import SEPARATOR, STATISTICS, statistics_schema, task_vector_of
+    from fedmerge.delta.adapter import open_tuned
+    from fedmerge.delta.frame import DeltaFile, open_header
+    from fedmerge.merge.statistics import SEPARATOR, STATISTICS, statistics_schema, task_vector_of
 
     if not path.is_file():
         return open_tuned(path, base, where=name)[1]

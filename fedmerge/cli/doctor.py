@@ -161,7 +161,7 @@ def _train(config: Config) -> Check:
 
 
 def _codec(config: Config) -> Check:
-    from fedmerge.delta import delta_schema
+    from fedmerge.delta.task_vector import delta_schema
     from fedmerge.tensors import Checkpoint
 
     schema = delta_schema(Checkpoint(config.model.base).schema)
@@ -191,7 +191,7 @@ def _weights_bytes(base: Path) -> int:
 
 
 def _key(config: Config) -> Check:
-    from fedmerge.sign import SigningKey
+    from fedmerge.trust.sign import SigningKey
 
     path = config.federation.key
     if not path.exists():
@@ -200,7 +200,7 @@ def _key(config: Config) -> Check:
 
 
 def _trust(config: Config) -> Check:
-    from fedmerge.trust import TrustStore
+    from fedmerge.trust.keys import TrustStore
 
     names = sorted(TrustStore(config.federation.trusted).names().values())
     if len(names) < config.rounds.min_nodes:
@@ -234,7 +234,7 @@ def _tls(config: Config) -> Check:
     if config.server.tls_cert is None or config.server.tls_key is None:
         if config.server.ca is None:
             return Check("tls", "ok", "a self-signed certificate is made on first start")
-        from fedmerge.certificates import Authority
+        from fedmerge.trust.certificates import Authority
 
         until = Authority.load(config.server.ca).certificate.not_valid_after_utc
         return Check("tls", "ok", f"certificates are issued by {config.server.ca}, until {until:%Y-%m-%d}")

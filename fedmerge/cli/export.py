@@ -13,8 +13,8 @@ from cyclopts import Parameter
 from fedmerge.cli.output import JsonFlag, format_bytes, print_json, stdout
 from fedmerge.config import load_config
 from fedmerge.errors import ConfigError, InputError, ResourceError
-from fedmerge.passphrase import find_passphrase
-from fedmerge.sign import SigningKey
+from fedmerge.trust.passphrase import find_passphrase
+from fedmerge.trust.sign import SigningKey
 
 
 def export(
@@ -68,7 +68,7 @@ def _write(config_path: Path, out: Path, rounds: list[int] | None, with_deltas: 
     state = config.federation.state
     if not state.is_dir():
         raise InputError(f"{state}: no federation's state", hint="start one with: fedmerge serve")
-    from fedmerge.export import export as write_export
+    from fedmerge.publishing.export import export as write_export
     from fedmerge.store.database import Database
     from fedmerge.store.ledger import Ledger
 

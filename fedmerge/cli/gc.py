@@ -28,10 +28,10 @@ def gc(
     settings = load_config(config)
     if forget_before < 0:
         raise ConfigError("--forget-before should be the number of a round")
-    from fedmerge.garbage import garbage
-    from fedmerge.journal import Journal
-    from fedmerge.ownership import open_seat
-    from fedmerge.sign import SigningKey
+    from fedmerge.coordinator.garbage import garbage
+    from fedmerge.coordinator.ownership import open_seat
+    from fedmerge.rounds.journal import Journal
+    from fedmerge.trust.sign import SigningKey
 
     key = SigningKey.load(settings.federation.key)
     with closing(open_seat(settings, time.monotonic)) as seat:

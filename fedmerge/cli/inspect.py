@@ -58,8 +58,8 @@ def inspect(
 
 
 def _delta(path: Path) -> dict[str, Any]:
-    from fedmerge.inspection import inspect_delta
-    from fedmerge.steps import inspect_steps
+    from fedmerge.delta.inspection import inspect_delta
+    from fedmerge.models.steps import inspect_steps
 
     with suppress(InvalidDelta):
         return {"kind": "steps (as it claims)", **inspect_steps(path)}
@@ -77,9 +77,9 @@ def _delta(path: Path) -> dict[str, Any]:
 
 def _add_errors(found: dict[str, Any], path: Path, base: Path, tuned: Path, seed: int) -> None:
     """Add to what a delta file claims how far each tensor is from the task vector `tuned - base`."""
-    from fedmerge.adapter import open_tuned
-    from fedmerge.codec import Codec
-    from fedmerge.inspection import relative_errors
+    from fedmerge.delta.adapter import open_tuned
+    from fedmerge.delta.codec import Codec
+    from fedmerge.delta.inspection import relative_errors
     from fedmerge.tensors import Checkpoint
 
     codec, origin = Codec.from_dict(found["codec"]), Checkpoint(base)
@@ -110,7 +110,7 @@ def mask_seed(path: Path, seed: int) -> int:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    from fedmerge.delta import delta_schema
+    from fedmerge.delta.task_vector import delta_schema
     from fedmerge.tensors import Checkpoint, model_digest, schema_digest
 
     checkpoint = Checkpoint(path)
@@ -134,8 +134,8 @@ def _statement(path: Path) -> dict[str, Any]:
 
 def _provenance(path: Path) -> dict[str, Any]:
     """Read a published directory's provenance, also once unpacked: an envelope, or a cosigned note, on each line."""
-    from fedmerge.provenance import COSIGNATURE
-    from fedmerge.provenance_file import read_lines
+    from fedmerge.publishing.provenance_file import read_lines
+    from fedmerge.rounds.provenance import COSIGNATURE
 
     statements = []
     try:

@@ -18,11 +18,11 @@ from fedmerge.cli.progress import node_progress
 from fedmerge.config import parse_address
 from fedmerge.errors import ConfigError, PendingKey, RevokedKey, UntrustedKey, reporting_os_errors
 from fedmerge.lock import FolderLock
-from fedmerge.node import Node
-from fedmerge.passphrase import find_passphrase
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.node.node import Node
+from fedmerge.node.witness import Witness
 from fedmerge.training import load_trainer
-from fedmerge.witness import Witness
+from fedmerge.trust.passphrase import find_passphrase
+from fedmerge.trust.sign import PublicKey, SigningKey
 
 if TYPE_CHECKING:
     from fedmerge_client.link import GrpcLink

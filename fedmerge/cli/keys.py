@@ -15,9 +15,9 @@ from cyclopts import Parameter
 from fedmerge.cli.output import JsonFlag, print_json, stderr
 from fedmerge.errors import ConfigError, InputError, ResourceError, RevokedKey, reporting_os_errors
 from fedmerge.files import replace_file, write_new
-from fedmerge.passphrase import find_passphrase
-from fedmerge.sign import ENCRYPTED, NEVER_OVERWRITTEN, Algorithm, PublicKey, SigningKey, read_text
-from fedmerge.trust import Role, TrustStore
+from fedmerge.trust.keys import Role, TrustStore
+from fedmerge.trust.passphrase import find_passphrase
+from fedmerge.trust.sign import ENCRYPTED, NEVER_OVERWRITTEN, Algorithm, PublicKey, SigningKey, read_text
 
 
 def new(
@@ -148,10 +148,10 @@ def handover(
     Stop the coordinator first, and those that stand by for it. Interrupted anywhere, the same command finishes it.
     """
     from fedmerge.config import load_config
+    from fedmerge.coordinator.ownership import open_seat
     from fedmerge.events import HandedOver
-    from fedmerge.handover import sign_handover
-    from fedmerge.journal import Journal
-    from fedmerge.ownership import open_seat
+    from fedmerge.rounds.journal import Journal
+    from fedmerge.statements.handover import sign_handover
 
     settings = load_config(config, to_merge=False)
     if settings.store.database is None and not (settings.federation.state / "ledger.sqlite").exists():
@@ -184,7 +184,7 @@ def ca(
     passphrase_file: Annotated[Path | None, Parameter(help="Encrypt its key with this file's first line.")] = None,
 ) -> None:
     """Make a federation's own certificate authority, for the coordinator's certificate and those of nodes."""
-    from fedmerge.certificates import CA_KEY, Authority
+    from fedmerge.trust.certificates import CA_KEY, Authority
 
     if not 1 <= days <= 36500:
         raise ConfigError(f"--days {days}: should be from 1 to 36500")

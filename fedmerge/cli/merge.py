@@ -18,10 +18,10 @@ from fedmerge.cli.output import JsonFlag, parse_bytes, print_json, print_problem
 from fedmerge.cli.resources import require_device
 from fedmerge.config.values import num_cores
 from fedmerge.errors import ConfigError, MissingExtra, ResourceError, did_you_mean, reporting_os_errors
-from fedmerge.sign import SigningKey
+from fedmerge.trust.sign import SigningKey
 
 if TYPE_CHECKING:
-    from fedmerge.assemble import Assembly, MergeJob
+    from fedmerge.local.assemble import Assembly, MergeJob
     from fedmerge.merge import Recipe
     from fedmerge.merge.layers import Value
     from fedmerge.search import Candidate, SearchSettings
@@ -119,11 +119,11 @@ def merge(
     if out.exists():
         _require_replaceable(out, force=force)
     settings, score = _search(search, search_set, evaluate)
-    from fedmerge.assemble import Assembly
     from fedmerge.cli.progress import counting
+    from fedmerge.local.assemble import Assembly
+    from fedmerge.local.repaired import merge_repaired
     from fedmerge.merge import Workers, Write
-    from fedmerge.publish import publish_local
-    from fedmerge.repaired import merge_repaired
+    from fedmerge.publishing.publish import publish_local
 
     if from_ is None:
         job = _job(models, base, method, weights, set, scope=scope or "tensor", statistics=statistics)
@@ -180,13 +180,13 @@ def _merging(engine: str, address: str | None, *, is_plain: bool) -> Callable[..
     if engine == "local":
         if address is not None:
             raise ConfigError("--ray-address goes with --engine ray", hint=SEE_HELP)
-        from fedmerge.assemble import Assembly
+        from fedmerge.local.assemble import Assembly
 
         return Assembly.merge
     if not is_plain:
         raise ConfigError("--engine ray goes with neither --search nor --repair", hint="merge with those here")
     try:
-        from fedmerge.spread import merge_on_ray
+        from fedmerge.local.spread import merge_on_ray
     except ModuleNotFoundError as err:
         raise MissingExtra(f"--engine ray needs {err.name}", hint='pip install "fedmerge[ray]"') from err
     return partial(merge_on_ray, address=address)
@@ -253,7 +253,7 @@ def _job(
     statistics: tuple[Path, ...],
 ) -> MergeJob:
     """Return the merge that a command line asks for."""
-    from fedmerge.assemble import MergeJob, Slice, Source
+    from fedmerge.local.assemble import MergeJob, Slice, Source
 
     for name, given in (("MODEL", models), ("--base", base)):
         if not given:

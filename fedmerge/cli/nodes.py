@@ -18,7 +18,7 @@ from cyclopts import Parameter
 from fedmerge.cli.output import JsonFlag, print_json, printable, stderr
 from fedmerge.config import Config, load_config
 from fedmerge.errors import ConfigError
-from fedmerge.trust import Member, Role, TrustStore
+from fedmerge.trust.keys import Member, Role, TrustStore
 
 ConfigPath: TypeAlias = Annotated[Path, Parameter(help="The federation's configuration.")]
 NodeName: TypeAlias = Annotated[str, Parameter(name="NAME", help="What the node is called here.")]
@@ -108,8 +108,8 @@ def revoke(
 def _merged_rounds(config: Config, member: Member) -> list[int]:
     if not config.federation.state.exists():
         return []
-    from fedmerge.journal import merged_rounds
-    from fedmerge.rounds import replay
+    from fedmerge.rounds.journal import merged_rounds
+    from fedmerge.rounds.state import replay
     from fedmerge.store.database import Database
     from fedmerge.store.ledger import Ledger
 

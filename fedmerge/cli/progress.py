@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from fedmerge.cli.output import format_bytes, printable, stderr
-from fedmerge.node_events import EVENT_FIELD, NodeEvent
+from fedmerge.node.events import EVENT_FIELD, NodeEvent
 
 log = logging.getLogger(__name__)
 

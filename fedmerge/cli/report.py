@@ -11,9 +11,9 @@ from rich.table import Table
 
 from fedmerge.cli.output import JsonFlag, print_json, printable, stdout
 from fedmerge.config import load_config
-from fedmerge.measure import Interference
-from fedmerge.report import read_report
-from fedmerge.retention import RetentionMatrix
+from fedmerge.coordinator.report import read_report
+from fedmerge.merge.measure import Interference
+from fedmerge.rounds.retention import RetentionMatrix
 
 
 def report(

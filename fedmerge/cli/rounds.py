@@ -12,8 +12,8 @@ from cyclopts import Parameter
 from fedmerge.cli.output import JsonFlag, format_bytes, print_json, printable
 
 if TYPE_CHECKING:
-    from fedmerge.overview import Overview, RoundRow
-    from fedmerge.retention import RetentionMatrix
+    from fedmerge.rounds.overview import Overview, RoundRow
+    from fedmerge.rounds.retention import RetentionMatrix
     from fedmerge_server.admin import Commands
 
 ConfigPath: TypeAlias = Annotated[Path, Parameter(help="The federation's configuration.")]
@@ -26,10 +26,10 @@ def show(config: ConfigPath = CONFIG, /, *, json: JsonFlag = False) -> None:
     """List the rounds: phase, deltas, version, bytes, mean metrics, retention. Works without a coordinator, too."""
     from fedmerge.config import load_config
     from fedmerge.errors import InputError
-    from fedmerge.overview import overview
+    from fedmerge.rounds.overview import overview
     from fedmerge.store.database import Database
     from fedmerge.store.ledger import Ledger
-    from fedmerge.trust import TrustStore
+    from fedmerge.trust.keys import TrustStore
 
     settings = load_config(config, to_merge=False)
     if settings.store.database is None and not (settings.federation.state / "ledger.sqlite").exists():

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from fedmerge.base import prepare_base
 from fedmerge.cli.output import JsonFlag, print_json, stderr
 from fedmerge.config import load_config
+from fedmerge.config.base import prepare_base
 
 if TYPE_CHECKING:
     from fedmerge_server.run import Listening

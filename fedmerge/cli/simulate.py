@@ -14,10 +14,10 @@ from cyclopts import Parameter
 from rich.markup import escape
 from rich.table import Table
 
-from fedmerge.base import prepare_base
 from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json, print_table, printable, stderr, stdout
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import Config, load_config
+from fedmerge.config.base import prepare_base
 from fedmerge.errors import ConfigError, reporting_os_errors
 from fedmerge.sim import FederationResult, World, load_trainers, simulate_processes, with_virtual_nodes
 from fedmerge.sim import simulate as simulate_inline

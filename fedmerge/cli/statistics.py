@@ -36,7 +36,7 @@ def statistics(
     from safetensors.torch import save
 
     from fedmerge.files import write_new
-    from fedmerge.statistics import packed
+    from fedmerge.merge.statistics import packed
     from fedmerge.tensors import Checkpoint
     from fedmerge.training import load_trainer, require_statistics
 

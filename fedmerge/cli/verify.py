@@ -13,8 +13,8 @@ from rich.markup import escape
 from fedmerge.cli.output import JsonFlag, print_json, printable, stdout
 from fedmerge.config import Config, load_config
 from fedmerge.errors import ConfigError, InputError, VerificationError
-from fedmerge.sign import PublicKey
-from fedmerge.trust import TrustStore
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.sign import PublicKey
 
 if TYPE_CHECKING:
     from fedmerge.store.blobs import BlobStore
@@ -97,7 +97,7 @@ def _verify_export(
 ) -> str | None:
     """Check an export, and replay its rounds where there is a base; return the version that they lead to."""
     from fedmerge.archive import opened
-    from fedmerge.export import BLOBS
+    from fedmerge.publishing.export import BLOBS
     from fedmerge.store.blobs import BlobStore
     from fedmerge.store.shelves import FolderShelf
     from fedmerge.verify import examine_export

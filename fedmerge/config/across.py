@@ -10,7 +10,7 @@ from typing import NamedTuple
 from fedmerge.config.config import Config
 from fedmerge.config.locate import KeyPath
 from fedmerge.errors import ConfigError
-from fedmerge.shares import SLACK
+from fedmerge.screening.shares import SLACK
 
 # Methods that take no parameters and average, unless the default protection stands in for "auto".
 MEANS = ("auto", "fedavg")
@@ -104,7 +104,7 @@ def _robust_problems(config: Config) -> list[Problem]:
     if not (rules := config.robust_rules()):
         return []
     from fedmerge.merge.methods import NEEDS_FACTORS, NEEDS_STATISTICS
-    from fedmerge.robust import require_rules
+    from fedmerge.screening.robust import require_rules
 
     for what, methods in {"statistics": NEEDS_STATISTICS, "factors": NEEDS_FACTORS}.items():
         if config.merge.method in methods:

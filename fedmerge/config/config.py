@@ -17,14 +17,14 @@ from fedmerge.config.values import (
 )
 
 if TYPE_CHECKING:
-    from fedmerge.checks import ScreenPolicy
-    from fedmerge.codec import Codec
+    from fedmerge.aggregation.fragments import Fragments
+    from fedmerge.delta.codec import Codec
+    from fedmerge.delta.regime import Uplink
     from fedmerge.merge import Recipe, Workers
-    from fedmerge.regime import Uplink
+    from fedmerge.screening.checks import ScreenPolicy
     from fedmerge.search import SearchSettings
     from fedmerge.search.local import Evaluate
     from fedmerge.store.blobs import BlobStore
-    from fedmerge.streaming import Fragments
     from fedmerge.tensors import Schema
 
 # The robust rules that go before the trimmed mean by default.
@@ -91,7 +91,7 @@ class Config(Section):
         """Return in which parts the model is sent; None where rounds send all of it."""
         if self.streaming.fragments == 1:
             return None
-        from fedmerge.streaming import Fragments
+        from fedmerge.aggregation.fragments import Fragments
 
         section = self.streaming
         return Fragments(section.fragments, section.pattern, section.mixing, section.overlap_steps)
@@ -100,8 +100,8 @@ class Config(Section):
 
     def uplink(self, schema: Schema) -> Uplink:
         """Return how nodes encode task vectors of this `schema`, chosen for them with "auto"."""
+        from fedmerge.delta.regime import Regime, Uplink, choose
         from fedmerge.merge.methods import LINEAR
-        from fedmerge.regime import Regime, Uplink, choose
 
         if self.delta.codec == "custom":
             return Uplink(self._codec(schema), self.delta.error_feedback, "as configured")
@@ -138,8 +138,8 @@ class Config(Section):
         return self._codec(schema, sparsify="none", density=1.0, rank=0, values=values)
 
     def _codec(self, schema: Schema, **changes: Any) -> Codec:
-        from fedmerge.codec import SAME, Codec
-        from fedmerge.regime import with_small_values
+        from fedmerge.delta.codec import SAME, Codec
+        from fedmerge.delta.regime import with_small_values
 
         settings = self.delta.codec_settings() | changes
         if settings["small_values"] == "auto":
@@ -215,7 +215,7 @@ class Config(Section):
 
     def screen_policy(self, root: str | None = None) -> ScreenPolicy:
         """Return which deltas count, and for how much; `root` is the key id of the node that `screen.root` names."""
-        from fedmerge.checks import ScreenPolicy
+        from fedmerge.screening.checks import ScreenPolicy
 
         local = {"probe", "probe_metric", "probe_timeout_s"}
         settings = self.screen.model_dump(exclude={"robust", "max_bad", "root", *local})

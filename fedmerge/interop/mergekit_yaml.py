@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fedmerge.assemble import MergeJob, Slice, Source
 from fedmerge.errors import ConfigError, did_you_mean
 from fedmerge.interop.mergekit_forms import FORMS, Values
 from fedmerge.interop.yaml_file import YamlFile
+from fedmerge.local.assemble import MergeJob, Slice, Source
 from fedmerge.merge import Recipe, Step
 from fedmerge.merge.layers import DEFAULT, EACH, Value
 from fedmerge.merge.methods import PAIRWISE

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fedmerge.delta import working_dtype
+from fedmerge.delta.sparsify import Sparse
+from fedmerge.delta.task_vector import working_dtype
 from fedmerge.errors import InputError
 from fedmerge.merge.parameters import Lambda, Normalize
 from fedmerge.merge.stack import BLOCK_ELEMENTS, as_rows, blocks, require_floats, row_weights, shares
-from fedmerge.sparsify import Sparse
 
 
 def fedavg(deltas: Tensor, weights: Tensor, *, base: Tensor | None = None, seed: int = 0) -> Tensor:

@@ -16,10 +16,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedmerge.delta import TaskVector, apply_one, working_dtype
+from fedmerge.delta.frame import DeltaFile
+from fedmerge.delta.lowrank import Factors, LowRankDelta
+from fedmerge.delta.sparsify import Sparse
+from fedmerge.delta.task_vector import TaskVector, apply_one, working_dtype
 from fedmerge.errors import InputError, ModelMismatch
-from fedmerge.frame import DeltaFile
-from fedmerge.lowrank import Factors, LowRankDelta
 from fedmerge.merge.average import fold
 from fedmerge.merge.flat import MODEL, Flattened, flattened
 from fedmerge.merge.flight import Workers, in_order
@@ -30,7 +31,6 @@ from fedmerge.merge.recipe import Plan, Recipe
 from fedmerge.merge.rows import NotFinite, Operand, Rows, Update
 from fedmerge.merge.stack import require_floats, row_weights
 from fedmerge.seeds import derive_seed
-from fedmerge.sparsify import Sparse
 from fedmerge.tensors import Schema, TensorMap, is_resident
 
 # write(name, start, values) takes the elements of a merged tensor from index `start` on, in the base's dtype, flat. The
@@ -57,8 +57,8 @@ def merge_deltas(
     one parameter after the other (unless there are several `workers`), and used up before the next is asked for, so it
     may decode lazily and into one buffer. `weights` are K numbers, or values that vary over the model
     (`fedmerge.merge.layers`), `scales` K factors on the deltas (norm clipping), `statistics` K maps of what
-    `recipe.statistics` asks for, by the parameters that have any (see `fedmerge.statistics`). Linear methods hold one
-    tensor at a time, the others a stack of K at most; with the scope "model" all is held at once. The outcome is
+    `recipe.statistics` asks for, by the parameters that have any (see `fedmerge.merge.statistics`). Linear methods hold
+    one tensor at a time, the others a stack of K at most; with the scope "model" all is held at once. The outcome is
     `METHODS[recipe.method]` on each stack of what the steps before it make of the deltas, with the seed
     `derive_seed(seed, name)`, and depends on the order of the deltas: sort them first. The recipe's steps over rounds
     are not taken: see `Plan.follow`.

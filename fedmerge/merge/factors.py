@@ -2,8 +2,8 @@
 
 The merge method `factor_average` takes the product of means after all, where a plan asks for it by that name.
 
-A node's adapter is `scale * left @ right` for each matrix (`fedmerge.lowrank.Factors`). With weights w that sum to 1,
-the mean of products is exact; `stack` keeps it exact in factors of the sum of ranks, `refactor` cuts them down by
+A node's adapter is `scale * left @ right` for each matrix (`fedmerge.delta.lowrank.Factors`). With weights w that sum
+to 1, the mean of products is exact; `stack` keeps it exact in factors of the sum of ranks, `refactor` cuts them down by
 their singular values, and `residual` is what a mean of factors leaves out.
 """
 
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedmerge.delta.lowrank import Factors, product
 from fedmerge.errors import InputError
-from fedmerge.lowrank import Factors, product
 from fedmerge.merge.average import fedavg
 from fedmerge.merge.stack import row_weights, shares
 

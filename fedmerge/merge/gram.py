@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmerge.delta import working_dtype
+from fedmerge.delta.task_vector import working_dtype
 from fedmerge.errors import InputError, ModelMismatch
 from fedmerge.merge import kernels
 from fedmerge.merge.stack import BLOCK_ELEMENTS, as_rows, blocks, row_weights, shares

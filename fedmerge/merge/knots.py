@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmerge.delta import working_dtype
+from fedmerge.delta.task_vector import working_dtype
 from fedmerge.merge.average import fedavg
 from fedmerge.merge.dare import dare_ties
 from fedmerge.merge.parameters import Density, Lambda

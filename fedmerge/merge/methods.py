@@ -101,8 +101,8 @@ METHODS: dict[str, MergeMethod] = {
 # Methods that look at the base: the engine reads it for these only, since base tensors may have to be computed.
 NEEDS_BASE: frozenset[str] = frozenset({"slerp", "nuslerp", "multislerp", "karcher"})
 
-# Methods that weigh by statistics of the nodes' data, with the kind (of `fedmerge.statistics`) that they take as a
-# further argument, `statistics`: (K, *shape) for "fisher", (K, in, in) for "gram".
+# Methods that weigh by statistics of the nodes' data, with the kind (of `fedmerge.merge.statistics`) that they take as
+# a further argument, `statistics`: (K, *shape) for "fisher", (K, in, in) for "gram".
 NEEDS_STATISTICS: dict[str, str] = {"fisher": "fisher", "regmean": "gram"}
 
 # Methods that take the factors of LoRA adapters, where every task vector has some, as a further argument `factors`.

@@ -131,7 +131,7 @@ class Recipe:
 
     @property
     def statistics(self) -> str | None:
-        """The kind of statistics (of `fedmerge.statistics`) that nodes have to send with their task vectors, if any."""
+        """The kind of statistics (of `merge.statistics`) that nodes have to send with their task vectors, if any."""
         return NEEDS_STATISTICS.get(self.method)
 
     @property

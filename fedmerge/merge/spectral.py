@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmerge.delta import working_dtype
+from fedmerge.delta.task_vector import working_dtype
 from fedmerge.merge.average import fedavg, task_arithmetic
 from fedmerge.merge.parameters import Lambda
 from fedmerge.merge.singular import decompose, nearest_orthonormal, on_one_thread, side_by_side

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fedmerge.delta import working_dtype
+from fedmerge.delta.task_vector import working_dtype
 from fedmerge.errors import InputError
 
 BLOCK_ELEMENTS = 1 << 16

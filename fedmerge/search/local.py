@@ -11,8 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedmerge.assemble import Assembly, MergeJob
 from fedmerge.errors import ConfigError, InputError, reporting_os_errors
+from fedmerge.local.assemble import Assembly, MergeJob
 from fedmerge.merge import Workers
 from fedmerge.merge.layers import leaves, varies
 from fedmerge.search.board import score_of

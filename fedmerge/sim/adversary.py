@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmerge.adapter import open_tuned
 from fedmerge.config import Config, Simulate, SimulatedNode
+from fedmerge.delta.adapter import open_tuned
 from fedmerge.errors import ConfigError, InputError, reporting_os_errors
+from fedmerge.models.versions import write_model
 from fedmerge.seeds import derive_seed, fraction
-from fedmerge.sim.engines import Engine, Waiting
 from fedmerge.sim.partition import read_records, write_records
 from fedmerge.sim.sites import node_home
+from fedmerge.sim.trainers import Engine, Waiting
 from fedmerge.tensors import Checkpoint, Computed, reporting_save_errors
 from fedmerge.training import Trainer, TrainResult, TrainTask
-from fedmerge.versions import write_model
 
 FLIPPED = "flipped.jsonl"
 # So many bad nodes at most train for the others to see: what an update looks like is known from few.

@@ -10,28 +10,12 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 from fedmerge.config import Simulate
 from fedmerge.errors import MissingExtra
-from fedmerge.sim.world import World
-from fedmerge.tensors import TensorMap
-from fedmerge.training import StatisticsTrainer, Trainer, TrainResult, TrainTask
-
-Waiting: TypeAlias = Callable[[], Any]
-
-
-class Engine(Protocol):
-    """Runs methods of trainers."""
-
-    def submit(self, trainer: Trainer, method: str, *arguments: Any) -> Waiting:
-        """Begin `trainer.method(*arguments)` and return a function that waits for what it returns or raises."""
-        ...
-
-    def close(self) -> None:
-        """Stop whatever the engine started."""
-        ...
+from fedmerge.sim.trainers import Engine, Waiting, call
+from fedmerge.training import Trainer, TrainTask
 
 
 class Inline:
@@ -72,11 +56,6 @@ def local_processes(num_workers: int) -> Executor:
     )
 
 
-def call(trainer: Trainer, method: str, *arguments: Any) -> Any:
-    """Make a call here, wherever that is."""
-    return getattr(trainer, method)(*arguments)
-
-
 def _limit_threads(num_threads: int) -> None:
     import torch
 
@@ -86,47 +65,6 @@ def _limit_threads(num_threads: int) -> None:
 def _portable(argument: Any) -> Any:
     """Return an argument as another process can take it: nobody there could show a trainer's progress."""
     return replace(argument, progress=None) if isinstance(argument, TrainTask) else argument
-
-
-class SimulatedTrainer:
-    """A trainer as a simulated node sees it: `engine` does the work, and a round takes `train_s` of that time."""
-
-    def __init__(self, trainer: Trainer, engine: Engine, world: World, train_s: float) -> None:
-        self._trainer, self._engine, self._world, self._train_s = trainer, engine, world, train_s
-
-    def check(self) -> None:
-        """Check the trainer."""
-        self._trainer.check()
-
-    def train(self, task: TrainTask) -> TrainResult:
-        """Train, and let others get on meanwhile."""
-        result: TrainResult = self._do(self._train_s * task.share, "train", task)
-        return result
-
-    def evaluate(self, model_dir: Path) -> dict[str, float]:
-        """Evaluate, and let others get on meanwhile."""
-        values: dict[str, float] = self._do(0.0, "evaluate", model_dir)
-        return values
-
-    def _do(self, duration_s: float, method: str, *arguments: Any) -> Any:
-        waiting = self._engine.submit(self._trainer, method, *arguments)
-        self._world.sleep(duration_s)
-        return waiting()
-
-
-class SimulatedStatisticsTrainer(SimulatedTrainer):
-    """The same, of a trainer that computes statistics."""
-
-    def statistics(self, model_dir: Path, kind: str) -> TensorMap:
-        """Compute statistics, and let others get on meanwhile."""
-        computed: TensorMap = self._do(0.0, "statistics", model_dir, kind)
-        return computed
-
-
-def simulated(trainer: Trainer, engine: Engine, world: World, train_s: float) -> SimulatedTrainer:
-    """Return `trainer` as a simulated node sees it."""
-    kind = SimulatedStatisticsTrainer if isinstance(trainer, StatisticsTrainer) else SimulatedTrainer
-    return kind(trainer, engine, world, train_s)
 
 
 def _ray(settings: Simulate) -> Engine:

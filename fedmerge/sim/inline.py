@@ -14,26 +14,26 @@ from typing import TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmerge.chain import Announce, Fetch, ModelChain
 from fedmerge.config import Config
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
+from fedmerge.coordinator.ownership import open_seat
 from fedmerge.errors import ConfigError
-from fedmerge.node import Node
-from fedmerge.node_events import NodeEvent
-from fedmerge.ownership import open_seat
-from fedmerge.publish import thin_out
-from fedmerge.rounds import Phase
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.node.chain import Announce, Fetch, ModelChain
+from fedmerge.node.events import NodeEvent
+from fedmerge.node.node import Node
+from fedmerge.node.witness import Witness
+from fedmerge.publishing.publish import thin_out
+from fedmerge.rounds.state import Phase
 from fedmerge.sim.adversary import Adversary
 from fedmerge.sim.availability import Availability, availabilities
-from fedmerge.sim.engines import Engine, simulated
 from fedmerge.sim.models import PublishedModels, SharedModels
 from fedmerge.sim.sites import LocalLink, TimedLink, make_site, node_home
+from fedmerge.sim.trainers import Engine, simulated
 from fedmerge.sim.world import World
 from fedmerge.store.seat import Seat
 from fedmerge.training import Trainer
-from fedmerge.trust import Member, TrustStore
-from fedmerge.witness import Witness
+from fedmerge.trust.keys import Member, TrustStore
+from fedmerge.trust.sign import PublicKey, SigningKey
 
 # Up to so many nodes have copies of the models in their own folders.
 MOST_COPIES = 16

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedmerge.chain import Announce, ModelChain
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
+from fedmerge.models.sums import RunningSum
+from fedmerge.models.versions import cheapest_route, open_model, require_digest
+from fedmerge.node.chain import Announce, ModelChain
 from fedmerge.sim.sites import TimedLink
 from fedmerge.statements import ModelRef, RoundSpec, StepRef, UpdateRef
-from fedmerge.sums import RunningSum
 from fedmerge.tensors import Checkpoint
-from fedmerge.versions import cheapest_route, open_model, require_digest
 
 
 class PublishedModels:

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedmerge.config import Config
 from fedmerge.errors import ConfigError, RoundFailed
-from fedmerge.node_events import EVENT_FIELD, NodeEvent
+from fedmerge.node.events import EVENT_FIELD, NodeEvent
 from fedmerge.sim.adversary import bad_nodes
 from fedmerge.sim.inline import prepare_nodes
 from fedmerge.sim.results import FederationResult, result_of

@@ -18,7 +18,7 @@ import ray
 from numpy.typing import NDArray
 
 from fedmerge.cluster import connect
-from fedmerge.sim.engines import Waiting, call
+from fedmerge.sim.trainers import Waiting, call
 from fedmerge.training import STATE, Trainer, TrainResult, TrainTask
 
 Files: TypeAlias = Mapping[str, NDArray[np.uint8]]

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fedmerge.config import Config, Simulate
-from fedmerge.delta import delta_schema
+from fedmerge.delta.task_vector import delta_schema
 from fedmerge.errors import MissingExtra, RoundFailed
 from fedmerge.events import (
     CandidatesProposed,
@@ -19,17 +19,17 @@ from fedmerge.events import (
     RoundOpened,
     RoundPublished,
 )
-from fedmerge.journal import Journal
-from fedmerge.rounds import Phase
-from fedmerge.sign import SigningKey
+from fedmerge.models.versions import cheapest_route
+from fedmerge.rounds.journal import Journal
+from fedmerge.rounds.state import Phase
 from fedmerge.sim.adversary import bad_nodes
 from fedmerge.statements import MergeRecord, MetricsStatement
 from fedmerge.store.database import Database
 from fedmerge.store.entries import LedgerEntry
 from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
-from fedmerge.trust import TrustStore
-from fedmerge.versions import cheapest_route
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.sign import SigningKey
 
 if TYPE_CHECKING:
     import pandas as pd

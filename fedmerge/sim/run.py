@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from fedmerge.base import prepare_base
 from fedmerge.config import Config, load_config
-from fedmerge.coordinator import Coordinator
+from fedmerge.config.base import prepare_base
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.errors import ConfigError
-from fedmerge.node_events import NodeEvent
-from fedmerge.sim.engines import Engine, open_engine
+from fedmerge.node.events import NodeEvent
+from fedmerge.sim.engines import open_engine
 from fedmerge.sim.inline import play
 from fedmerge.sim.results import FederationResult, result_of
 from fedmerge.sim.sites import LocalLink
+from fedmerge.sim.trainers import Engine
 from fedmerge.sim.virtual import with_virtual_nodes
 from fedmerge.sim.world import World
 from fedmerge.training import Trainer, check_plan, load_trainer

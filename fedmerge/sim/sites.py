@@ -11,13 +11,13 @@ from statistics import NormalDist
 
 from fedmerge.config import Config
 from fedmerge.config.simulate import Simulate
-from fedmerge.coordinator import Coordinator
-from fedmerge.link import RoundView
-from fedmerge.merkle import LEAF_BYTES, leaves_of
+from fedmerge.coordinator.coordinator import Coordinator
+from fedmerge.node.link import RoundView
 from fedmerge.seeds import derive_seed, fraction
 from fedmerge.sim.availability import Availability
 from fedmerge.sim.world import World
-from fedmerge.translog import Growth
+from fedmerge.transparency.log import Growth
+from fedmerge.transparency.merkle import LEAF_BYTES, leaves_of
 
 BYTES_PER_MBIT = 125_000
 SLOT_S = 3600.0
@@ -107,7 +107,7 @@ def _transfer_s(num_bytes: int, bytes_per_s: float, latency_s: float) -> float:
 
 
 class LocalLink:
-    """A `fedmerge.link.Link` to a coordinator in the same process."""
+    """A `fedmerge.node.link.Link` to a coordinator in the same process."""
 
     def __init__(self, coordinator: Coordinator, node_id: str) -> None:
         self._coordinator = coordinator

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from fedmerge.node_events import NodeEvent
+from fedmerge.node.events import NodeEvent
 
 
 class Log(Protocol):

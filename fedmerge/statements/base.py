@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmerge.errors import BadSignature
 from fedmerge.events import Digest
-from fedmerge.sign import PublicKey, Signed, SigningKey, open_envelope, parse_json_object
+from fedmerge.trust.sign import PublicKey, Signed, SigningKey, open_envelope, parse_json_object
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_ROOT = "https://fedmerge.dev"
@@ -58,7 +58,7 @@ class UpdateRef(Strict):
 
 
 class StepRef(Strict):
-    """A published way from one model version to another: a step file (`fedmerge.steps`) from `before` to `after`.
+    """A published way from one model version to another: a step file (`models.steps`) from `before` to `after`.
 
     `round` is that of `after`. One whose `before` is the base is a snapshot, for newcomers.
     """
@@ -135,7 +135,7 @@ class Statement(Strict, ABC):
         return cls.from_payload(signed.payload, where=where), signed
 
 
-@lru_cache(maxsize=32)  # as `fedmerge.sign` remembers what it has verified; statements are frozen
+@lru_cache(maxsize=32)  # as `fedmerge.trust.sign` remembers what it has verified; statements are frozen
 def _parse(cls: type[Statement], payload: bytes) -> Statement:
     body = parse_json_object(payload, where=cls.kind)
     try:

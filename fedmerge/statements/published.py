@@ -120,7 +120,7 @@ class Lineage(Statement):
 
 
 class Export(Statement):
-    """What stands in an export's export.json: its files by digest, and what they are about (`fedmerge.export`).
+    """What stands in an export's export.json: its files by digest, and what they are about (`publishing.export`).
 
     `num_events` is the size of the log in it, `rounds` are those whose receipts, publications and deltas are there. The
     blobs that deltas and updates are in are not among the files: their names are their digests, and merge records, in

@@ -28,7 +28,7 @@ class RoundSpec(Statement):
     `sample` are the nodes that are asked, sorted; when it is empty, every node that the coordinator trusts is. A delta
     that comes too late for the round counts in a later merge, up to `max_staleness` rounds on. `steps` are those of the
     nodes that are asked for another number of them than `train` says. With `streaming` a part of the model travels
-    (`fedmerge.streaming`).
+    (`fedmerge.aggregation.fragments`).
     `visibility` says who sees single deltas: the coordinator does.
     """
 

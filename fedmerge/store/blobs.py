@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedmerge.errors import BadOffset, DigestMismatch, UnknownVersion, reporting_os_errors
-from fedmerge.merkle import LEAF_BYTES, leaf_hash, leaves_of, merkle_root, num_leaves
 from fedmerge.store.shelves import ROOT, FolderShelf, Shelf, Stored
+from fedmerge.transparency.merkle import LEAF_BYTES, leaf_hash, leaves_of, merkle_root, num_leaves
 
 
 class BlobStore:

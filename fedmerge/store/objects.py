@@ -19,8 +19,8 @@ from obstore.exceptions import BaseError
 from obstore.store import from_url
 
 from fedmerge.errors import DigestMismatch, ResourceError, reporting_os_errors
-from fedmerge.merkle import leaves_of, merkle_root
 from fedmerge.store.shelves import ROOT, FolderShelf, Stored
+from fedmerge.transparency.merkle import leaves_of, merkle_root
 
 PART_BYTES = 16 << 20
 

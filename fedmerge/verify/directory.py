@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fedmerge.attest import MODEL_KEY, MODEL_SIGNATURE, check_model_signature
 from fedmerge.errors import BadSignature, DigestMismatch, VerificationError
-from fedmerge.provenance_file import PROVENANCE
-from fedmerge.publish import ADAPTER, LINEAGE, SIGNATURE, file_digests
-from fedmerge.sign import PublicKey
+from fedmerge.publishing.attest import MODEL_KEY, MODEL_SIGNATURE, check_model_signature
+from fedmerge.publishing.provenance_file import PROVENANCE
+from fedmerge.publishing.publish import ADAPTER, LINEAGE, SIGNATURE, file_digests
 from fedmerge.statements import PREDICATE_ROOT, Handover, Lineage, LocalMerge
 from fedmerge.tensors import Checkpoint, model_digest
+from fedmerge.trust.sign import PublicKey
 from fedmerge.verify.checks import Check, Checklist, shortened
 from fedmerge.verify.history import Entry, History, Origin, read_history
 from fedmerge.verify.keys import KeyLine

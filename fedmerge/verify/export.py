@@ -1,4 +1,4 @@
-"""An export (`fedmerge.export`), checked against nothing but the coordinator's public key."""
+"""An export (`fedmerge.publishing.export`), checked against nothing but the coordinator's public key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedmerge.events import (
     RoundOpened,
     from_json,
 )
-from fedmerge.export import (
+from fedmerge.publishing.export import (
     BLOBS,
     CHECKPOINT,
     COORDINATOR,
@@ -36,11 +36,9 @@ from fedmerge.export import (
     merge_records,
     publication,
 )
-from fedmerge.journal import receipt_of
-from fedmerge.merkle import leaves_of, merkle_root
-from fedmerge.provenance import provenance_of
-from fedmerge.rounds import FederationState, after
-from fedmerge.sign import PublicKey
+from fedmerge.rounds.journal import receipt_of
+from fedmerge.rounds.provenance import provenance_of
+from fedmerge.rounds.state import FederationState, after
 from fedmerge.statements import (
     DeltaStatement,
     Enrolment,
@@ -53,7 +51,9 @@ from fedmerge.statements import (
     digest_of,
 )
 from fedmerge.store.entries import GENESIS, LedgerEntry, chain_hash
-from fedmerge.translog import MAX_NOTE_BYTES, log_leaf, log_origin, open_by_any
+from fedmerge.transparency.log import MAX_NOTE_BYTES, log_leaf, log_origin, open_by_any
+from fedmerge.transparency.merkle import leaves_of, merkle_root
+from fedmerge.trust.sign import PublicKey
 from fedmerge.verify.checks import Checklist
 from fedmerge.verify.history import Entry, History, Origin, read_history
 from fedmerge.verify.keys import KeyLine

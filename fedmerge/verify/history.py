@@ -6,12 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
+from fedmerge.aggregation.scoring import candidate_of, is_as_planned, outcome, proposed
 from fedmerge.errors import BadSignature, InvalidHandover, RevokedKey, VerificationError
-from fedmerge.handover import read_handover
 from fedmerge.merge import Recipe
-from fedmerge.provenance import COSIGNATURE
-from fedmerge.scoring import candidate_of, is_as_planned, outcome, proposed
-from fedmerge.sign import PublicKey, claimed_signer
+from fedmerge.rounds.provenance import COSIGNATURE
 from fedmerge.statements import (
     Candidates,
     Contribution,
@@ -27,7 +25,9 @@ from fedmerge.statements import (
     RoundSpec,
     digest_of,
 )
-from fedmerge.translog import MEMBER_NAME, LogCheckpoint, check_cosignature, log_origin, open_by_any
+from fedmerge.statements.handover import read_handover
+from fedmerge.transparency.log import MEMBER_NAME, LogCheckpoint, check_cosignature, log_origin, open_by_any
+from fedmerge.trust.sign import PublicKey, claimed_signer
 from fedmerge.verify.checks import Checklist, shortened
 
 Told: TypeAlias = MergeRecord | Rollback

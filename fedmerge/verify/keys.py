@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from fedmerge.errors import InputError, InvalidHandover, VerificationError
-from fedmerge.handover import follow_line
-from fedmerge.sign import PublicKey
+from fedmerge.statements.handover import follow_line
+from fedmerge.trust.sign import PublicKey
 from fedmerge.verify.checks import Checklist
 
 

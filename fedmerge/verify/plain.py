@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from fedmerge.errors import BadSignature, DigestMismatch, InputError, VerificationError
-from fedmerge.provenance_file import read_lines
-from fedmerge.sign import MAX_ENVELOPE_BYTES, PublicKey
+from fedmerge.publishing.provenance_file import read_lines
 from fedmerge.statements import Export, Lineage, LocalMerge
+from fedmerge.trust.sign import MAX_ENVELOPE_BYTES, PublicKey
 from fedmerge.verify.checks import Checklist
 
 PLAIN_FILES = "only plain files belong there"

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmerge.aggregate import (
+from fedmerge.aggregation.aggregate import (
     RoundUpdate,
     delta_key,
     known_from,
@@ -17,7 +17,8 @@ from fedmerge.aggregate import (
     screen_round,
     weights_of,
 )
-from fedmerge.delta import UpdatedModel, delta_schema
+from fedmerge.aggregation.scoring import candidate_of, proposed
+from fedmerge.delta.task_vector import UpdatedModel, delta_schema
 from fedmerge.errors import (
     ConfigError,
     DigestMismatch,
@@ -28,18 +29,17 @@ from fedmerge.errors import (
     UnknownVersion,
     VerificationError,
 )
-from fedmerge.merkle import leaves_of, merkle_root
-from fedmerge.scoring import candidate_of, proposed
-from fedmerge.screen import Verdict
+from fedmerge.models.steps import SteppedModel
+from fedmerge.models.sums import RunningSum
+from fedmerge.models.versions import open_model
+from fedmerge.screening.verdicts import Verdict
 from fedmerge.search import Candidate
 from fedmerge.statements import MergeRecord, ModelRef, StepRef, UpdateRef
-from fedmerge.steps import SteppedModel
 from fedmerge.store.blobs import BlobStore
-from fedmerge.sums import RunningSum
 from fedmerge.tensors import Checkpoint, TensorMap, model_digest
+from fedmerge.transparency.merkle import leaves_of, merkle_root
 from fedmerge.verify.checks import Check, Checklist
 from fedmerge.verify.history import History
-from fedmerge.versions import open_model
 
 
 def replay(history: History, base: Checkpoint, blobs: BlobStore) -> Check:

@@ -6,9 +6,9 @@ import datetime as dt
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fedmerge.certificates import Peer
 from fedmerge.errors import CertificateExpired, CertificateMismatch, CertificateRequired, NotAllowed
-from fedmerge.trust import Member, Role
+from fedmerge.trust.certificates import Peer
+from fedmerge.trust.keys import Member, Role
 
 
 @dataclass(frozen=True)

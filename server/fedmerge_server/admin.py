@@ -14,8 +14,8 @@ from pathlib import Path
 import grpc
 from grpc_status import rpc_status
 
+from fedmerge.coordinator.operator import Operator
 from fedmerge.errors import ResourceError, Unreachable
-from fedmerge.operator import Operator
 from fedmerge.v1 import admin_pb2, admin_pb2_grpc
 from fedmerge.wire import error_of
 from fedmerge_server.service import Context, answering
@@ -94,7 +94,7 @@ def open_admin(operator: Operator, state_dir: Path) -> grpc.aio.Server:
 
 
 class Commands:
-    """The operator's commands, as `fedmerge.operator.Operator` has them, to a coordinator in another process."""
+    """The operator's commands, as `coordinator.operator.Operator` has them, to a coordinator in another process."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._stub = admin_pb2_grpc.AdminServiceStub(channel)

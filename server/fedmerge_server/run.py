@@ -20,9 +20,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedmerge.config import Config
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
+from fedmerge.coordinator.ownership import check_standby, open_seat
 from fedmerge.errors import Deposed, FedmergeError, ResourceError
-from fedmerge.ownership import check_standby, open_seat
 from fedmerge.store.seat import Seat
 from fedmerge.v1 import delta_pb2_grpc, log_pb2_grpc, model_pb2_grpc, round_pb2_grpc, session_pb2_grpc
 from fedmerge.wire import MAX_MESSAGE_BYTES

@@ -19,9 +19,9 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import DecodeError
 
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.errors import BadOffset, Busy, Refused, ResourceError, Unreachable, VerificationError
-from fedmerge.trust import Member
+from fedmerge.trust.keys import Member
 from fedmerge.v1 import (
     delta_pb2,
     delta_pb2_grpc,

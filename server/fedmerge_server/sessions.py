@@ -7,9 +7,9 @@ import time
 from collections import deque
 
 from fedmerge.errors import BadSignature, NoSession, UntrustedKey
-from fedmerge.sign import PublicKey, claimed_signer
 from fedmerge.statements import SessionProof
-from fedmerge.trust import Member, TrustStore
+from fedmerge.trust.keys import Member, TrustStore
+from fedmerge.trust.sign import PublicKey, claimed_signer
 
 NONCE_LIFETIME_S = 60.0
 MAX_PENDING_NONCES = 10_000

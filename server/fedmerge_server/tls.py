@@ -15,7 +15,10 @@ from pathlib import Path
 
 import grpc
 
-from fedmerge.certificates import (
+from fedmerge.config import Config
+from fedmerge.errors import FedmergeError, InputError, Refused, reporting_os_errors
+from fedmerge.files import replace_file
+from fedmerge.trust.certificates import (
     TLS_NAME,
     Authority,
     Pair,
@@ -27,11 +30,8 @@ from fedmerge.certificates import (
     self_signed,
     settle_pair,
 )
-from fedmerge.config import Config
-from fedmerge.errors import FedmergeError, InputError, Refused, reporting_os_errors
-from fedmerge.files import replace_file
-from fedmerge.sign import PublicKey
-from fedmerge.trust import Member
+from fedmerge.trust.keys import Member
+from fedmerge.trust.sign import PublicKey
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ import torch
 import zstandard
 from safetensors.torch import load_file, save_file
 
-from fedmerge.sign import SigningKey
-from fedmerge.trust import TrustStore
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.sign import SigningKey
 from tests import warm
 from tests.cli.commands import (
     NO_ROOM,

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmerge.codec import Codec
-from fedmerge.delta import subtract
-from fedmerge.frame import write_delta
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import write_delta
+from fedmerge.delta.task_vector import subtract
 from fedmerge.tensors import Checkpoint
 
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]

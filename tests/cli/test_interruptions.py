@@ -16,8 +16,8 @@ from typing import TypeAlias
 import psutil
 import pytest
 
-from fedmerge.sign import SigningKey
-from fedmerge.trust import TrustStore
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.sign import SigningKey
 from tests.cli.commands import NO_ROOM, Running, fine_tune, make_classifier, write_config, write_data
 
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]

@@ -14,12 +14,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from fedmerge.assemble import Assembly, MergeJob
 from fedmerge.errors import ConfigError, InputError, ModelMismatch
 from fedmerge.interop.mergekit_forms import FORMS
 from fedmerge.interop.mergekit_yaml import read_mergekit
+from fedmerge.local.assemble import Assembly, MergeJob
 from fedmerge.merge import Recipe, Workers
-from fedmerge.weights import writing_weights
+from fedmerge.models.weights import writing_weights
 
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -39,7 +39,7 @@ from fedmerge.cli.output import JsonFormatter, format_bytes, format_ratio
 from fedmerge.config import Config, load_config, parse_config
 from fedmerge.config.load import SECTIONS
 from fedmerge.errors import BY_REASON
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.trust.sign import PublicKey, SigningKey
 from tests.cli.commands import AS_IN_A_TERMINAL
 
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedmerge.merge import METHODS
-from fedmerge.statistics import read_statistics, statistics_schema
+from fedmerge.merge.statistics import read_statistics, statistics_schema
 from fedmerge.tensors import Checkpoint
 from tests.cli.commands import fine_tune, make_classifier, run_session, write_data
 

@@ -228,7 +228,7 @@ EXTRAS = {
             [],
             [
                 "fedmerge.cli.merge",
-                "fedmerge.publish",
+                "fedmerge.publishing.publish",
                 "fedmerge.cli.verify",
                 "fedmerge.verify",
                 "fedmerge.cli.inspect",

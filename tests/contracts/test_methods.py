@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from torch import Tensor
 
-from fedmerge.delta import subtract
+from fedmerge.delta.task_vector import subtract
 from fedmerge.draws import bernoulli_mask
 from fedmerge.errors import InputError
 from fedmerge.merge import METHODS, Recipe, merge_deltas, parameters

@@ -9,8 +9,8 @@ from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, Record
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedYogi
 from torch import Tensor
 
+from fedmerge.aggregation.outer import OUTER, parameters
 from fedmerge.errors import ConfigError, InputError
-from fedmerge.outer import OUTER, parameters
 
 each_optimizer = pytest.mark.parametrize("name", OUTER)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmerge.delta import UpdatedModel
+from fedmerge.delta.task_vector import UpdatedModel
 from fedmerge.errors import ConfigError, FedmergeError, InputError, ModelMismatch
 from fedmerge.merge import METHODS, Recipe, Workers, merge_deltas, merge_models
 from fedmerge.merge.methods import BY_SHAPE, NEEDS_BASE, PAIRWISE

@@ -12,7 +12,7 @@ from fedmerge.errors import ConfigError, InputError
 from fedmerge.merge import METHODS, Recipe, merge_deltas
 from fedmerge.merge.methods import NEEDS_STATISTICS
 from fedmerge.merge.stack import BLOCK_ELEMENTS
-from fedmerge.statistics import STATISTICS
+from fedmerge.merge.statistics import STATISTICS
 from fedmerge.tensors import TensorSpec
 
 FP64 = torch.float64

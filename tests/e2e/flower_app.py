@@ -16,10 +16,10 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
-from fedmerge.checks import ScreenPolicy
-from fedmerge.codec import Codec
+from fedmerge.delta.codec import Codec
 from fedmerge.interop.flower import MergeStrategy, fedmerge_delta
 from fedmerge.merge import Recipe
+from fedmerge.screening.checks import ScreenPolicy
 
 NUM_CLIENTS = 3
 EXAMPLES = [10, 20, 30]

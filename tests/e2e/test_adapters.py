@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fedmerge.cli.app import app
 from fedmerge.errors import InputError
-from fedmerge.node_events import NodeEvent
+from fedmerge.node.events import NodeEvent
 from fedmerge.sim import FederationResult, simulate
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint

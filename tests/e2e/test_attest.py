@@ -17,8 +17,8 @@ from in_toto_attestation.v1.statement import Statement
 from model_signing import verifying
 
 from fedmerge.errors import VerificationError
-from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.sim import simulate
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.verify import verify_directory
 from tests.conftest import StepTrainer, make_config
 

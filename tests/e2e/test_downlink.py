@@ -14,13 +14,13 @@ import torch
 
 from fedmerge.config import Config
 from fedmerge.errors import DigestMismatch
-from fedmerge.node import Node
-from fedmerge.node_events import NodeEvent
-from fedmerge.sign import SigningKey
+from fedmerge.node.events import NodeEvent
+from fedmerge.node.node import Node
 from fedmerge.sim import FederationResult, node_home, prepare_nodes, result_of, simulate
 from fedmerge.statements import ModelRef
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint, model_digest
+from fedmerge.trust.sign import SigningKey
 from fedmerge.verify import History, replay, verify_directory
 from fedmerge_client.link import GrpcLink
 from tests.conftest import ServerProcess, StepTrainer, make_base, make_config

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.errors import ResourceError, RoundClosed, RoundFailed
 from fedmerge.sim import FederationResult, LocalLink, node_home, simulate
 from fedmerge.store.blobs import BlobStore

@@ -18,9 +18,9 @@ from torch import Tensor
 from fedmerge.cli import main
 from fedmerge.merge import METHODS, Recipe
 from fedmerge.merge.methods import IN_TIME, NEEDS_BASE
+from fedmerge.merge.statistics import packed
 from fedmerge.seeds import derive_seed
 from fedmerge.sim import simulate
-from fedmerge.statistics import packed
 from fedmerge.tensors import Checkpoint, model_digest
 from fedmerge.training import TrainResult, TrainTask
 from tests.conftest import make_config

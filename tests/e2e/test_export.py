@@ -19,17 +19,26 @@ from fedmerge.archive import opened
 from fedmerge.cli.app import main
 from fedmerge.config import load_config
 from fedmerge.errors import NotAllowed, VerificationError
-from fedmerge.export import BLOBS, CHECKPOINT, LOG, MANIFEST, MANIFEST_SIGNATURE, RECEIPTS, export, publication
-from fedmerge.merkle import merkle_root
-from fedmerge.sign import SigningKey
+from fedmerge.publishing.export import (
+    BLOBS,
+    CHECKPOINT,
+    LOG,
+    MANIFEST,
+    MANIFEST_SIGNATURE,
+    RECEIPTS,
+    export,
+    publication,
+)
 from fedmerge.statements import Export, MergeRecord, Rejection
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.database import Database
 from fedmerge.store.ledger import Ledger
 from fedmerge.store.shelves import FolderShelf
 from fedmerge.tensors import Checkpoint
-from fedmerge.translog import LogCheckpoint, log_leaf, log_origin, sign_checkpoint
-from fedmerge.trust import TrustStore
+from fedmerge.transparency.log import LogCheckpoint, log_leaf, log_origin, sign_checkpoint
+from fedmerge.transparency.merkle import merkle_root
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.sign import SigningKey
 from fedmerge.verify import Check, Checklist, examine_export, replay_rounds
 from fedmerge_client.link import GrpcLink
 from tests.conftest import Federation, ServerProcess

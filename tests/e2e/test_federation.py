@@ -14,15 +14,15 @@ import torch
 from fedmerge.cli import main
 from fedmerge.cli.progress import describe
 from fedmerge.errors import DigestMismatch, RoundFailed, VerificationError
-from fedmerge.node import Node
-from fedmerge.node_events import NodeEvent
-from fedmerge.rounds import Phase
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.node.events import NodeEvent
+from fedmerge.node.node import Node
+from fedmerge.rounds.state import Phase
 from fedmerge.sim import FederationResult, node_home, prepare_nodes, result_of, simulate
 from fedmerge.statements import MergeRecord
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint, model_digest
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.verify import replay, verify_directory
 from fedmerge_client.link import GrpcLink
 from tests.conftest import ServerProcess, StepTrainer, make_config

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmerge.codec import Codec
 from fedmerge.config import parse_config
+from fedmerge.delta.codec import Codec
 from fedmerge.errors import ConfigError, InputError
 from fedmerge.interop.flower import MergeStrategy
 from fedmerge.merge import METHODS, Recipe

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from fedmerge.cli.app import main
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.errors import ConfigError, RevokedKey
-from fedmerge.export import LOG
-from fedmerge.handover import Pin, sign_handover
-from fedmerge.node import Node
-from fedmerge.provenance_file import PROVENANCE
-from fedmerge.publish import LINEAGE, SIGNATURE, file_digests
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.node.node import Node
+from fedmerge.node.witness import Witness
+from fedmerge.publishing.export import LOG
+from fedmerge.publishing.provenance_file import PROVENANCE
+from fedmerge.publishing.publish import LINEAGE, SIGNATURE, file_digests
 from fedmerge.sim.sites import LocalLink
 from fedmerge.statements import Handover, Lineage, MergeRecord
+from fedmerge.statements.handover import Pin, sign_handover
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.verify import Checklist, examine_directory
-from fedmerge.witness import Witness
 from tests.conftest import Federation, StepTrainer, make_federation
 from tests.e2e.test_verify import failures
 from tests.provenance import read_provenance, write_provenance

@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedmerge.adapter import open_tuned, read_adapter
 from fedmerge.config import load_config
+from fedmerge.delta.adapter import open_tuned, read_adapter
 from fedmerge.errors import DigestMismatch, RoundFailed, VerificationError
 from fedmerge.sim import FederationResult, simulate
 from fedmerge.store.blobs import BlobStore

@@ -28,8 +28,8 @@ TRAIN = "steps = 12\nbatch_size = 4\nlr = 1e-3\nmax_length = 12\nnum_threads = 1
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from fedmerge.node import Node
-from fedmerge.sign import SigningKey
+from fedmerge.node.node import Node
+from fedmerge.trust.sign import SigningKey
 from fedmerge_client.link import GrpcLink
 from fedmerge_client.train.text_classification import TextClassification
 

@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmerge.attest import MODEL_SIGNATURE
 from fedmerge.cli import main
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.errors import FedmergeError, Unreachable, VerificationError, WrongPhase
-from fedmerge.node import Node
-from fedmerge.provenance_file import PROVENANCE
-from fedmerge.publish import LINEAGE, SIGNATURE, file_digests
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.node.node import Node
+from fedmerge.publishing.attest import MODEL_SIGNATURE
+from fedmerge.publishing.provenance_file import PROVENANCE
+from fedmerge.publishing.publish import LINEAGE, SIGNATURE, file_digests
 from fedmerge.sim import LocalLink, node_home, prepare_nodes
 from fedmerge.statements import Lineage, MergeRecord, Rollback
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.verify import replay, verify_directory
 from fedmerge_client.link import GrpcLink
 from fedmerge_server.admin import SOCKET, commanding

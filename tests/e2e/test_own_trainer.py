@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from fedmerge.coordinator.report import read_report
 from fedmerge.errors import ConfigError, InputError, UntrustedKey
-from fedmerge.report import read_report
-from fedmerge.sign import SigningKey
 from fedmerge.tensors import Checkpoint
+from fedmerge.trust.sign import SigningKey
 from fedmerge.verify import verify_directory
 from fedmerge_client.callback import FedMergeCallback
 from tests.conftest import Federation, make_federation

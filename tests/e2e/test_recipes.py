@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.errors import ConfigError
-from fedmerge.sign import SigningKey
 from fedmerge.sim import FederationResult, simulate
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint
+from fedmerge.trust.sign import SigningKey
 from fedmerge.verify import History, replay, verify_directory
 from tests.conftest import StepTrainer, make_config
 

@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import save_file
 
 from fedmerge.config import Config
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.errors import NotAsked
 from fedmerge.events import RoundOpened, RoundSealed
-from fedmerge.link import RoundView
-from fedmerge.node import Node
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.node.link import RoundView
+from fedmerge.node.node import Node
 from fedmerge.sim import LocalLink, node_home, prepare_nodes, simulate
 from fedmerge.statements import RoundSpec
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainResult, TrainTask
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.verify import History, replay, verify_directory
 from tests.conftest import StepTrainer, make_config
 

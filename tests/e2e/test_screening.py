@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 
 from fedmerge.errors import ConfigError, RoundFailed
 from fedmerge.events import DeltasScreened
-from fedmerge.overview import overview
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.rounds.overview import overview
 from fedmerge.sim import prepare_nodes, simulate
 from fedmerge.statements import Contribution, MergeRecord
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import Trainer, TrainResult, TrainTask
-from fedmerge.trust import TrustStore
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.verify import replay, verify_directory
 from tests.conftest import StepTrainer, make_config
 

@@ -15,18 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmerge.attest import MODEL_SIGNATURE
 from fedmerge.config import Config
 from fedmerge.errors import FedmergeError, RoundFailed, VerificationError
-from fedmerge.node import Node
-from fedmerge.provenance_file import PROVENANCE
-from fedmerge.publish import LINEAGE, SIGNATURE, file_digests
-from fedmerge.sign import SigningKey
+from fedmerge.node.node import Node
+from fedmerge.publishing.attest import MODEL_SIGNATURE
+from fedmerge.publishing.provenance_file import PROVENANCE
+from fedmerge.publishing.publish import LINEAGE, SIGNATURE, file_digests
 from fedmerge.sim import FederationResult, World, node_home, prepare_nodes, result_of, simulate
 from fedmerge.statements import Candidates, Lineage, MergeRecord, MetricsStatement, digest_of
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
+from fedmerge.trust.sign import SigningKey
 from fedmerge.verify import History, replay, verify_directory
 from fedmerge_client.link import GrpcLink
 from tests.conftest import ServerProcess, StepTrainer, make_config

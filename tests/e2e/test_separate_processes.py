@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint
-from fedmerge.trust import TrustStore
+from fedmerge.trust.keys import TrustStore
 from fedmerge.verify import History, replay, verify_directory
 from tests import warm
 from tests.conftest import make_federation

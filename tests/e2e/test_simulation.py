@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from fedmerge.config import Config, load_config
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
+from fedmerge.coordinator.ownership import open_seat
 from fedmerge.errors import RoundFailed
 from fedmerge.events import DeltaAccepted, RoundSealed
-from fedmerge.node_events import NodeEvent
-from fedmerge.ownership import open_seat
-from fedmerge.rounds import Phase
+from fedmerge.node.events import NodeEvent
+from fedmerge.rounds.state import Phase
 from fedmerge.sim import ENGINES, FederationResult, Pool, World, local_processes, make_site, open_engine, simulate
 from fedmerge.sim.inline import KnownNodes
 from fedmerge.sim.sites import LocalLink

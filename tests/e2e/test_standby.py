@@ -17,15 +17,15 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from fedmerge.certificates import TLS_NAME
 from fedmerge.errors import Deposed
 from fedmerge.events import MergeStarted, RoundPublished
-from fedmerge.node import Node
+from fedmerge.node.node import Node
 from fedmerge.sim.inline import prepare_nodes
 from fedmerge.store.database import Database
 from fedmerge.store.lease import Lease
 from fedmerge.store.ledger import Ledger, UploadRow
 from fedmerge.tensors import Checkpoint, model_digest
+from fedmerge.trust.certificates import TLS_NAME
 from fedmerge.v1 import session_pb2, session_pb2_grpc
 from fedmerge.verify import verify_directory
 from fedmerge_client.link import GrpcLink

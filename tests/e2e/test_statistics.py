@@ -15,12 +15,12 @@ from torch import Tensor
 from fedmerge.cli.app import main
 from fedmerge.config import Config
 from fedmerge.errors import ConfigError, DigestMismatch, InputError, RoundFailed
-from fedmerge.sign import SigningKey
 from fedmerge.sim import FederationResult, simulate
 from fedmerge.statements import Rejection
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import Trainer, TrainResult, TrainTask
+from fedmerge.trust.sign import SigningKey
 from fedmerge.verify import replay, verify_directory
 from tests.conftest import StepTrainer, make_config
 

@@ -13,7 +13,7 @@ import pytest
 from fedmerge.cli.copy import copy
 from fedmerge.cli.gc import gc
 from fedmerge.config import Config
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.errors import ConfigError, ResourceError, UnknownVersion
 from fedmerge.store.blobs import BlobStore
 from fedmerge.tensors import Checkpoint

@@ -16,13 +16,12 @@ import torch
 import zstandard
 from safetensors.torch import save_file
 
-from fedmerge.attest import MODEL_SIGNATURE
 from fedmerge.cli.app import main
 from fedmerge.events import MergeFinished, RoundPublished
-from fedmerge.provenance import COSIGNATURE, provenance_of
-from fedmerge.provenance_file import PROVENANCE, ProvenanceFile
-from fedmerge.publish import LINEAGE, SIGNATURE, file_digests
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.publishing.attest import MODEL_SIGNATURE
+from fedmerge.publishing.provenance_file import PROVENANCE, ProvenanceFile
+from fedmerge.publishing.publish import LINEAGE, SIGNATURE, file_digests
+from fedmerge.rounds.provenance import COSIGNATURE, provenance_of
 from fedmerge.sim import simulate
 from fedmerge.statements import (
     DeltaStatement,
@@ -35,6 +34,7 @@ from fedmerge.statements import (
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.ledger import Ledger
 from fedmerge.tensors import Checkpoint
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.verify import Check, Checklist, examine_directory, replay_rounds
 from tests.conftest import StepTrainer, make_base, make_config
 from tests.provenance import read_provenance, write_provenance

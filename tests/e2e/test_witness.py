@@ -14,17 +14,17 @@ import pytest
 
 from fedmerge.cli.app import main
 from fedmerge.config import Config, load_config
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.errors import BadSignature, ConfigError, Equivocation, ReceiptNotListed, UntrustedKey
-from fedmerge.node import Node
-from fedmerge.rounds import Phase
-from fedmerge.sign import PublicKey, SigningKey
+from fedmerge.node.node import Node
+from fedmerge.node.witness import Witness
+from fedmerge.rounds.state import Phase
 from fedmerge.sim import simulate
 from fedmerge.sim.inline import LocalLink
 from fedmerge.statements import KeyRotation, RoundSpec
-from fedmerge.translog import cosign
+from fedmerge.transparency.log import cosign
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.verify import verify_directory
-from fedmerge.witness import Witness
 from fedmerge_client.link import GrpcLink
 from tests.cli.conftest import clean_environment, run
 from tests.conftest import Federation, StepTrainer, make_config, make_federation

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedmerge.adapter import is_adapter, open_tuned, read_adapter
-from fedmerge.codec import Codec
+from fedmerge.delta.adapter import is_adapter, open_tuned, read_adapter
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import DeltaFile, write_delta
+from fedmerge.delta.lowrank import LowRankDelta
 from fedmerge.errors import InputError, ModelMismatch
-from fedmerge.frame import DeltaFile, write_delta
-from fedmerge.lowrank import LowRankDelta
 from fedmerge.tensors import Checkpoint
 
 

@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedmerge.adapter import read_adapter
-from fedmerge.adapter_writer import write_adapter
+from fedmerge.delta.adapter import read_adapter
+from fedmerge.delta.adapter_writer import write_adapter
 from tests.unit.test_adapter import Convolutions, Linears
 
 

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from fedmerge.delta.quantize import QUANTIZERS
 from fedmerge.errors import InvalidDelta
-from fedmerge.quantize import QUANTIZERS
 
 # Levels of each type, and the sizes of its scale, said once more.
 LEVELS: dict[str, list[float]] = {

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedmerge.errors import ConfigError, InputError
-from fedmerge.statistics import STATISTICS, side_tensors, statistics_schema
+from fedmerge.merge.statistics import STATISTICS, side_tensors, statistics_schema
 from fedmerge.tensors import Checkpoint, model_digest, schema_of
 from fedmerge.training import STATE, TrainTask, load_trainer
 from fedmerge_client.train.causal_lm import CausalLM, Settings

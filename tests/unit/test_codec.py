@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedmerge.codec import Codec
+from fedmerge.delta.codec import Codec
 from fedmerge.errors import ConfigError
 
 KEYS = (

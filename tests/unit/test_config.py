@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedmerge.checks import ScreenPolicy
-from fedmerge.codec import Codec
+from fedmerge.aggregation.outer import OUTER
+from fedmerge.aggregation.outer import parameters as outer_parameters
 from fedmerge.config import (
     Config,
     OpenSection,
@@ -25,11 +25,11 @@ from fedmerge.config import (
 )
 from fedmerge.config.load import SECTIONS
 from fedmerge.config.locate import key_lines, line_of
+from fedmerge.delta.codec import Codec
 from fedmerge.errors import ConfigError, InputError
 from fedmerge.merge import METHODS, Recipe, parameters
 from fedmerge.merge.methods import IN_TIME
-from fedmerge.outer import OUTER
-from fedmerge.outer import parameters as outer_parameters
+from fedmerge.screening.checks import ScreenPolicy
 from fedmerge.search import SearchSettings
 from fedmerge.tensors import TensorSpec
 

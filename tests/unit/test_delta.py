@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fedmerge.delta import UpdatedModel, apply_one, delta_schema, subtract
+from fedmerge.delta.task_vector import UpdatedModel, apply_one, delta_schema, subtract
 from fedmerge.errors import InputError, ModelMismatch
 from fedmerge.tensors import Checkpoint, model_digest, schema_of
 

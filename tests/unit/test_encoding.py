@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmerge.codec import Codec
-from fedmerge.encoding import noise_ratio
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.encoding import noise_ratio
+from fedmerge.delta.frame import DeltaFile, write_delta
 from fedmerge.errors import ConfigError, InputError, InvalidDelta
-from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.tensors import schema_of
 from tests.unit.test_frame import Written
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmerge.codec import Codec
-from fedmerge.feedback import carry_over, unsent, write_residual
-from fedmerge.frame import DeltaFile, write_delta
-from fedmerge.quantize import QUANTIZERS
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import DeltaFile, write_delta
+from fedmerge.delta.quantize import QUANTIZERS
+from fedmerge.node.feedback import carry_over, unsent, write_residual
 from fedmerge.tensors import Checkpoint, TensorMap, schema_of
 
 CHUNK = 4096

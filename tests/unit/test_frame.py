@@ -25,13 +25,13 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from fedmerge.codec import Codec
-from fedmerge.container import JSON_WORDS
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.container import JSON_WORDS
+from fedmerge.delta.frame import MAX_VALUE, DeltaFile, write_delta
+from fedmerge.delta.inspection import inspect_delta
+from fedmerge.delta.strata import positions
 from fedmerge.errors import InputError, InvalidDelta, ModelMismatch, ResourceError
-from fedmerge.frame import MAX_VALUE, DeltaFile, write_delta
-from fedmerge.inspection import inspect_delta
 from fedmerge.seeds import derive_seed
-from fedmerge.strata import positions
 from fedmerge.tensors import TensorMap, TensorSpec, schema_of
 
 SEED = 2**40 + 7

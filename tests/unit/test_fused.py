@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedmerge.delta import UpdatedModel, subtract
+from fedmerge.delta.task_vector import UpdatedModel, subtract
 from fedmerge.errors import InputError
 from fedmerge.merge import METHODS, Recipe, Workers, merge_deltas, merge_models
 from fedmerge.merge.fused import FUSED
 from fedmerge.merge.methods import BY_ANGLES, PAIRWISE
+from fedmerge.models.weights import split_shards, writing_weights
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import WEIGHTS, Checkpoint, schema_of
-from fedmerge.weights import split_shards, writing_weights
 
 # More than one block of columns, with lines of odd length; one line; a scalar; nothing at all.
 SHAPES = {"a.weight": (13, 5501), "norm.weight": (33_001,), "scalar": (), "z.empty": (0, 4)}

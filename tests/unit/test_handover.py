@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedmerge.errors import Equivocation, InvalidHandover
-from fedmerge.handover import Pin, follow_line, read_handover, sign_handover
-from fedmerge.sign import SigningKey
 from fedmerge.statements import Handover
+from fedmerge.statements.handover import Pin, follow_line, read_handover, sign_handover
+from fedmerge.trust.sign import SigningKey
 
 KEYS = [SigningKey.generate("p256" if number == 1 else "ed25519") for number in range(4)]
 PUBLIC = [key.public for key in KEYS]

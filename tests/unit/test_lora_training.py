@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from fedmerge.adapter import is_adapter, open_tuned, read_adapter
+from fedmerge.delta.adapter import is_adapter, open_tuned, read_adapter
+from fedmerge.delta.lowrank import LowRankDelta
 from fedmerge.errors import ConfigError
-from fedmerge.lowrank import LowRankDelta
+from fedmerge.models.versions import write_model
 from fedmerge.tensors import Checkpoint, model_digest
 from fedmerge.training import STATE
-from fedmerge.versions import write_model
 from fedmerge_client.train.causal_lm import CausalLM
 from fedmerge_client.train.text_classification import Settings as ClassificationSettings
 from fedmerge_client.train.text_classification import TextClassification

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmerge.codec import Codec
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import DeltaFile, write_delta
+from fedmerge.delta.lowrank import Factors, LowRankDelta, product, truncate
 from fedmerge.errors import ConfigError, InvalidDelta
-from fedmerge.frame import DeltaFile, write_delta
-from fedmerge.lowrank import Factors, LowRankDelta, product, truncate
 from fedmerge.tensors import TensorSpec, schema_of
 from tests.unit.test_frame import Written
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmerge.errors import InputError, ModelMismatch
-from fedmerge.measure import advice, layer_group, measure
+from fedmerge.merge.measure import advice, layer_group, measure
 
 SHAPES = {
     "model.layers.2.mlp.weight": (300, 400),  # more than one block

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fedmerge import merge
-from fedmerge.codec import Codec
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import DeltaFile, write_delta
 from fedmerge.errors import ConfigError, InputError, ModelMismatch
-from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.merge import METHODS, Recipe, parameters
 from fedmerge.merge.methods import LINEAR, PAIRWISE
 from fedmerge.seeds import derive_seed

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedmerge.delta.lowrank import Factors
 from fedmerge.errors import InputError
-from fedmerge.lowrank import Factors
 from fedmerge.merge.factors import factor_average, fedex, refactor, stack
 
 

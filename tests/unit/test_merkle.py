@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmerge.merkle import LEAF_BYTES, LeafHashes, MerkleTree, leaf_hash, leaves_of, merkle_root, num_leaves
+from fedmerge.transparency.merkle import (
+    LEAF_BYTES,
+    LeafHashes,
+    MerkleTree,
+    leaf_hash,
+    leaves_of,
+    merkle_root,
+    num_leaves,
+)
 
 CT_LEAVES = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
 CT_ROOTS = [

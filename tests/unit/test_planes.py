@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmerge.delta.planes import codes_per_byte, join_planes, pack_codes, packed_bytes, split_planes, unpack_codes
 from fedmerge.errors import InvalidDelta
-from fedmerge.planes import codes_per_byte, join_planes, pack_codes, packed_bytes, split_planes, unpack_codes
 
 
 @st.composite

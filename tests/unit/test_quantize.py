@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from fedmerge.delta.quantize import QUANTIZERS
 from fedmerge.errors import InvalidDelta
-from fedmerge.quantize import QUANTIZERS
 
 SMALLEST = 2.0**-149
 LARGEST = float(np.finfo(np.float32).max)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fedmerge.codec import Codec
 from fedmerge.config import parse_config
-from fedmerge.coordinator import Coordinator
-from fedmerge.regime import Regime, choose
-from fedmerge.sign import SigningKey
+from fedmerge.coordinator.coordinator import Coordinator
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.regime import Regime, choose
 from fedmerge.statements import RoundSpec
 from fedmerge.tensors import TensorSpec
+from fedmerge.trust.sign import SigningKey
 from tests.conftest import make_config
 
 LARGE = {"w": TensorSpec((10**5, 10**4), "BF16")}

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fedmerge.errors import InputError
-from fedmerge.retention import Evaluation, retention_matrix
+from fedmerge.rounds.retention import Evaluation, retention_matrix
 
 SCORES = {
     ("north", 0, "global"): 0.2,

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmerge.config import parse_config
 from fedmerge.errors import ConfigError
 from fedmerge.merge import METHODS
-from fedmerge.robust import RULES, Inputs, gram_of, harden, mixing_of
+from fedmerge.screening.robust import RULES, Inputs, gram_of, harden, mixing_of
 from fedmerge.sim import simulate
 from fedmerge.tensors import Checkpoint
 from tests.conftest import TOML, StepTrainer, make_base

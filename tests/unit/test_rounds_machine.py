@@ -26,8 +26,8 @@ from fedmerge.events import (
     RoundsPaused,
     RoundsResumed,
 )
-from fedmerge.policy import Action, RoundPolicy, next_action, next_due_s, nodes_there, standing
-from fedmerge.rounds import FederationState, Phase, after, replay
+from fedmerge.rounds.policy import Action, RoundPolicy, next_action, next_due_s, nodes_there, standing
+from fedmerge.rounds.state import FederationState, Phase, after, replay
 from fedmerge.store.entries import LedgerEntry
 
 NODES = [letter * 64 for letter in "abcde"]

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmerge.checks import Known, Owner, ScreenPolicy
 from fedmerge.errors import ConfigError, InputError, InvalidDelta, RoundFailed
-from fedmerge.overlap import overlaps
-from fedmerge.screen import Verdict, adapted_clip_norm, inspect, screen
-from fedmerge.shares import capped_shares
+from fedmerge.screening.checks import Known, Owner, ScreenPolicy
+from fedmerge.screening.overlap import overlaps
+from fedmerge.screening.shares import capped_shares
+from fedmerge.screening.verdicts import Verdict, adapted_clip_norm, inspect, screen
 from fedmerge.tensors import Schema, TensorSpec
 
 SCHEMA: Schema = {

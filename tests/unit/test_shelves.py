@@ -12,10 +12,10 @@ import pytest
 from obstore.store import from_url
 
 from fedmerge.errors import DigestMismatch, ResourceError, UnknownVersion
-from fedmerge.merkle import LEAF_BYTES, leaf_hash, leaves_of, merkle_root
 from fedmerge.store.blobs import BlobStore
 from fedmerge.store.objects import ObjectShelf
 from fedmerge.store.shelves import FolderShelf
+from fedmerge.transparency.merkle import LEAF_BYTES, leaf_hash, leaves_of, merkle_root
 from tests.buckets import BucketServer
 
 Open: TypeAlias = Callable[[str], BlobStore]

@@ -18,11 +18,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmerge.certificates import keep_pair, kept_pair, self_signed, settle_pair
 from fedmerge.errors import BadSignature, FedmergeError, InputError, ResourceError, UntrustedKey, WrongPassphrase
-from fedmerge.passphrase import PASSPHRASE, PASSPHRASE_FILE, find_passphrase
-from fedmerge.sign import ALGORITHMS, Algorithm, PublicKey, SigningKey, open_envelope
-from fedmerge.trust import TrustStore
+from fedmerge.trust.certificates import keep_pair, kept_pair, self_signed, settle_pair
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.passphrase import PASSPHRASE, PASSPHRASE_FILE, find_passphrase
+from fedmerge.trust.sign import ALGORITHMS, Algorithm, PublicKey, SigningKey, open_envelope
 
 KEY = SigningKey.generate()
 TRUSTED = {KEY.public.key_id: KEY.public}

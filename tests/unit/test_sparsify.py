@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from fedmerge.delta.sparsify import SPARSIFIERS, Kept, travels_dense
 from fedmerge.errors import InvalidDelta
-from fedmerge.sparsify import SPARSIFIERS, Kept, travels_dense
 
 SEEDS = st.integers(0, 2**64 - 1)
 DENSITIES = st.floats(0.001, 0.999) | st.just(1.0)

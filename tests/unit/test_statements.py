@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmerge.errors import BadSignature
-from fedmerge.sign import SigningKey
 from fedmerge.statements import DeltaStatement, MetricsStatement, Receipt, digest_of
+from fedmerge.trust.sign import SigningKey
 
 KEY = SigningKey.generate()
 TRUSTED = {KEY.public.key_id: KEY.public}

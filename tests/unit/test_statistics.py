@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmerge.codec import Codec
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import DeltaFile, write_delta
 from fedmerge.errors import InputError, InvalidDelta, ModelMismatch
-from fedmerge.frame import DeltaFile, write_delta
-from fedmerge.statistics import (
+from fedmerge.merge.statistics import (
     MAX_INPUTS,
     STATISTICS,
     first_problem,

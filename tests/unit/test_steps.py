@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from fedmerge.errors import InputError, InvalidDelta, ModelMismatch, ResourceError
-from fedmerge.steps import SteppedModel, inspect_steps, write_steps
+from fedmerge.models.steps import SteppedModel, inspect_steps, write_steps
 from fedmerge.tensors import model_digest, schema_of, tensor_bytes
 
 METADATA = {"fedmerge.steps.v2": ""}

@@ -14,13 +14,13 @@ from alembic.migration import MigrationContext
 
 from fedmerge.errors import BadOffset, DigestMismatch, ResourceError, UnknownVersion
 from fedmerge.events import MergeStarted, RoundCutShort, RoundFailed, RoundPublished, RoundSealed
-from fedmerge.merkle import LEAF_BYTES, leaf_hash, merkle_root
 from fedmerge.store.blobs import BlobStore, split_leaf_hashes
 from fedmerge.store.database import REVISION, Database, metadata
 from fedmerge.store.entries import BATCH
 from fedmerge.store.ledger import Ledger, UploadRow
 from fedmerge.store.migrations import scripts
 from fedmerge.store.shelves import FolderShelf
+from fedmerge.transparency.merkle import LEAF_BYTES, leaf_hash, merkle_root
 from tests.databases import PostgresServer
 
 FACTS = [

@@ -7,9 +7,9 @@ from typing import Literal
 
 import pytest
 
+from fedmerge.aggregation.fragments import Fragments
 from fedmerge.config import parse_config
 from fedmerge.errors import ConfigError
-from fedmerge.streaming import Fragments
 from fedmerge.tensors import Schema, TensorSpec
 from fedmerge.training import TrainTask
 from fedmerge_client.train.checkpoint import ExistingCheckpoint

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fedmerge.codec import Codec
-from fedmerge.delta import UpdatedModel, delta_schema
-from fedmerge.frame import write_delta
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import write_delta
+from fedmerge.delta.task_vector import UpdatedModel, delta_schema
+from fedmerge.models.sums import RunningSum
+from fedmerge.models.versions import open_model, write_model
 from fedmerge.statements import ModelRef, UpdateRef
-from fedmerge.sums import RunningSum
 from fedmerge.tensors import Checkpoint, TensorMap
-from fedmerge.versions import open_model, write_model
 
 INT8, BF16 = Codec(values="int8"), Codec(values="bf16")
 

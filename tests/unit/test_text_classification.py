@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from fedmerge.errors import ConfigError, InputError, MissingExtra
-from fedmerge.statistics import STATISTICS, side_tensors, statistics_schema
+from fedmerge.merge.statistics import STATISTICS, side_tensors, statistics_schema
 from fedmerge.tensors import Checkpoint, model_digest, schema_of
 from fedmerge.training import STATE, TRAINERS, TrainTask, load_trainer
 from fedmerge_client.train.label_head import build_classifier, label_words

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge.errors import ConfigError
-from fedmerge.statistics import first_problem
+from fedmerge.merge.statistics import first_problem
 from fedmerge.tensors import schema_of
 from fedmerge_client.train.statistics import collect, diagonal_fisher, gram_matrices, output_moments, spread
 

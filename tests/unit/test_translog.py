@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmerge.errors import BadSignature, DigestMismatch, UntrustedKey, VerificationError
-from fedmerge.merkle import MerkleTree, merkle_root
-from fedmerge.sign import ALGORITHMS, Algorithm, PublicKey, SigningKey
-from fedmerge.translog import (
+from fedmerge.transparency.log import (
     LogCheckpoint,
     check_cosignature,
     consistency_proof,
@@ -27,6 +25,8 @@ from fedmerge.translog import (
     verify_consistency,
     verify_inclusion,
 )
+from fedmerge.transparency.merkle import MerkleTree, merkle_root
+from fedmerge.trust.sign import ALGORITHMS, Algorithm, PublicKey, SigningKey
 
 LEAVES = [log_leaf(hashlib.sha256(bytes([i])).hexdigest()) for i in range(40)]
 TREE = MerkleTree(LEAVES)  # proofs are of its first leaves, however many came since

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedmerge.errors import InvalidDelta
-from fedmerge.ulp import LAYOUTS, decode, encode, most_bytes
+from fedmerge.models.ulp import LAYOUTS, decode, encode, most_bytes
 
 Bits = npt.NDArray[Any]
 each_dtype = pytest.mark.parametrize("dtype", list(LAYOUTS))

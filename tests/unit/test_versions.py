@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmerge.models.versions import cheapest_route
 from fedmerge.statements import ModelRef, StepRef, UpdateRef
-from fedmerge.versions import cheapest_route
 
 
 def digest(number: int) -> str:

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedmerge.errors import ResourceError
+from fedmerge.models.weights import split_shards, writing_weights
 from fedmerge.tensors import INDEX, WEIGHTS, Checkpoint, schema_of
-from fedmerge.weights import split_shards, writing_weights
 
 TENSORS = {
     "a.bias": torch.arange(5, dtype=torch.float16),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmerge.errors import BY_REASON, FedmergeError, Unreachable
-from fedmerge.rounds import Phase
+from fedmerge.rounds.state import Phase
 from fedmerge.v1 import delta_pb2
 from fedmerge.wire import PHASE_NAMES, PHASES, UPLOADED, Chunk, error_of, status_of
 

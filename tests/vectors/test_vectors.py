@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmerge.delta import apply_one
+from fedmerge.delta.task_vector import apply_one
 from fedmerge.merge import METHODS
 from fedmerge.merge.consensus import Consensus, elect_and_merge
 from fedmerge.merge.dare import drop

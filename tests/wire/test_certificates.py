@@ -13,7 +13,6 @@ import pytest
 from cryptography import x509
 from google.protobuf import descriptor_pool
 
-from fedmerge.certificates import TLS_NAME, Authority, Pair, Peer, certificate_request
 from fedmerge.errors import (
     CertificateExpired,
     CertificateMismatch,
@@ -24,8 +23,9 @@ from fedmerge.errors import (
     Unreachable,
     UntrustedCertificate,
 )
-from fedmerge.sign import SigningKey
-from fedmerge.trust import Member, TrustStore
+from fedmerge.trust.certificates import TLS_NAME, Authority, Pair, Peer, certificate_request
+from fedmerge.trust.keys import Member, TrustStore
+from fedmerge.trust.sign import SigningKey
 from fedmerge.v1 import delta_pb2, log_pb2, model_pb2, round_pb2, session_pb2, session_pb2_grpc
 from fedmerge_client.link import GrpcLink
 from fedmerge_server.access import METHODS, require_allowed

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmerge.coordinator import Coordinator
+from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.errors import (
     BadSignature,
     Busy,
@@ -27,11 +27,11 @@ from fedmerge.errors import (
 )
 from fedmerge.events import MemberAdmitted, MemberRevoked
 from fedmerge.files import replace_file
-from fedmerge.merkle import LEAF_BYTES
-from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import Enrolment, EnrolmentRequest, Revocation
 from fedmerge.store.ledger import Ledger
-from fedmerge.trust import Member, TrustStore, token_digest
+from fedmerge.transparency.merkle import LEAF_BYTES
+from fedmerge.trust.keys import Member, TrustStore, token_digest
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.v1 import session_pb2
 from fedmerge_client.link import GrpcLink
 from tests.conftest import Federation, ServerProcess

@@ -11,11 +11,11 @@ import pytest
 
 from fedmerge.errors import BadSignature, ConflictingSubmission, Equivocation, Refused, RevokedKey, UntrustedKey
 from fedmerge.events import HandedOver, KeyRotated
-from fedmerge.handover import sign_handover
-from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import KeyRotation, RoundSpec
+from fedmerge.statements.handover import sign_handover
 from fedmerge.store.ledger import Ledger
-from fedmerge.trust import TrustStore
+from fedmerge.trust.keys import TrustStore
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.v1 import session_pb2
 from fedmerge_client.link import GrpcLink
 from tests.conftest import Federation, ServerProcess

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from fedmerge.errors import Busy, Unreachable
-from fedmerge.merkle import LEAF_BYTES, leaves_of, merkle_root
+from fedmerge.transparency.merkle import LEAF_BYTES, leaves_of, merkle_root
 from fedmerge.v1 import delta_pb2, model_pb2, model_pb2_grpc, round_pb2, round_pb2_grpc
 from fedmerge.wire import CHUNK_BYTES, error_of, status_of
 from fedmerge_client.backoff import Backoff

@@ -14,8 +14,9 @@ import grpc
 import pytest
 import torch
 
-from fedmerge.codec import Codec
-from fedmerge.delta import delta_schema
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import write_delta
+from fedmerge.delta.task_vector import delta_schema
 from fedmerge.errors import (
     BadOffset,
     BadSignature,
@@ -33,11 +34,10 @@ from fedmerge.errors import (
     UnknownVersion,
     UntrustedKey,
 )
-from fedmerge.frame import write_delta
-from fedmerge.merkle import LEAF_BYTES, leaves_of, merkle_root
-from fedmerge.sign import PublicKey, SigningKey
 from fedmerge.statements import DeltaStatement, MetricsStatement, Receipt, Rejection, RoundSpec, SessionProof, digest_of
 from fedmerge.tensors import Checkpoint
+from fedmerge.transparency.merkle import LEAF_BYTES, leaves_of, merkle_root
+from fedmerge.trust.sign import PublicKey, SigningKey
 from fedmerge.v1 import delta_pb2, delta_pb2_grpc, log_pb2, session_pb2
 from fedmerge.wire import SESSION_HEADER, error_of
 from fedmerge_client.link import GrpcLink

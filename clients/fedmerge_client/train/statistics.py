@@ -1,4 +1,4 @@
-"""Statistics of a model on a node's data, for the merge methods that weigh by them: see `fedmerge.statistics`.
+"""Statistics of a model on a node's data, for the merge methods that weigh by them: see `fedmerge.merge.statistics`.
 
 Examples go through the model one by one: so there is no padding to be counted, and a gradient is one example's.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedmerge.errors import ConfigError
-from fedmerge.statistics import STATISTICS
+from fedmerge.merge.statistics import STATISTICS
 from fedmerge.tensors import Schema
 
 Inputs: TypeAlias = Mapping[str, Any]

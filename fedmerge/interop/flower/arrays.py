@@ -11,7 +11,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
-from fedmerge.codec import Codec
+from fedmerge.delta.codec import Codec
 from fedmerge.errors import ConfigError, InputError, InvalidDelta
 
 DELTA_KEY: Final = "fedmerge.delta"

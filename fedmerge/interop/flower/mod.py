@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
-from fedmerge.delta import subtract
+from fedmerge.delta.frame import DeltaFile, write_delta
+from fedmerge.delta.task_vector import subtract
 from fedmerge.errors import InvalidDelta
-from fedmerge.feedback import carry_over, unsent
-from fedmerge.frame import DeltaFile, write_delta
 from fedmerge.interop.flower.arrays import Plan, pack_delta, to_record, to_tensors
+from fedmerge.node.feedback import carry_over, unsent
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import schema_of
 

@@ -13,19 +13,19 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from fedmerge.checks import ScreenPolicy
-from fedmerge.codec import Codec
-from fedmerge.delta import apply_one, delta_schema, working_dtype
+from fedmerge.aggregation.outer import OUTER, parameters
+from fedmerge.delta.codec import Codec
+from fedmerge.delta.frame import DeltaFile
+from fedmerge.delta.task_vector import apply_one, delta_schema, working_dtype
 from fedmerge.errors import ConfigError, FedmergeError, InvalidDelta
-from fedmerge.frame import DeltaFile
 from fedmerge.interop.flower.arrays import DELTA_KEY, PLAN_KEY, Plan, is_delta, num_bytes, to_record, to_tensors
 from fedmerge.interop.flower.mod import only_arrays
 from fedmerge.merge import Plan as MergePlan
 from fedmerge.merge import Recipe, merge_deltas
 from fedmerge.merge.methods import IN_TIME
 from fedmerge.merge.parameters import resolve
-from fedmerge.outer import OUTER, parameters
-from fedmerge.screen import screen
+from fedmerge.screening.checks import ScreenPolicy
+from fedmerge.screening.verdicts import screen
 from fedmerge.seeds import derive_seed
 from fedmerge.tensors import TensorMap, require_same_schema, schema_of
 
@@ -36,11 +36,12 @@ class MergeStrategy(FedAvg):
     """FedAvg's sampling and evaluation, with fedmerge's screening, merging and outer optimizer in place of its mean.
 
     `recipe` is what merges the clients' task vectors (`fedmerge.merge`), its steps over rounds included, `outer` the
-    optimizer that steps with the merged one, as `{"name": "nesterov", "lr": 0.7, "momentum": 0.9}` (`fedmerge.outer`),
-    `screen` what a task vector must be and then weighs. With a `codec`, clients that have the mod `fedmerge_delta`
-    reply with encoded task vectors, with `error_feedback` above 0 at that decay; clients without it go on replying with
-    whole models. `options` are FedAvg's own. A reply that can't be merged is left out and logged, and the round goes
-    on. Integer arrays stay as the server has them. The same replies give the same bits, in whatever order they arrive.
+    optimizer that steps with the merged one, as `{"name": "nesterov", "lr": 0.7, "momentum": 0.9}`
+    (`fedmerge.aggregation.outer`), `screen` what a task vector must be and then weighs. With a `codec`, clients that
+    have the mod `fedmerge_delta` reply with encoded task vectors, with `error_feedback` above 0 at that decay; clients
+    without it go on replying with whole models. `options` are FedAvg's own. A reply that can't be merged is left out
+    and logged, and the round goes on. Integer arrays stay as the server has them. The same replies give the same bits,
+    in whatever order they arrive.
 
     Raises `ConfigError` for a recipe, outer optimizer or codec that does not exist, or that do not go together.
     """

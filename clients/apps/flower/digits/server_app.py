@@ -7,7 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from digits.task import make_model
-from fedmerge.codec import Codec
+from fedmerge.delta.codec import Codec
 from fedmerge.interop.flower import MergeStrategy
 
 app = ServerApp()

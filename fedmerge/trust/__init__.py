@@ -1,0 +1,1 @@
+"""Whom to believe: keys and how they open, signatures, whose keys are trusted, the authority for TLS."""
