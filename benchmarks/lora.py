@@ -37,7 +37,7 @@ from fedmerge.delta.codec import Codec
 from fedmerge.delta.frame import DeltaFile, write_delta
 from fedmerge.delta.lowrank import Factors, product
 from fedmerge.delta.task_vector import UpdatedModel, delta_schema
-from fedmerge.merge.factors import factor_average, refactor, stack
+from fedmerge.merge.methods.factors import factor_average, refactor, stack
 from fedmerge.models.versions import write_model
 from fedmerge.tensors import Checkpoint
 from fedmerge.training import TrainTask

@@ -9,8 +9,8 @@ emr_site(delta, unified).recover(name, unified[name]) -> Tensor, a site's own mo
 
 from fedmerge.merge.engine import Write, merge_deltas, merge_models
 from fedmerge.merge.flight import Workers
-from fedmerge.merge.masks import EmrSite, emr_site, tall_mask
 from fedmerge.merge.methods import METHODS, MergeMethod
+from fedmerge.merge.methods.masks import EmrSite, emr_site, tall_mask
 from fedmerge.merge.parameters import Parameter
 from fedmerge.merge.recipe import Plan, Recipe, Step, parameters
 

@@ -21,12 +21,12 @@ from fedmerge.delta.lowrank import Factors, LowRankDelta
 from fedmerge.delta.sparsify import Sparse
 from fedmerge.delta.task_vector import TaskVector, apply_one, working_dtype
 from fedmerge.errors import InputError, ModelMismatch
-from fedmerge.merge.average import fold
 from fedmerge.merge.flat import MODEL, Flattened, flattened
 from fedmerge.merge.flight import Workers, in_order
 from fedmerge.merge.fused import BY_LINE, FUSED, MergeBlock, is_compiled
 from fedmerge.merge.layers import Value
 from fedmerge.merge.methods import LINEAR, METHODS, NEEDS_BASE, NEEDS_FACTORS
+from fedmerge.merge.methods.average import fold
 from fedmerge.merge.recipe import Plan, Recipe
 from fedmerge.merge.rows import NotFinite, Operand, Rows, Update
 from fedmerge.merge.stack import require_floats, row_weights

@@ -20,11 +20,11 @@ import torch
 
 from fedmerge.draws import mask_threshold
 from fedmerge.merge import kernels
-from fedmerge.merge.average import fedavg_coefficients, task_arithmetic_coefficients
-from fedmerge.merge.della import probabilities_by_rank
 from fedmerge.merge.gram import MakeAngles, no_products
 from fedmerge.merge.kernels import LOW_BITS, NUM_HIGH, NUM_LOW
 from fedmerge.merge.methods import BY_ANGLES
+from fedmerge.merge.methods.average import fedavg_coefficients, task_arithmetic_coefficients
+from fedmerge.merge.methods.della import probabilities_by_rank
 from fedmerge.merge.ranking import Cut, count, num_middle
 from fedmerge.merge.rows import Array, Rows, fp32
 from fedmerge.merge.stack import BLOCK_ELEMENTS

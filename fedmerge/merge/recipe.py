@@ -20,8 +20,8 @@ from torch import Tensor
 from fedmerge.errors import ConfigError, did_you_mean
 from fedmerge.merge.layers import EACH, Value, at, depths, is_each, leaves, require_fitting, varies
 from fedmerge.merge.methods import BY_SHAPE, METHODS, NEEDS_FACTORS, NEEDS_STATISTICS
+from fedmerge.merge.methods.trajectory import OVER_ROUNDS, State
 from fedmerge.merge.parameters import Parameter, config_key, parameters_of, resolve
-from fedmerge.merge.trajectory import OVER_ROUNDS, State
 from fedmerge.merge.transforms import TRANSFORMS
 from fedmerge.seeds import derive_seed
 

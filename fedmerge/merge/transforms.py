@@ -20,13 +20,13 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmerge.draws import bernoulli_mask
-from fedmerge.merge.breadcrumbs import find_cuts, middle
-from fedmerge.merge.dare import drop
-from fedmerge.merge.della import draw, sample
+from fedmerge.merge.methods.breadcrumbs import find_cuts, middle
+from fedmerge.merge.methods.dare import drop
+from fedmerge.merge.methods.della import draw, sample
+from fedmerge.merge.methods.ties import find_cut
 from fedmerge.merge.parameters import Density, Epsilon, Outliers, Rescale, Trim
 from fedmerge.merge.ranking import keep
 from fedmerge.merge.stack import as_rows, blocks
-from fedmerge.merge.ties import find_cut
 
 # TRANSFORMS[name](delta, *, seed=0, **params)
 Transform: TypeAlias = Callable[Concatenate[Tensor, ...], Tensor]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedmerge.merge import METHODS
-from fedmerge.merge.spectral import ranks_per_node
+from fedmerge.merge.methods.spectral import ranks_per_node
 
 FP64 = torch.float64
 SPECTRAL = ["tsv", "iso_c", "iso_cts", "subspace_boosting"]

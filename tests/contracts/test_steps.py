@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedmerge.errors import ConfigError
 from fedmerge.merge import METHODS, Recipe, merge_deltas
+from fedmerge.merge.methods.trajectory import OVER_ROUNDS
 from fedmerge.merge.recipe import Plan
-from fedmerge.merge.trajectory import OVER_ROUNDS
 from fedmerge.merge.transforms import TRANSFORMS
 from fedmerge.seeds import derive_seed
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmerge.delta.lowrank import Factors
 from fedmerge.errors import InputError
-from fedmerge.merge.factors import factor_average, fedex, refactor, stack
+from fedmerge.merge.methods.factors import factor_average, fedex, refactor, stack
 
 
 def draw(num_rows: int, num_columns: int, rank: int, seed: int, scale: float = 1.5) -> Factors:

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from fedmerge.merge import METHODS
-from fedmerge.merge.consensus import Consensus, elect_and_merge
-from fedmerge.merge.della import keep_probabilities, sample
+from fedmerge.merge.methods.consensus import Consensus, elect_and_merge
+from fedmerge.merge.methods.della import keep_probabilities, sample
 
 # (stack of deltas, weights, stack of recorded masks) -> merged task vector
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]

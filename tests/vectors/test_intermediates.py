@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedmerge.merge import METHODS, emr_site, tall_mask
-from fedmerge.merge.della import keep_probabilities
-from fedmerge.merge.pcb import clip, compete
-from fedmerge.merge.selection import disjoint_masks
+from fedmerge.merge.methods.della import keep_probabilities
+from fedmerge.merge.methods.pcb import clip, compete
+from fedmerge.merge.methods.selection import disjoint_masks
 from tests.vectors.test_vectors import CASES, HERE, load_inputs
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedmerge.delta.task_vector import apply_one
 from fedmerge.merge import METHODS
-from fedmerge.merge.consensus import Consensus, elect_and_merge
-from fedmerge.merge.dare import drop
+from fedmerge.merge.methods.consensus import Consensus, elect_and_merge
+from fedmerge.merge.methods.dare import drop
 from tests.vectors.runs_elementwise import RUNS_ELEMENTWISE, WHOLE_MODEL_ELEMENTWISE
 
 from .runs_geometric import RUNS_GEOMETRIC

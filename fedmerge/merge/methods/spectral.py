@@ -17,11 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmerge.delta.task_vector import working_dtype
-from fedmerge.merge.average import fedavg, task_arithmetic
+from fedmerge.merge.methods.average import fedavg, task_arithmetic
+from fedmerge.merge.methods.ties import ties
 from fedmerge.merge.parameters import Lambda
 from fedmerge.merge.singular import decompose, nearest_orthonormal, on_one_thread, side_by_side
 from fedmerge.merge.stack import as_rows, row_weights
-from fedmerge.merge.ties import ties
 
 FullRank: TypeAlias = Annotated[
     bool, Field(description="Raise zero singular values too, along vectors that are arbitrary, as the authors do.")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fedmerge.draws import uniform
 from fedmerge.errors import ConfigError
-from fedmerge.merge.average import task_arithmetic
-from fedmerge.merge.consensus import Consensus, elect_and_merge
-from fedmerge.merge.dare import thin
+from fedmerge.merge.methods.average import task_arithmetic
+from fedmerge.merge.methods.consensus import Consensus, elect_and_merge
+from fedmerge.merge.methods.dare import thin
 from fedmerge.merge.parameters import (
     Aggregation,
     Density,

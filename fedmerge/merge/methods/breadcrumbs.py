@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmerge.merge.average import task_arithmetic
-from fedmerge.merge.consensus import Consensus, elect_and_merge
+from fedmerge.merge.methods.average import task_arithmetic
+from fedmerge.merge.methods.consensus import Consensus, elect_and_merge
 from fedmerge.merge.parameters import Aggregation, Density, Election, Lambda, Normalize, Normalizer, Outliers, ZeroSum
 from fedmerge.merge.ranking import Cut, keep, largest, num_middle
 from fedmerge.merge.stack import as_rows, blocks, row_weights

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedmerge.draws import bernoulli_mask
-from fedmerge.merge.average import task_arithmetic
-from fedmerge.merge.consensus import Consensus, elect_and_merge
+from fedmerge.merge.methods.average import task_arithmetic
+from fedmerge.merge.methods.consensus import Consensus, elect_and_merge
 from fedmerge.merge.parameters import Aggregation, Density, Election, Lambda, Normalize, Normalizer, Rescale, ZeroSum
 from fedmerge.merge.stack import as_rows, l1_norm, row_weights
 from fedmerge.seeds import derive_seed

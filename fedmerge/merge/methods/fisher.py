@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmerge.errors import InputError
-from fedmerge.merge.average import fedavg
 from fedmerge.merge.gram import masses
+from fedmerge.merge.methods.average import fedavg
 from fedmerge.merge.stack import as_rows, blocks, row_weights
 
 Epsilon: TypeAlias = Annotated[

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmerge.merge.consensus import Consensus, elect_and_merge
+from fedmerge.merge.methods.consensus import Consensus, elect_and_merge
 from fedmerge.merge.parameters import Lambda, PcbRatio
 from fedmerge.merge.stack import as_rows, blocks, row_weights
 

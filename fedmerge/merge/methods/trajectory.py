@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmerge.merge.average import fold
+from fedmerge.merge.methods.average import fold
 from fedmerge.merge.parameters import Lambda
 from fedmerge.merge.stack import row_weights, shares
 

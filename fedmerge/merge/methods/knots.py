@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmerge.delta.task_vector import working_dtype
-from fedmerge.merge.average import fedavg
-from fedmerge.merge.dare import dare_ties
+from fedmerge.merge.methods.average import fedavg
+from fedmerge.merge.methods.dare import dare_ties
+from fedmerge.merge.methods.ties import ties
 from fedmerge.merge.parameters import Density, Lambda
 from fedmerge.merge.singular import decompose, on_one_thread
 from fedmerge.merge.stack import as_rows, row_weights
-from fedmerge.merge.ties import ties
 
 Rule: TypeAlias = Annotated[
     Literal["ties", "dare_ties", "mean"],

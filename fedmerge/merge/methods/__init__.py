@@ -7,28 +7,28 @@ from typing import Concatenate, TypeAlias
 
 from torch import Tensor
 
-from fedmerge.merge.average import (
+from fedmerge.merge.gram import MakeAngles
+from fedmerge.merge.methods.average import (
     contributor_mean,
     fedavg,
     fedavg_coefficients,
     task_arithmetic,
     task_arithmetic_coefficients,
 )
-from fedmerge.merge.breadcrumbs import breadcrumbs, breadcrumbs_ties
-from fedmerge.merge.dare import dare_linear, dare_ties
-from fedmerge.merge.della import della, della_linear
-from fedmerge.merge.factors import by_factors
-from fedmerge.merge.fisher import fisher
-from fedmerge.merge.geometric import geometric_median, geometric_median_angles, model_stock, model_stock_angles
-from fedmerge.merge.gram import MakeAngles
-from fedmerge.merge.knots import knots
-from fedmerge.merge.masks import consensus, emr
-from fedmerge.merge.pcb import pcb
-from fedmerge.merge.regmean import regmean
-from fedmerge.merge.robust import mean_around_median, median, trimmed_mean
-from fedmerge.merge.selection import cabs, magmax, sce
-from fedmerge.merge.spectral import iso_c, iso_cts, subspace_boosting, tsv
-from fedmerge.merge.spherical import (
+from fedmerge.merge.methods.breadcrumbs import breadcrumbs, breadcrumbs_ties
+from fedmerge.merge.methods.dare import dare_linear, dare_ties
+from fedmerge.merge.methods.della import della, della_linear
+from fedmerge.merge.methods.factors import by_factors
+from fedmerge.merge.methods.fisher import fisher
+from fedmerge.merge.methods.geometric import geometric_median, geometric_median_angles, model_stock, model_stock_angles
+from fedmerge.merge.methods.knots import knots
+from fedmerge.merge.methods.masks import consensus, emr
+from fedmerge.merge.methods.pcb import pcb
+from fedmerge.merge.methods.regmean import regmean
+from fedmerge.merge.methods.robust import mean_around_median, median, trimmed_mean
+from fedmerge.merge.methods.selection import cabs, magmax, sce
+from fedmerge.merge.methods.spectral import iso_c, iso_cts, subspace_boosting, tsv
+from fedmerge.merge.methods.spherical import (
     karcher,
     karcher_angles,
     mean_direction,
@@ -39,8 +39,8 @@ from fedmerge.merge.spherical import (
     slerp,
     slerp_angles,
 )
-from fedmerge.merge.ties import elect, ties
-from fedmerge.merge.trajectory import (
+from fedmerge.merge.methods.ties import elect, ties
+from fedmerge.merge.methods.trajectory import (
     ema,
     ema_coefficients,
     lawa,

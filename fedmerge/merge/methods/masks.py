@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fedmerge.errors import ModelMismatch
-from fedmerge.merge.average import task_arithmetic
+from fedmerge.merge.methods.average import task_arithmetic
+from fedmerge.merge.methods.ties import ties
 from fedmerge.merge.parameters import Lambda, MaskThreshold, MinNodes, Multitask
 from fedmerge.merge.stack import as_rows, blocks, l1_norm, row_weights
-from fedmerge.merge.ties import ties
 from fedmerge.tensors import TensorMap
 
 

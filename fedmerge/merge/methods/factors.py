@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmerge.delta.lowrank import Factors, product
 from fedmerge.errors import InputError
-from fedmerge.merge.average import fedavg
+from fedmerge.merge.methods.average import fedavg
 from fedmerge.merge.stack import row_weights, shares
 
 

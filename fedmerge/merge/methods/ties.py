@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from fedmerge.merge.consensus import Consensus, elect_and_merge
+from fedmerge.merge.methods.consensus import Consensus, elect_and_merge
 from fedmerge.merge.parameters import Aggregation, Density, Election, Lambda, Normalize, Normalizer, Trim, ZeroSum
 from fedmerge.merge.ranking import Cut, count, keep, largest
 from fedmerge.merge.stack import as_rows, row_weights

@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmerge.errors import InputError
-from fedmerge.merge.average import fedavg
 from fedmerge.merge.gram import masses
+from fedmerge.merge.methods.average import fedavg
 from fedmerge.merge.singular import NULL, on_one_thread
 from fedmerge.merge.stack import as_rows, row_weights
 
