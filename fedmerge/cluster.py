@@ -10,6 +10,8 @@ import ray
 
 from fedmerge.errors import ResourceError
 
+log = logging.getLogger(__name__)
+
 CONNECT_S = 10.0
 HINT = "start one with: ray start --head"
 
@@ -27,6 +29,26 @@ def connect(address: str | None) -> None:
         ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as err:
         raise ResourceError(f"no Ray cluster at {address}: {err}", hint=HINT) from err
+
+
+def require_room(num_cpus: float, num_gpus: float, *, may_grow: bool) -> None:
+    """See that some machine on Ray has so many cores and accelerators; without one, Ray waits for it in silence.
+
+    Raises `ResourceError`, unless the cluster `may_grow`: then it says so.
+    """
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if any(each.get("CPU", 0) >= num_cpus and each.get("GPU", 0) >= num_gpus for each in machines):
+        return
+    most = [max(each.get(what, 0) for each in machines) for what in ("CPU", "GPU")]
+    lacking = (
+        f"no machine on Ray has {num_cpus:g} cores and {num_gpus:g} accelerators, which a node takes"
+        f" (the most are {most[0]:g} and {most[1]:g})"
+    )
+    if may_grow:
+        log.warning("%s; nodes wait until the cluster has one", lacking)
+        return
+    ray.shutdown()
+    raise ResourceError(lacking, hint="lower simulate.ray_cpus or simulate.ray_gpus")
 
 
 def _require_listening(address: str) -> None:

@@ -43,6 +43,9 @@ class Simulate(Section):
     ClientApps of Flower's simulation engine ("flower"; needs the extra flower)."""
     workers: Positive = 2
     """Processes of "pool", virtual SuperNodes of "flower"."""
+    threads: int = Field(default=0, ge=0, le=1024)
+    """Threads that a node trains with, whatever the engine, since results depend on it; 0: as many as PyTorch would
+    take here (the cores, or OMP_NUM_THREADS), shared among so many workers."""
     ray_address: str | None = Field(default=None, min_length=1, examples=["auto"])
     """Ray cluster to use, HOST:PORT, or "auto" for the one that runs here. Without it one is started."""
     ray_cpus: float = Field(default=1.0, ge=0, le=1e4)

@@ -6,7 +6,6 @@ Everything else that a node does takes place in the simulation's own process, so
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
@@ -14,16 +13,19 @@ from typing import Any
 
 from fedmerge.config import Simulate
 from fedmerge.errors import MissingExtra
-from fedmerge.sim.trainers import Engine, Waiting, call
+from fedmerge.sim.trainers import Engine, Waiting, call, num_threads
 from fedmerge.training import Trainer, TrainTask
 
 
 class Inline:
-    """One call after the other, in this process."""
+    """One call after the other, in this process, with `num_threads` each."""
+
+    def __init__(self, num_threads: int = 1) -> None:
+        self._num_threads = num_threads
 
     def submit(self, trainer: Trainer, method: str, *arguments: Any) -> Waiting:
         """Make the call at once."""
-        result = getattr(trainer, method)(*arguments)
+        result = call(self._num_threads, trainer, method, *arguments)
         return lambda: result
 
     def close(self) -> None:
@@ -31,14 +33,14 @@ class Inline:
 
 
 class Pool:
-    """Calls on an executor, whose workers see the same files: processes here, or Flower's ClientApps."""
+    """Calls on an executor, with `num_threads` each. Workers see the same files: processes, or Flower's ClientApps."""
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
+    def __init__(self, executor: Executor, num_threads: int = 1) -> None:
+        self._executor, self._num_threads = executor, num_threads
 
     def submit(self, trainer: Trainer, method: str, *arguments: Any) -> Waiting:
         """Hand the call to the next worker that is free."""
-        return self._executor.submit(call, trainer, method, *map(_portable, arguments)).result
+        return self._executor.submit(call, self._num_threads, trainer, method, *map(_portable, arguments)).result
 
     def close(self) -> None:
         """Stop the workers."""
@@ -46,20 +48,9 @@ class Pool:
 
 
 def local_processes(num_workers: int) -> Executor:
-    """Return processes on this machine, which divide its cores among them."""
+    """Return processes on this machine."""
     # Not forked: torch's threads do not survive it.
-    return ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_limit_threads,
-        initargs=(max(1, (os.cpu_count() or 1) // num_workers),),
-    )
-
-
-def _limit_threads(num_threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(num_threads)
+    return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _portable(argument: Any) -> Any:
@@ -70,18 +61,24 @@ def _portable(argument: Any) -> Any:
 def _ray(settings: Simulate) -> Engine:
     from fedmerge.sim.ray import Ray
 
-    return Ray(settings.ray_address, num_cpus=settings.ray_cpus, num_gpus=settings.ray_gpus)
+    return Ray(
+        settings.ray_address,
+        num_cpus=settings.ray_cpus,
+        num_gpus=settings.ray_gpus,
+        num_threads=num_threads(settings),
+    )
 
 
 def _flower(settings: Simulate) -> Engine:
     from fedmerge.interop.flower.executor import FlowerExecutor
 
-    return Pool(FlowerExecutor(settings.workers, num_cpus=settings.ray_cpus, num_gpus=settings.ray_gpus))
+    executor = FlowerExecutor(settings.workers, num_cpus=settings.ray_cpus, num_gpus=settings.ray_gpus)
+    return Pool(executor, num_threads(settings))
 
 
 ENGINES: dict[str, Callable[[Simulate], Engine]] = {
-    "inline": lambda settings: Inline(),
-    "pool": lambda settings: Pool(local_processes(settings.workers)),
+    "inline": lambda settings: Inline(num_threads(settings)),
+    "pool": lambda settings: Pool(local_processes(settings.workers), num_threads(settings)),
     "ray": _ray,
     "flower": _flower,
 }

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from fedmerge.cluster import connect
+from fedmerge.cluster import connect, require_room
 from fedmerge.sim.trainers import Waiting, call
 from fedmerge.training import STATE, Trainer, TrainResult, TrainTask
 
@@ -29,24 +29,27 @@ NUM_KEPT = 8
 class Ray:
     """Runs trainers as Ray tasks. Without an `address` a cluster is started here, for as long as the engine is open.
 
-    Each call takes `num_cpus` and `num_gpus` of a machine, which may be fractions. Raises `ResourceError` when there is
-    no cluster at the address.
+    Each call takes `num_cpus` and `num_gpus` of a machine, which may be fractions, and `num_threads`. Raises
+    `ResourceError` when there is no cluster at the address, or this machine has less.
     """
 
-    def __init__(self, address: str | None, *, num_cpus: float, num_gpus: float) -> None:
+    def __init__(self, address: str | None, *, num_cpus: float, num_gpus: float, num_threads: int = 1) -> None:
         connect(address)
+        require_room(num_cpus, num_gpus, may_grow=address is not None)
+        self._num_threads = num_threads
         self._run = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_run)
         self._stored: OrderedDict[Path, ray.ObjectRef[Files]] = OrderedDict()
 
     def submit(self, trainer: Trainer, method: str, *arguments: Any) -> Waiting:
         """Hand the call to the next machine with room for it."""
         first, *rest = arguments
+        doing = self._num_threads, trainer, method
         if isinstance(first, TrainTask):
             previous = None if first.previous_state is None else _pack(first.previous_state)
             task = replace(first, progress=None)
-            pending = self._run.remote(trainer, method, self._store(first.model_dir), task, previous)
+            pending = self._run.remote(doing, self._store(first.model_dir), task, previous)
             return lambda: _unpack_result(ray.get(pending), first.workspace)
-        pending = self._run.remote(trainer, method, self._store(first), None, None, *rest)
+        pending = self._run.remote(doing, self._store(first), None, None, *rest)
         return lambda: ray.get(pending)
 
     def close(self) -> None:
@@ -64,18 +67,18 @@ class Ray:
 
 
 def _run(
-    trainer: Trainer, method: str, model: Files, task: TrainTask | None, previous: Files | None, *rest: Any
+    doing: tuple[int, Trainer, str], model: Files, task: TrainTask | None, previous: Files | None, *rest: Any
 ) -> Any:
     """Make a call on whatever machine this is, in a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="fedmerge-") as scratch:
         model_dir = _unpack(model, Path(scratch, "model"))
         if task is None:
-            return call(trainer, method, model_dir, *rest)
+            return call(*doing, model_dir, *rest)
         workspace = Path(scratch, "workspace")
         workspace.mkdir()
         state = None if previous is None else _unpack(previous, Path(scratch, "previous"))
         result: TrainResult = call(
-            trainer, method, replace(task, model_dir=model_dir, workspace=workspace, previous_state=state)
+            *doing, replace(task, model_dir=model_dir, workspace=workspace, previous_state=state)
         )
         kept = workspace / STATE
         return result, _pack(result.model_dir), _pack(kept) if kept.exists() else None

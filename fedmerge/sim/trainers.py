@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from fedmerge.config import Simulate
 from fedmerge.sim.world import World
 from fedmerge.tensors import TensorMap
 from fedmerge.training import StatisticsTrainer, Trainer, TrainResult, TrainTask
@@ -25,9 +26,23 @@ class Engine(Protocol):
         ...
 
 
-def call(trainer: Trainer, method: str, *arguments: Any) -> Any:
-    """Make a call here, wherever that is."""
-    return getattr(trainer, method)(*arguments)
+def num_threads(settings: Simulate) -> int:
+    """Return how many threads a node trains with: results depend on it, so it is the same on every engine."""
+    import torch
+
+    return settings.threads or max(1, torch.get_num_threads() // settings.workers)
+
+
+def call(num_threads: int, trainer: Trainer, method: str, *arguments: Any) -> Any:
+    """Make a call with so many threads of torch's, here, wherever that is."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        return getattr(trainer, method)(*arguments)
+    finally:
+        torch.set_num_threads(before)
 
 
 class SimulatedTrainer:
