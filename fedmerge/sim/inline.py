@@ -27,6 +27,7 @@ from fedmerge.rounds.state import Phase
 from fedmerge.sim.adversary import Adversary
 from fedmerge.sim.availability import Availability, availabilities
 from fedmerge.sim.models import PublishedModels, SharedModels
+from fedmerge.sim.settings import require_same_settings
 from fedmerge.sim.sites import LocalLink, TimedLink, make_site, node_home
 from fedmerge.sim.trainers import Engine, simulated
 from fedmerge.sim.world import World
@@ -242,6 +243,8 @@ def play(
             on_event=on_event,
             connect=connect,
         )
+        # Whose round failed may be given other settings to try it with.
+        require_same_settings(config, may_change=simulation.coordinator.journal.state.phase == Phase.FAILED)
         simulation.run()
 
 

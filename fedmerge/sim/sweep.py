@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_POINTS = 1000
+# What each point has in its own directory.
+OWN = {"state": "state", "key": "coordinator.key", "trusted": "trusted"}
 PLAIN = re.compile(r"[A-Za-z0-9_.,=+-]{1,150}")
 
 
@@ -90,6 +92,9 @@ def points_of(path: Path, grid: Mapping[str, Sequence[object]]) -> Iterator[Poin
         num_points *= len(values)
     if not 0 < num_points <= MAX_POINTS:
         raise ConfigError(f"the sweep has {num_points} points, not 1 to {MAX_POINTS}", hint="give fewer values")
+    own = sorted({f"federation.{name}" for name in OWN} & grid.keys())
+    if own:
+        raise ConfigError(f"a sweep can't vary {own[0]}: each simulation has one of its own", hint="leave it out")
     root = load_config(path).federation.state.parent / "sweep"
     for values in itertools.product(*grid.values()):
         settings = {key: _toml(value) for key, value in zip(grid, values, strict=True)}
@@ -101,13 +106,7 @@ def _point(settings: dict[str, str], config: Config, root: Path) -> Point:
     if not PLAIN.fullmatch(name):
         name = hashlib.sha256(name.encode()).hexdigest()[:16]
     directory = root / name
-    federation = config.federation.model_copy(
-        update={
-            "state": directory / "state",
-            "key": directory / "coordinator.key",
-            "trusted": directory / "trusted",
-        }
-    )
+    federation = config.federation.model_copy(update={name: directory / file for name, file in OWN.items()})
     shared = hashlib.sha256(partition_of(config).encode()).hexdigest()[:12]
     config = with_virtual_nodes(config.model_copy(update={"federation": federation}), root / f"data-{shared}")
     if config.nodes:

@@ -11,6 +11,7 @@ from fedmerge.errors import ConfigError, reporting_os_errors
 from fedmerge.seeds import derive_seed
 from fedmerge.sim.adversary import with_flipped_labels
 from fedmerge.sim.partition import share_out
+from fedmerge.sim.settings import how_to_begin_anew
 from fedmerge.sim.sites import node_home
 
 SETTINGS = ("nodes", "data", "partition", "by", "alpha", "test_share", "seed")
@@ -44,7 +45,7 @@ def with_virtual_nodes(config: Config, folder: Path | None = None) -> Config:
     if shared_out and shared_out != wanted:
         raise ConfigError(
             f"{stamp.parent}: has data that were shared out by other settings of [simulate]",
-            hint=f"restore {', '.join(SETTINGS)}, or choose another federation.state folder",
+            hint=f"restore {', '.join(SETTINGS)}, or begin anew: {how_to_begin_anew(config)}",
         )
     if not shared_out:
         share_out(

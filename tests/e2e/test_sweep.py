@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import fedmerge
 from fedmerge.cli.simulate import simulate as simulate_command
 from fedmerge.config import Config
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, RoundFailed
 from fedmerge.sim import FederationResult, simulate, sweep
 from fedmerge.sim.sweep import points_of
 from fedmerge.tensors import Checkpoint
@@ -63,10 +63,24 @@ def test_failures_stand_below_the_table(tmp_path: Path, capsys: pytest.CaptureFi
     make_base(tmp_path / "base")
     path = tmp_path / "fedmerge.toml"
     path.write_text(FINISHED.replace("tuned", str(tmp_path / "base")))
-    simulate_command(path, sweep=("screen.max_unchanged=0.5",))
+    with pytest.raises(RoundFailed, match="1 of 1 simulations failed"):
+        simulate_command(path, sweep=("screen.max_unchanged=0.5",))
     said = capsys.readouterr().out
     assert "failed" in said
     assert "screen.max_unchanged = 0.5: round 1 failed" in said
+
+
+def test_points_that_were_simulated_with_other_settings_are_not_passed_off(tmp_path: Path) -> None:
+    _, path = make_config(tmp_path)
+    grid: dict[str, list[object]] = {"outer.lr": [0.5, 1.0]}
+    sweep(path, grid, Runs(tmp_path / "base"))
+    make_config(tmp_path, extra="[merge]\nmethod = 'ties'")
+    rows = (tmp_path / "sweep" / "results.csv").read_text()
+    with pytest.raises(
+        ConfigError, match=r"outer.lr=0.5/state: this simulation was begun with other settings: merge.m"
+    ):
+        sweep(path, grid, Runs(tmp_path / "base"))
+    assert (tmp_path / "sweep" / "results.csv").read_text() == rows
 
 
 def test_a_point_whose_round_fails_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
@@ -86,6 +100,7 @@ def test_a_point_whose_round_fails_is_a_row_and_is_tried_again(tmp_path: Path) -
         ({"outer.lr": [1.0, -1.0]}, "outer.lr=-1.0: outer.lr: should be above 0"),
         ({"mrege.seed": [1]}, "unknown section 'mrege'"),
         ({"merge.seed": []}, "the sweep has 0 points"),
+        ({"federation.state": ["a", "b"]}, "a sweep can't vary federation.state"),
     ],
 )
 def test_a_wrong_point_is_reported_before_anything_runs(
