@@ -50,6 +50,8 @@ class FedmergeError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:  # for whoever sees a traceback
+            self.add_note(f"hint: {hint}")
 
 
 class ConfigError(FedmergeError):

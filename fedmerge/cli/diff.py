@@ -15,7 +15,7 @@ from cyclopts.validators import Number
 from rich.markup import escape
 from rich.table import Table
 
-from fedmerge.cli.output import JsonFlag, print_json, print_problem, printable, stderr, stdout
+from fedmerge.cli.output import JsonFlag, print_json, print_problem, print_table, printable, stderr, stdout
 from fedmerge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _show(found: Interference) -> None:
     for layer in found.layers:
         layers.add_row(_cell(layer.name), f"{layer.norm_share:.1%}", *_agreement(layer.agreement))
     for table in (models, pairs, layers) if found.pairs else (models, layers):
-        stdout.print(table)
+        print_table(table)
     if found.mean_length is not None:
         stdout.print(f"the plain mean is {found.mean_length:.2f} times as long as the task vectors are")
 

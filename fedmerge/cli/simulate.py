@@ -18,7 +18,7 @@ from fedmerge.cli.output import JsonFlag, format_bytes, format_ratio, print_json
 from fedmerge.cli.progress import node_progress
 from fedmerge.config import Config, load_config
 from fedmerge.config.base import prepare_base
-from fedmerge.errors import ConfigError, reporting_os_errors
+from fedmerge.errors import ConfigError, RoundFailed, reporting_os_errors
 from fedmerge.sim import FederationResult, World, load_trainers, simulate_processes, with_virtual_nodes
 from fedmerge.sim import simulate as simulate_inline
 from fedmerge.sim import sweep as run_sweep
@@ -27,7 +27,9 @@ from fedmerge.sim.sweep import Point
 
 
 def simulate(
-    config: Annotated[Path, Parameter(help="The federation's configuration, with [[nodes]].")] = Path("fedmerge.toml"),
+    config: Annotated[
+        Path, Parameter(help="The federation's configuration, with [[nodes]] or [simulate] nodes.")
+    ] = Path("fedmerge.toml"),
     /,
     *,
     processes: Annotated[
@@ -65,7 +67,7 @@ def simulate(
     if any(node.is_bad for node in result.nodes):
         stdout.print(_of_bad_nodes(settings.simulate.attack, result), soft_wrap=True)
     if not processes:
-        stdout.print(_took(settings, result))
+        stdout.print(_took(result))
     sys.stdout.write(f"{result.model_dir}\n")
 
 
@@ -91,6 +93,7 @@ def _simulate_grid(path: Path, grid: dict[str, list[str]], *, json: bool) -> Non
     result = run_sweep(path, grid, run, on_point=announce)
     if json:
         print_json({"points": result.rows})
+        _raise_failures(result.rows)
         return
     print_table(_grid_table(result.rows, grid))
     for row in result.rows:
@@ -98,6 +101,13 @@ def _simulate_grid(path: Path, grid: dict[str, list[str]], *, json: bool) -> Non
             failed = describe_settings({key: row[key] for key in grid})
             stdout.print(escape(printable(f"{failed}: {row['failure']}")))
     sys.stdout.write(f"{result.csv_path}\n")
+    _raise_failures(result.rows)
+
+
+def _raise_failures(rows: Sequence[Mapping[str, object]]) -> None:
+    num_failed = sum("failure" in row for row in rows)
+    if num_failed:
+        raise RoundFailed(f"{num_failed} of {len(rows)} simulations failed", hint="started again, only they are")
 
 
 def _grid_table(rows: Sequence[Mapping[str, object]], grid: Mapping[str, list[str]]) -> Table:
@@ -143,15 +153,18 @@ def _grid(assignments: Sequence[str]) -> dict[str, list[str]]:
                 f"--sweep {assignment}: expected SECTION.KEY=VALUE,VALUE, each key once",
                 hint="such as merge.density=0.1,0.2",
             )
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise ConfigError(f"--sweep {assignment}: has {twice[0]} twice", hint="leave one out")
         grid[key] = values
     return grid
 
 
-def _took(settings: Config, result: FederationResult) -> str:
+def _took(result: FederationResult) -> str:
     took = dt.timedelta(seconds=round(result.rounds[-1].published_s))
     num_deltas = sum(each.num_deltas for each in result.rounds)
     sent = format_bytes(sum(each.sent_bytes for each in result.rounds))
-    return f"{num_deltas} deltas of {len(settings.nodes)} nodes, {sent} in all, in {took} of virtual time"
+    return f"{num_deltas} deltas of {len(result.nodes)} nodes, {sent} in all, in {took} of virtual time"
 
 
 def _of_bad_nodes(attack: str, result: FederationResult) -> str:

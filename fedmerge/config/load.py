@@ -50,7 +50,7 @@ def load_config(
     `ConfigError` with one line for each problem.
     """
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")  # as some editors write it
     except OSError as err:
         raise ConfigError(f"{path}: can't be read ({err.strerror})", hint="write one with: fedmerge init") from err
     except UnicodeDecodeError as err:
@@ -328,5 +328,7 @@ def _syntax_error(message: str, text: str, where: str) -> str:
     """Move the position that tomllib puts at the end of its message to the front."""
     match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", message, re.DOTALL)
     problem, line, column = match.groups() if match else (message, None, None)
+    # tomllib shows a key as the tuple of its parts.
+    problem = re.sub(r"\(('[^()]*',?)\)", lambda key: ".".join(re.findall(r"'([^']*)'", key[1])), problem)
     place = f"{where}:{line or text.count(chr(10)) + 1}"
     return f"{place}: not valid TOML: {problem}{f' (column {column})' if column else ''}"

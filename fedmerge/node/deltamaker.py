@@ -18,7 +18,7 @@ from fedmerge.delta.adapter import open_tuned
 from fedmerge.delta.codec import Codec
 from fedmerge.delta.frame import DeltaFile, write_delta
 from fedmerge.delta.task_vector import UpdatedModel, delta_schema
-from fedmerge.errors import UntrustedKey, reporting_os_errors
+from fedmerge.errors import InputError, UntrustedKey, reporting_os_errors
 from fedmerge.files import replace_file, sync_directory, sync_tree
 from fedmerge.merge import Recipe
 from fedmerge.merge.statistics import side_tensors, statistics_schema
@@ -162,7 +162,13 @@ class DeltaMaker:
             part=start.part,
         )
         with reporting_save_errors(workspace):
-            return self._trainer.train(task)
+            result = self._trainer.train(task)
+        if result.num_examples < 1:
+            raise InputError(
+                f"the trainer says that it trained on {result.num_examples} examples, so there is nothing to send",
+                hint="give it data, or leave the node out",
+            )
+        return result
 
     def _whole(self, tuned_dir: Path, tuned: TensorMap, spec: RoundSpec, outbox: Path) -> Path:
         """Return a directory with the tuned model whole, which an adapter is not, to be evaluated as any other."""

@@ -32,13 +32,15 @@ th:first-child, td:first-child { text-align: left } th { color: var(--dim); font
 
 def page(result: FederationResult, name: str) -> str:
     """Return the file: for each metric of the merged models, the mean over nodes, a chart over each of three axes."""
-    rounds = [each for each in result.rounds if each.published_s]
+    rounds = result.rounds
     sent = list(itertools.accumulate(each.sent_bytes for each in rounds))
     axes = {
         "round": [float(each.round) for each in rounds],
         "MB sent by all nodes": [num_bytes / 1e6 for num_bytes in sent],
         "hours": [each.published_s / 3600 for each in rounds],
     }
+    if not rounds[-1].published_s:  # nobody was said to take any time
+        del axes["hours"]
     metrics = list(dict.fromkeys(metric for each in rounds for metric in each.metrics))
     parts = [
         f"<h1>{escape(name)}</h1>",
@@ -47,7 +49,8 @@ def page(result: FederationResult, name: str) -> str:
     ]
     if bad := [node for node in result.nodes if node.is_bad]:
         merged, sent_by_bad = sum(node.num_merged for node in bad), sum(node.num_deltas for node in bad)
-        parts.append(f"<p>{len(bad)} of the nodes are bad: {merged} of their {sent_by_bad} deltas were merged</p>")
+        are = "is" if len(bad) == 1 else "are"
+        parts.append(f"<p>{len(bad)} of the nodes {are} bad: {merged} of their {sent_by_bad} deltas were merged</p>")
     for metric in metrics:
         known = [index for index, each in enumerate(rounds) if metric in each.metrics]
         values = [rounds[index].metrics[metric] for index in known]

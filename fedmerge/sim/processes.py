@@ -21,6 +21,7 @@ from fedmerge.sim.adversary import bad_nodes
 from fedmerge.sim.inline import prepare_nodes
 from fedmerge.sim.results import FederationResult, result_of
 from fedmerge.sim.sites import node_home
+from fedmerge.sim.trainers import num_threads
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def simulate_processes(
             for key, value in node.extras.items():
                 for name, setting in _flat(key, value):
                     arguments += ["--option", f"{name}={setting}"]
-            start(node.name, arguments, dict(os.environ), ended, on_event)
+            threads = {"OMP_NUM_THREADS": str(num_threads(config.simulate))}
+            start(node.name, arguments, os.environ | threads, ended, on_event)
         # In the order in which they end, or one that failed would leave the others waiting for it.
         for _ in config.nodes:
             process = ended.get()

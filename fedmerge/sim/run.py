@@ -9,7 +9,7 @@ from pathlib import Path
 from fedmerge.config import Config, load_config
 from fedmerge.config.base import prepare_base
 from fedmerge.coordinator.coordinator import Coordinator
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, RoundFailed
 from fedmerge.node.events import NodeEvent
 from fedmerge.sim.engines import open_engine
 from fedmerge.sim.inline import play
@@ -51,8 +51,21 @@ def simulate(
     if base_dir is None:
         base_dir = prepare_base(config)
     with nullcontext(engine) if engine is not None else closing(open_engine(config.simulate)) as running:
-        play(config, base_dir, trainers, world=world or World(), engine=running, on_event=on_event, connect=connect)
-    return result_of(config)
+        try:
+            play(config, base_dir, trainers, world=world or World(), engine=running, on_event=on_event, connect=connect)
+            return result_of(config)
+        except RoundFailed as err:
+            raise RoundFailed(err.message, hint=err.hint or _no_time(config)) from err
+
+
+def _no_time(config: Config) -> str | None:
+    """Say what leaves no time to deliver, where that is what the nodes were supposed to be."""
+    train_s, deadline_s = config.simulate.train_s, config.rounds.deadline_s
+    if train_s < deadline_s / 2:
+        return None
+    return (
+        f"a round lasts rounds.deadline_s = {deadline_s:g}, and to train takes simulate.train_s = {train_s:g} seconds"
+    )
 
 
 def load_trainers(config: Config) -> dict[str, Trainer]:

@@ -16,7 +16,7 @@ import torch
 from fedmerge.config import Config, load_config
 from fedmerge.coordinator.coordinator import Coordinator
 from fedmerge.coordinator.ownership import open_seat
-from fedmerge.errors import RoundFailed
+from fedmerge.errors import ConfigError, InputError, RoundFailed
 from fedmerge.events import DeltaAccepted, RoundSealed
 from fedmerge.node.events import NodeEvent
 from fedmerge.rounds.state import Phase
@@ -32,6 +32,16 @@ from tests.conftest import StepTrainer, make_config
 from tests.e2e.test_federation import coordinator_key
 
 NODES = {f"node-{number}": StepTrainer(number, num_examples=10) for number in range(6)}
+
+
+class ThreadedTrainer(StepTrainer):
+    """Takes a step as long as it has threads, where others only add in so many parts."""
+
+    def step(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        return super().step(name, like) * torch.get_num_threads()
+
+
+THREADED = {name: ThreadedTrainer(trainer.seed) for name, trainer in NODES.items()}
 DAY_S = 86_400.0
 # Two that see each other's updates, and have to be the same two, and see the same, wherever and however often.
 BAD = "bad_nodes = 2\nattack = 'little'"
@@ -256,9 +266,11 @@ def merged(result: FederationResult) -> tuple[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_every_engine_and_every_timing_gives_the_same_model(tmp_path: Path) -> None:
-    plain, _ = run(tmp_path / "plain", BAD, num_rounds=2, min_nodes=6)
+    before = torch.get_num_threads()
+    plain, _ = run(tmp_path / "plain", f"threads = 3\n{BAD}", THREADED, num_rounds=2, min_nodes=6)
     timing = "train_s = 50.0\nspread = 1.0\nup_mbit_s = 1.0"
-    timed, _ = run(tmp_path / "timed", f"{timing}\n{BAD}", num_rounds=2, min_nodes=6)
+    timed, _ = run(tmp_path / "timed", f"threads = 3\n{timing}\n{BAD}", THREADED, num_rounds=2, min_nodes=6)
+    assert torch.get_num_threads() == before
     assert merged(timed)[0] == plain.version
     assert torch.equal(merged(plain)[1], merged(timed)[1])
     for name in ENGINES:
@@ -267,7 +279,8 @@ def test_every_engine_and_every_timing_gives_the_same_model(tmp_path: Path) -> N
 
 def run_in_a_process(folder: Path, engine: str) -> str:
     """Simulate with an engine in a process of its own, as engines start threads and more, and return the version."""
-    make_config(folder, num_rounds=2, min_nodes=6, extra=f"[simulate]\nengine = '{engine}'\n{BAD}\n")
+    extra = f"[simulate]\nengine = '{engine}'\nthreads = 3\n{BAD}\n"
+    make_config(folder, num_rounds=2, min_nodes=6, extra=extra)
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.test_simulation", str(folder)], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -283,8 +296,67 @@ def main(folder: Path, *to_be_killed: str) -> None:
 
     config = load_config(folder / "fedmerge.toml")
     with closing(open_engine(config.simulate)) as engine:
-        result = simulate(config, folder / "base", NODES, engine=engine, on_event=end)
+        trainers = NODES if to_be_killed else THREADED
+        result = simulate(config, folder / "base", trainers, engine=engine, on_event=end)
     sys.stdout.write(f"{result.version}\n")
+
+
+def test_nodes_share_the_threads_there_are(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        shared, _ = run(tmp_path / "shared", "workers = 2", THREADED)
+        assert torch.get_num_threads() == 4
+        said, _ = run(tmp_path / "said", "threads = 2", THREADED)
+        pooled, _ = run(tmp_path / "pooled", "engine = 'pool'", THREADED)
+        alone, _ = run(tmp_path / "alone", "workers = 1", THREADED)
+    finally:
+        torch.set_num_threads(before)
+    assert shared.version == said.version == pooled.version != alone.version
+
+
+def test_ray_is_not_waited_for_when_it_has_too_little() -> None:
+    code = (
+        "from fedmerge.sim.ray import Ray\n"
+        "from fedmerge.errors import ResourceError\n"
+        "try:\n    Ray(None, num_cpus=1e4, num_gpus=0.0)\n"
+        "except ResourceError as err:\n    print(err, err.hint)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, timeout=300)
+    assert "no machine on Ray has 10000 cores" in done.stdout
+    assert "lower simulate.ray_cpus" in done.stdout
+
+
+def test_a_simulation_does_not_go_on_with_other_settings(tmp_path: Path) -> None:
+    first, config = run(tmp_path, "seed = 1", num_rounds=1)
+    events = len(ledger(config))
+    with pytest.raises(
+        ConfigError, match=r"merge.method was \"auto\" and is \"ties\", simulate.seed was 1 and is 2"
+    ) as caught:
+        run(tmp_path, "seed = 2\n[merge]\nmethod = 'ties'", num_rounds=1)
+    assert f"delete {config.federation.state} and {tmp_path / 'nodes'}" in (caught.value.hint or "")
+    assert len(ledger(config)) == events
+    assert run(tmp_path, "seed = 1\nengine = 'pool'", num_rounds=1)[0].version == first.version
+    further, _ = run(tmp_path, "seed = 1", num_rounds=2)
+    anew, _ = run(tmp_path / "anew", "seed = 1", num_rounds=2)
+    assert (further.version, further.num_rounds) == (anew.version, 2)
+    moved = tmp_path.with_name("moved")
+    tmp_path.rename(moved)
+    assert run(moved, "seed = 1", num_rounds=2)[0].version == further.version
+
+
+def test_a_trainer_that_had_nothing_to_train_on_is_named(tmp_path: Path) -> None:
+    trainers = NODES | {"node-1": StepTrainer(1, num_examples=0)}
+    with pytest.raises(InputError, match="the trainer says that it trained on 0 examples"):
+        run(tmp_path, trainers=trainers)
+
+
+def test_a_round_too_short_to_train_in_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(RoundFailed, match="before the deadline") as caught:
+        run(tmp_path, "train_s = 100.0", rounds="deadline_s = 90.0")
+    assert (
+        caught.value.hint == "a round lasts rounds.deadline_s = 90, and to train takes simulate.train_s = 100 seconds"
+    )
 
 
 def test_an_error_in_a_worker_comes_out_as_it_is(tmp_path: Path) -> None:

@@ -516,6 +516,7 @@ BAD: list[tuple[str, list[str]]] = [
     (MINIMAL + "[nodes]\nname='a'\n", ["5: nodes: should be a list, not a table"]),
     ("[federation\n", ["1: not valid TOML: Expected ']' at the end of a table declaration (column 12)"]),
     (MINIMAL + "base = 'b'\n", ["5: not valid TOML: Cannot overwrite a value (column 11)"]),
+    (MINIMAL + "[train]\n[train]\n", ["6: not valid TOML: Cannot declare train twice (column 7)"]),
     (MINIMAL + "x = [\n", ["6: not valid TOML: Invalid value"]),
     # Everything at once, in the order of the file.
     (
@@ -534,6 +535,11 @@ BAD: list[tuple[str, list[str]]] = [
 @pytest.mark.parametrize(("text", "expected"), BAD)
 def test_what_is_wrong_is_said_with_file_line_and_key(text: str, expected: list[str]) -> None:
     assert problems(text) == [f"fedmerge.toml:{line}" for line in expected]
+
+
+def test_a_byte_order_mark_is_none_of_the_texts(tmp_path: Path) -> None:
+    (tmp_path / "fedmerge.toml").write_bytes(MINIMAL.encode("utf-8-sig"))
+    assert load_config(tmp_path / "fedmerge.toml") == parse_config(MINIMAL, folder=tmp_path, where="")
 
 
 def test_the_environment_overrides_the_file_and_is_named_in_errors() -> None:

@@ -51,6 +51,14 @@ def test_curves_follow_the_numbers_and_nothing_is_loaded() -> None:
     assert rows[-1] == ["4", "4.000", "3", "2", "4.000", "10.000", "0.25", "1"]
 
 
+def test_rounds_that_took_no_time_are_there_and_have_no_hours() -> None:
+    rounds = [RoundResult(number, 0.0, 0.0, 3, 1_000_000, metrics={"loss": 1.0 / number}) for number in (1, 2)]
+    text = page(result(rounds), "at once")
+    assert "2 rounds, 6 deltas" in text
+    charts = [chart.attrib["aria-label"] for chart in body(text).iter("svg")]
+    assert charts == ["loss against round", "loss against MB sent by all nodes"]
+
+
 def test_one_round_and_none_with_metrics() -> None:
     assert "0.5" in page(result([RoundResult(1, 0.0, 0.1, 1, 10, metrics={"loss": 0.5})]), "one")
     assert "<svg" not in page(result([RoundResult(1, 0.0, 0.1, 1, 10)]), "none")
