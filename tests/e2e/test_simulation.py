@@ -315,19 +315,27 @@ def test_nodes_share_the_threads_there_are(tmp_path: Path) -> None:
     assert shared.version == said.version == pooled.version != alone.version
 
 
-def test_ray_is_not_waited_for_when_it_has_too_little() -> None:
-    code = (
-        "from fedmerge.sim.ray import Ray\n"
-        "from fedmerge.errors import ResourceError\n"
-        "try:\n    Ray(None, num_cpus=1e4, num_gpus=0.0)\n"
-        "except ResourceError as err:\n    print(err, err.hint)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, timeout=300)
-    assert "no machine on Ray has 10000 cores" in done.stdout
-    assert "lower simulate.ray_cpus" in done.stdout
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "said"), [("ray", "no machine on Ray has 10000 cores"), ("flower", "num_cpus")])
+def test_engines_are_not_waited_for_when_they_have_too_little(tmp_path: Path, engine: str, said: str) -> None:
+    make_config(tmp_path, extra=f"[simulate]\nengine = '{engine}'\nray_cpus = 10000\n")
+    command = [sys.executable, "-m", "tests.e2e.test_simulation", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    *_, last = (line for line in done.stderr.splitlines() if "ResourceError: " in line)
+    assert said in last
 
 
-def test_a_simulation_does_not_go_on_with_other_settings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", "\\udc80"])
+def test_settings_that_somebody_wrote_over_are_no_traceback(tmp_path: Path, text: str) -> None:
+    _, config = run(tmp_path)
+    (config.federation.state / "simulated.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(InputError, match=r"simulated\.json: not what a simulation wrote"):
+        run(tmp_path)
+
+
+def test_a_simulation_does_not_go_on_with_other_settings_unnoticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first, config = run(tmp_path, "seed = 1", num_rounds=1)
     events = len(ledger(config))
     with pytest.raises(
@@ -340,9 +348,15 @@ def test_a_simulation_does_not_go_on_with_other_settings(tmp_path: Path) -> None
     further, _ = run(tmp_path, "seed = 1", num_rounds=2)
     anew, _ = run(tmp_path / "anew", "seed = 1", num_rounds=2)
     assert (further.version, further.num_rounds) == (anew.version, 2)
+    caplog.clear()
+    run(tmp_path, "seed = 1\n[merge]\nmethod = 'ties'", num_rounds=3)
+    assert 'goes on with other settings than before: merge.method was "auto" and is "ties"' in caplog.text
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        run(tmp_path, "seed = 1", num_rounds=3)
     moved = tmp_path.with_name("moved")
     tmp_path.rename(moved)
-    assert run(moved, "seed = 1", num_rounds=2)[0].version == further.version
+    result, _ = run(moved, "seed = 1\n[merge]\nmethod = 'ties'", num_rounds=3)
+    assert result.num_rounds == 3
 
 
 def test_a_trainer_that_had_nothing_to_train_on_is_named(tmp_path: Path) -> None:

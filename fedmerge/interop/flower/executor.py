@@ -65,9 +65,10 @@ class FlowerExecutor(Executor):
             self._thread.join()
 
     def _run(self) -> None:
-        log = logging.getLogger("flwr")
+        log, complaints = logging.getLogger("flwr"), _Complaints()
         level = log.level
         log.setLevel(logging.ERROR)
+        log.addFilter(complaints)
         try:
             server_app = ServerApp()
             server_app.main()(self._serve)
@@ -78,8 +79,9 @@ class FlowerExecutor(Executor):
                 backend_config={"client_resources": self._resources, "init_args": RAY_OPTIONS},
             )
         except BaseException as err:
-            self._failure = ResourceError(f"Flower's simulation engine stopped: {err}")
+            self._failure = ResourceError(f"Flower's simulation engine stopped: {complaints.first or err}")
         finally:
+            log.removeFilter(complaints)
             log.setLevel(level)
             self._has_ended = True
             self._fail()
@@ -127,6 +129,16 @@ class FlowerExecutor(Executor):
                 call[0].set_exception(failure)
         for message_id in list(self._waiting):
             self._waiting.pop(message_id).set_exception(failure)
+
+
+class _Complaints(logging.Filter):
+    """Keeps the first that Flower logs, which says more than what it raises, and shows none: they are tracebacks."""
+
+    first: str | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.first = self.first or record.getMessage()
+        return False
 
 
 def _make_client_app(key: bytes) -> ClientApp:
