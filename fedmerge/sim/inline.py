@@ -243,8 +243,7 @@ def play(
             on_event=on_event,
             connect=connect,
         )
-        # Whose round failed may be given other settings to try it with.
-        require_same_settings(config, may_change=simulation.coordinator.journal.state.phase == Phase.FAILED)
+        require_same_settings(config, has_failed=simulation.coordinator.journal.state.phase == Phase.FAILED)
         simulation.run()
 
 

@@ -3,52 +3,69 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fedmerge.config import Config
 from fedmerge.errors import ConfigError, InputError, reporting_os_errors
 from fedmerge.files import replace_file
 from fedmerge.sim.sites import node_home
 
+log = logging.getLogger(__name__)
+
 FILE = "simulated.json"
 SECTIONS = {
     "model", "rounds", "train", "delta", "merge", "screen", "search", "outer", "streaming", "publish", "simulate",
 }  # fmt: skip
 # What may change on the way: how far it goes, what is kept, and by which means.
+NUM_ROUNDS = "rounds.num_rounds"
 FREE = {
-    "merge.memory_budget", "merge.threads", "publish.keep_rounds", "rounds.num_rounds", "simulate.engine",
+    NUM_ROUNDS, "merge.memory_budget", "merge.threads", "publish.keep_rounds", "simulate.engine",
     "simulate.ray_address", "simulate.ray_cpus", "simulate.ray_gpus", "simulate.workers",
 }  # fmt: skip
 MOST_NAMED = 3
 
 
-def require_same_settings(config: Config, *, may_change: bool) -> None:
+def require_same_settings(config: Config, *, has_failed: bool) -> None:
     """See that the simulation in the configuration's state folder, if there is one, was begun with the same settings.
 
-    They are written down where it is a new one, or they `may_change`. Raises `ConfigError` for others, and `InputError`
-    when what was written can't be read.
+    They are written down. Where its round failed, or it is to go on for more rounds, others are taken from there on,
+    and logged. Raises `ConfigError` for others at any other time, and `InputError` when what was written can't be read.
     """
     path = config.federation.state / FILE
     settings = dict(_settings(config))
-    with reporting_os_errors(path):
-        if may_change or not path.exists():
-            replace_file(path, json.dumps(settings, indent=1).encode(), durable=False)
-            return
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as err:
-            raise InputError(f"{path}: not what a simulation wrote ({err})", hint=how_to_begin_anew(config)) from err
-    changed = [key for key in sorted(settings.keys() | before.keys()) if settings.get(key) != before.get(key)]
+    before: Mapping[str, Any] = _written(path, config) or settings
+    keys = sorted((settings.keys() | before.keys()) - FREE)
+    changed = [
+        f"{key} was {_shown(before.get(key))} and is {_shown(settings.get(key))}"
+        for key in keys
+        if settings.get(key) != before.get(key)
+    ]
     if changed:
-        named = [f"{key} was {_shown(before.get(key))} and is {_shown(settings.get(key))}" for key in changed]
         more = f", and {len(changed) - MOST_NAMED} more" if len(changed) > MOST_NAMED else ""
-        raise ConfigError(
-            f"{config.federation.state}: this simulation was begun with other settings: "
-            f"{', '.join(named[:MOST_NAMED])}{more}",
-            hint=f"restore them, or begin anew: {how_to_begin_anew(config)}",
-        )
+        others = f"{', '.join(changed[:MOST_NAMED])}{more}"
+        if not has_failed and config.rounds.num_rounds <= before.get(NUM_ROUNDS, 0):
+            raise ConfigError(
+                f"{config.federation.state}: this simulation was begun with other settings: {others}",
+                hint=f"restore them, or begin anew: {how_to_begin_anew(config)}",
+            )
+        log.warning("the simulation goes on with other settings than before: %s", others)
+    replace_file(path, json.dumps(settings, indent=1).encode(), durable=False)
+
+
+def _written(path: Path, config: Config) -> dict[str, Any] | None:
+    try:
+        with reporting_os_errors(path):
+            written = json.loads(path.read_bytes()) if path.exists() else None
+        if not isinstance(written, dict | None):
+            raise ValueError("it is no table")
+    except ValueError as err:
+        hint = f"begin anew: {how_to_begin_anew(config)}"
+        raise InputError(f"{path}: not what a simulation wrote ({err})", hint=hint) from err
+    return written
 
 
 def how_to_begin_anew(config: Config) -> str:
@@ -62,7 +79,7 @@ def _settings(config: Config) -> Iterator[tuple[str, object]]:
     if not config.simulate.nodes:  # the data of made-up nodes are guarded by themselves
         found["nodes"] = {node.name: node.model_dump(exclude={"name"}) for node in config.nodes}
     for key, value in _flat(found):
-        if key not in FREE and value is not None:
+        if value is not None:
             relative = os.path.relpath(value, config.federation.state.parent) if isinstance(value, Path) else value
             yield key, json.loads(json.dumps(relative, default=str))
 
