@@ -115,7 +115,9 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        fields |= {name: value for name, value in vars(record).items() if name not in self._standard}
+        # Libraries that mark every record for themselves, as Ray does, do so under a name of this kind.
+        private = {name for name in vars(record) if name.startswith("_")}
+        fields |= {name: value for name, value in vars(record).items() if name not in self._standard | private}
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return json.dumps(fields, default=str)
