@@ -153,9 +153,7 @@ for _above, (_about, _commands) in TRUST_COMMANDS.items():
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (the process's own by default) and return its exit code."""
-    if threading.current_thread() is threading.main_thread():
-        # As ctrl-C does: whatever is half-written is removed on the way out.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    arrived = _heed_signals()
     try:
         configure_logging()
         result = app(sys.argv[1:] if arguments is None else list(arguments))
@@ -163,8 +161,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as err:
         if os.environ.get(TRACEBACK_VARIABLE):
             traceback.print_exc()
-        return _report(err)
+        if signal.SIGTERM in arrived:
+            return EXIT_TERMINATED
+        return _report(KeyboardInterrupt() if arrived else err)
     return result if isinstance(result, int) else 0
+
+
+def _heed_signals() -> list[int]:
+    """Have SIGTERM end commands as ctrl-C does: whatever is half-written is removed on the way out.
+
+    Return a list of the signals that arrived, as they do: extensions such as torch now and then take what a handler
+    raised for something else, and raise that.
+    """
+    arrived: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        arrived.append(number)
+        if number == signal.SIGTERM:
+            sys.exit(EXIT_TERMINATED)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background jobs
+            signal.signal(signal.SIGINT, stop)
+    return arrived
 
 
 def _report(err: BaseException) -> int:

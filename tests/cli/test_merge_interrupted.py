@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,35 @@ def merge(folder: Path, clean_environment: dict[str, str], *more: str) -> Runnin
 def test_ctrl_c_leaves_nothing(folder: Path, clean_environment: dict[str, str]) -> None:
     code, _ = merge(folder, clean_environment, "--threads=2").stop(signal.SIGINT)
     assert code == 130
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "base"]
+
+
+SWALLOWED = """
+import os, signal, sys, torch
+from fedmerge.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+storage_item = torch.UntypedStorage.__getitem__
+
+def interrupted(self, index):
+    if isinstance(index, int):
+        os.kill(os.getpid(), signal.{name})
+    return storage_item(self, index)
+
+torch.UntypedStorage.__getitem__ = interrupted
+sys.exit(main(["merge", "a", "b", "--base=base", "--out=out", "--threads=1"]))
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interruption_that_an_extension_makes_an_error_of_is_one(
+    folder: Path, clean_environment: dict[str, str], name: str, code: int
+) -> None:
+    """`torch.asarray` takes what is raised while it asks an object for its items for "not a sequence"."""
+    command = [sys.executable, "-c", SWALLOWED.format(name=name)]
+    done = subprocess.run(command, cwd=folder, env=clean_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "internal error" not in done.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "base"]
 
 
