@@ -14,6 +14,7 @@ from fedmerge.node.events import NodeEvent
 from fedmerge.sim.engines import open_engine
 from fedmerge.sim.inline import play
 from fedmerge.sim.results import FederationResult, result_of
+from fedmerge.sim.settings import with_threads
 from fedmerge.sim.sites import LocalLink
 from fedmerge.sim.trainers import Engine
 from fedmerge.sim.virtual import with_virtual_nodes
@@ -50,6 +51,7 @@ def simulate(
             trainer.check()
     if base_dir is None:
         base_dir = prepare_base(config)
+    config = with_threads(config)
     with nullcontext(engine) if engine is not None else closing(open_engine(config.simulate)) as running:
         try:
             play(config, base_dir, trainers, world=world or World(), engine=running, on_event=on_event, connect=connect)

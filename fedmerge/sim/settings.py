@@ -13,6 +13,7 @@ from fedmerge.config import Config
 from fedmerge.errors import ConfigError, InputError, reporting_os_errors
 from fedmerge.files import replace_file
 from fedmerge.sim.sites import node_home
+from fedmerge.sim.trainers import num_threads
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,20 @@ FREE = {
     NUM_ROUNDS, "merge.memory_budget", "merge.threads", "publish.keep_rounds", "simulate.engine",
     "simulate.ray_address", "simulate.ray_cpus", "simulate.ray_gpus", "simulate.workers",
 }  # fmt: skip
+THREADS = "simulate.threads"
 MOST_NAMED = 3
+
+
+def with_threads(config: Config) -> Config:
+    """Return the configuration with the number of threads that nodes train with, where it leaves that open.
+
+    A simulation that goes on does so with as many as it was begun with, whatever machine or `workers` it has now.
+    """
+    if config.simulate.threads:
+        return config
+    begun = (_written(config.federation.state / FILE, config) or {}).get(THREADS)
+    threads = begun if isinstance(begun, int) and begun > 0 else num_threads(config.simulate)
+    return config.model_copy(update={"simulate": config.simulate.model_copy(update={"threads": threads})})
 
 
 def require_same_settings(config: Config, *, has_failed: bool) -> None:

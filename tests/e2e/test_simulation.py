@@ -315,6 +315,22 @@ def test_nodes_share_the_threads_there_are(tmp_path: Path) -> None:
     assert shared.version == said.version == pooled.version != alone.version
 
 
+def test_a_simulation_goes_on_with_the_threads_it_was_begun_with(tmp_path: Path) -> None:
+    """On a machine with other cores, and with other workers, which threads otherwise follow from."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        whole, _ = run(tmp_path / "whole", "workers = 2", THREADED, num_rounds=2)
+        run(tmp_path / "resumed", "workers = 2", THREADED, num_rounds=1)
+        torch.set_num_threads(3)
+        resumed, _ = run(tmp_path / "resumed", "workers = 1", THREADED, num_rounds=2)
+        with pytest.raises(ConfigError, match=r"simulate\.threads was 2 and is 1"):
+            run(tmp_path / "resumed", "threads = 1", THREADED, num_rounds=2)
+    finally:
+        torch.set_num_threads(before)
+    assert resumed.version == whole.version
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "said"), [("ray", "no machine on Ray has 10000 cores"), ("flower", "num_cpus")])
 def test_engines_are_not_waited_for_when_they_have_too_little(tmp_path: Path, engine: str, said: str) -> None:
